@@ -1,0 +1,55 @@
+"""A first-in first-out queue of keys: the negatives of MoCo, the neighbours of NNCLR.
+
+Legend: K queue rows, C channels, R keys on this rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
+from caco_fast.distributed import all_gather_rows
+
+
+class KeyQueue(nn.Module):
+    """The latest `size` keys of the global batches, in a ring; rows are random unit vectors until they are replaced.
+
+    size: K, any number, divisible by nothing. dim: C. generator: draws the first rows; on several ranks give the same
+    seed to all. state_dict: `queue` [K, C] and `pointer` (int64, the row that is replaced next).
+    Source: MoCo (arXiv 1911.05722), section 3.2.
+    """
+
+    queue: Tensor  # [K, C]
+    pointer: Tensor  # []
+
+    def __init__(self, size: int, dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        with enough_memory("the key queue", size, dim, copies=1):
+            queue = random_unit_rows(size, dim, generator)
+        self.register_buffer("queue", queue)
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=queue.device))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:  # [R, C]
+        """Replace the oldest rows by the keys of all ranks, in rank order; every rank brings as many.
+
+        Of more keys than the queue has rows only the latest stay.
+        """
+        size, dim = self.queue.shape
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise ValueError(f"KeyQueue.enqueue: keys: found shape {list(keys.shape)}, wanted [R, {dim}]")
+        keys = all_gather_rows(keys)
+        count = keys.shape[0]
+        kept = keys[-size:] if count > size else keys
+        # All on the device: reading the pointer here would make the host wait.
+        rows = torch.arange(count - kept.shape[0], count, device=self.pointer.device)
+        self.queue[(self.pointer + rows) % size] = kept.to(self.queue.dtype)
+        self.pointer.add_(count).remainder_(size)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        check_loaded_shape(state_dict, prefix + "queue", self.queue, "KeyQueue")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return f"size={self.queue.shape[0]}, dim={self.queue.shape[1]}"

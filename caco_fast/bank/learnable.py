@@ -1,0 +1,180 @@
+"""The learnable bank: rows that serve as positives and negatives and are trained by a gradient of their own.
+
+Legend: R query rows on this rank, K bank rows, C channels, M positives per row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
+from caco_fast.bank.pending import PendingRows, Rows
+from caco_fast.distributed import all_gather_rows
+from caco_fast.errors import UserError
+from caco_fast.ops import bank_attend, bank_select, bank_step_
+from caco_fast.ops.tiling import unit_rows
+
+
+class LearnableBank(nn.Module):
+    """K rows with a velocity each. A step of training is attend, select, record, and after the optimiser `step(lr)`.
+
+        lse, _ = bank.attend(q, 0.08)                          # differentiable in q
+        positives, _ = bank.select(k)
+        loss = (lse - bank.similarity(q, positives) / 0.08).mean()
+        bank.record(q, lse, 0.08, weight, positives.unsqueeze(1))   # weight [R] = 1 / (images of the global batch)
+        loss.backward(); optimizer.step(); bank.step(lr=3.0)
+
+    size: K, any number of rows. dim: C. momentum: mu in [0, 1). norm: "implicit" stores rows of any length, as
+    the released code does; "project" rescales them to unit length after each step. backend: of the bank operations.
+    max_records: records kept without a step before that is taken for a mistake. generator: draws the first rows; on
+    several ranks give all the same seed, for the bank is replicated and kept equal.
+
+    state_dict: `bank` [K, C] and `velocity` [K, C], f32. Raises UserError if 2 K C numbers do not fit the memory.
+    Source: CaCo, eq. 7-11; AdCo with records that have no positives.
+    """
+
+    bank: Tensor  # [K, C]
+    velocity: Tensor  # [K, C]
+    skipped_rows: Tensor  # []
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        momentum: float = 0.9,
+        norm: str = "implicit",
+        backend: str = "auto",
+        max_records: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise UserError(f"LearnableBank: momentum: found {momentum}, wanted a number in [0, 1)")
+        if norm not in ("implicit", "project"):
+            raise UserError(f"LearnableBank: norm: found {norm!r}, wanted 'implicit' or 'project'")
+        with enough_memory("the bank with its velocity", size, dim, copies=2):
+            bank = random_unit_rows(size, dim, generator)
+            self.register_buffer("bank", bank)
+            self.register_buffer("velocity", torch.zeros_like(bank))
+        # Rows that a step left out since they were not finite; on the device, so that counting them waits for nothing.
+        self.register_buffer("skipped_rows", torch.zeros((), dtype=torch.int64, device=bank.device), persistent=False)
+        self.momentum, self.norm, self.backend = momentum, norm, backend
+        self.pending = PendingRows(max_records)
+
+    @property
+    def size(self) -> int:
+        return self.bank.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.bank.shape[1]
+
+    def attend(
+        self, queries: Tensor, temperature: float | tuple[float, float]
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+        """`ops.bank_attend` on this bank: lse [R] (a pair for two temperatures) and mean_row [R, C]."""
+        return bank_attend(queries, self.bank, temperature, self.backend)
+
+    def select(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """`ops.bank_select` on this bank: index [R] of the most similar row and its similarity [R]."""
+        return bank_select(keys, self.bank, self.backend)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Unit rows u at these indices, as constants. [...] -> [..., C]"""
+        return unit_rows(self.bank[index.flatten()])[0].view(*index.shape, self.dim)
+
+    def similarity(self, queries: Tensor, index: Tensor) -> Tensor:
+        """s = q . u of row i of the queries and bank row index[i], differentiable in the queries. [R, C], [R] -> [R]"""
+        return torch.linalg.vecdot(queries.to(self.bank.dtype), self.rows(index))
+
+    def record(
+        self,
+        queries: Tensor,  # [R, C]
+        lse: Tensor,  # [R]
+        temperature: float,
+        row_weight: Tensor,  # [R]
+        positives: Tensor | None = None,  # [R, M]
+        positive_weight: Tensor | None = None,  # [R, M]
+    ) -> None:
+        """Keep detached rows for the coming `step`; several records add up, as in gradient accumulation.
+
+        temperature: of the bank, and of lse; the same in all records of one step. row_weight: 1 / B with B the images
+        of the global batch, for the step sums over the rows of all ranks. Records may differ in M.
+        """
+        if queries.dim() != 2 or queries.shape[1] != self.dim:
+            found = list(queries.shape)
+            raise ValueError(f"LearnableBank.record: queries: found shape {found}, wanted [R, {self.dim}]")
+        self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """One bank step with all recorded rows of all ranks, which are consumed.
+
+        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches.
+        Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
+        `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
+        host wait for the device. A trainer looks at its loss before it comes here.
+
+        Raises UserError if nothing was recorded.
+        """
+        rows, temperature = self.pending.take(self.bank)
+        finite = rows.queries.isfinite().all(dim=1) & rows.lse.isfinite() & rows.row_weight.isfinite()  # [R]
+        self.skipped_rows += (~finite).sum()
+        bank_step_(
+            self.bank,
+            self.velocity,
+            rows.queries.masked_fill(~finite.unsqueeze(1), 0),
+            rows.lse.masked_fill(~finite, 0),
+            temperature=temperature,
+            lr=lr,
+            momentum=self.momentum,
+            row_weight=rows.row_weight.masked_fill(~finite, 0) * scale,
+            positives=rows.positives,
+            positive_weight=rows.positive_weight,
+            norm=self.norm,
+            backend=self.backend,
+        )
+
+    def discard(self) -> int:
+        """Forget the recorded rows, as after a loss that is not finite. Returns how many records there were."""
+        return self.pending.discard()
+
+    @torch.no_grad()
+    def fill(self, keys: Tensor, start: int = 0, wrap: bool = False) -> int:  # [R, C]
+        """Write the keys of all ranks, as unit rows at rest, from row `start` on; every rank brings as many.
+
+        Keys beyond the last row are dropped, or with `wrap` go on at row 0. Returns the row after the last one written:
+        `size` when the bank is full (with `wrap` a number below `size`).
+        Source: CaCo, initialisation of the bank.
+        """
+        if keys.dim() != 2 or keys.shape[1] != self.dim:
+            raise ValueError(f"LearnableBank.fill: keys: found shape {list(keys.shape)}, wanted [R, {self.dim}]")
+        if not 0 <= start <= self.size:
+            raise ValueError(f"LearnableBank.fill: start: found {start}, wanted a row in [0, {self.size}]")
+        unit, _ = unit_rows(all_gather_rows(keys).to(self.bank.dtype))
+        count = unit.shape[0]
+        if not wrap:
+            unit = unit[: self.size - start]
+            at = torch.arange(start, start + unit.shape[0], device=self.bank.device)
+        else:
+            unit = unit[-self.size :]
+            at = torch.arange(start + count - unit.shape[0], start + count, device=self.bank.device) % self.size
+        self.bank[at] = unit
+        self.velocity[at] = 0
+        return (start + count) % self.size if wrap else start + unit.shape[0]
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Rescale every row to unit length, in place. The velocity is kept."""
+        self.bank.copy_(unit_rows(self.bank)[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in ("bank", "velocity"):
+            check_loaded_shape(state_dict, prefix + key, getattr(self, key), "LearnableBank")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        settings = f"momentum={self.momentum}, norm={self.norm!r}, backend={self.backend!r}"
+        return f"size={self.size}, dim={self.dim}, {settings}"

@@ -1,0 +1,95 @@
+"""Rows that wait for the next bank step: recorded during the forward passes, gathered over the ranks, consumed.
+
+Legend: R query rows, C channels, M positives per row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from caco_fast.distributed import all_gather_rows
+from caco_fast.errors import UserError
+
+
+class Rows(NamedTuple):
+    queries: Tensor  # [R, C]
+    lse: Tensor  # [R]
+    row_weight: Tensor  # [R]
+    positives: Tensor | None  # [R, M] int64
+    positive_weight: Tensor | None  # [R, M]
+
+
+class PendingRows:
+    """Detached rows of one or more forward passes at one temperature."""
+
+    def __init__(self, max_records: int) -> None:
+        if max_records < 1:
+            raise UserError(f"LearnableBank: max_records: found {max_records}, wanted at least 1")
+        self.max_records = max_records
+        self.records: list[Rows] = []
+        self.temperature = 0.0
+
+    def add(self, rows: Rows, temperature: float) -> None:
+        count = rows.queries.shape[0]
+        for name, value in zip(rows._fields, rows, strict=True):
+            if value is not None and (value.dim() == 0 or value.shape[0] != count):
+                found = list(value.shape)
+                raise ValueError(f"LearnableBank.record: {name}: found shape {found}, wanted {count} rows as queries")
+        if rows.positives is not None and rows.positives.dim() != 2:
+            found = list(rows.positives.shape)
+            raise ValueError(f"LearnableBank.record: positives: found shape {found}, wanted [R, M]")
+        if self.records and temperature != self.temperature:
+            wanted = f"{self.temperature} as in the records before"
+            raise ValueError(f"LearnableBank.record: temperature: found {temperature}, wanted {wanted}")
+        if len(self.records) >= self.max_records:
+            raise UserError(
+                f"{len(self.records)} records wait for a bank step, more than max_records allows: call bank.step(lr) "
+                "after optimizer.step()"
+            )
+        positives, positive_weight = rows.positives, rows.positive_weight
+        if positives is not None and positive_weight is None:
+            many = max(positives.shape[1], 1)
+            positive_weight = torch.full(positives.shape, 1 / many, device=positives.device)
+        kept = rows._replace(positives=positives, positive_weight=positive_weight)
+        self.records.append(Rows(*(None if value is None else value.detach() for value in kept)))
+        self.temperature = temperature
+
+    def discard(self) -> int:
+        count = len(self.records)
+        self.records.clear()
+        return count
+
+    def take(self, bank: Tensor) -> tuple[Rows, float]:
+        """All records of all ranks as one, and their temperature; nothing is left behind."""
+        if not self.records:
+            raise UserError(
+                "bank.step(lr): no rows were recorded since the last step: run the criterion in training mode and with "
+                "gradients enabled first, and call step once per optimizer.step()"
+            )
+        rows = concatenate(self.records, bank)
+        self.discard()
+        return Rows(*(None if value is None else all_gather_rows(value) for value in rows)), self.temperature
+
+
+def concatenate(records: list[Rows], bank: Tensor) -> Rows:
+    """One record of all rows; missing positives are padded with index 0 at weight 0."""
+    # A concatenation of bf16 and f32 rows is f32.
+    queries = torch.cat([record.queries for record in records])
+    lse = torch.cat([record.lse.to(bank.dtype) for record in records])
+    row_weight = torch.cat([record.row_weight.to(bank.dtype) for record in records])
+    many = max(0 if record.positives is None else record.positives.shape[1] for record in records)
+    if many == 0:
+        return Rows(queries, lse, row_weight, None, None)
+    positives, weights = [], []
+    for record in records:
+        if record.positives is None:
+            count = record.queries.shape[0]
+            positives.append(torch.zeros((count, many), dtype=torch.int64, device=bank.device))
+            weights.append(torch.zeros((count, many), dtype=bank.dtype, device=bank.device))
+        else:
+            missing = (0, many - record.positives.shape[1])
+            positives.append(pad(record.positives.long(), missing))
+            weights.append(pad(record.positive_weight.to(bank.dtype), missing))
+    return Rows(queries, lse, row_weight, torch.cat(positives), torch.cat(weights))

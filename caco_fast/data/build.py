@@ -1,0 +1,84 @@
+"""From settings to sources and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from caco_fast.data.cifar10 import cifar10
+from caco_fast.data.evaluation import EvalLoader
+from caco_fast.data.fashion_mnist import fashion_mnist
+from caco_fast.data.folder import FolderSource
+from caco_fast.data.loader import TrainLoader
+from caco_fast.data.settings import DataConfig, ViewConfig
+from caco_fast.data.source import ArraySource, Source
+from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.errors import UserError
+
+SPLITS = ("train", "test")
+MEMORY_LIMIT = 2 * 1024**3  # bytes of pixels, up to which `loader: auto` keeps a set in memory
+
+
+def build_source(config: DataConfig, split: str) -> Source:
+    """The images of a split, "train" or "test". UserError where they are missing or unreadable."""
+    config.validate()
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, wanted one of {SPLITS}")
+    if config.source == "embedded":
+        source: Source = fashion_mnist(split)
+    elif config.source == "cifar10":
+        source = cifar10(config.path, split)
+    else:
+        source = FolderSource(config.path, split)
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and len(values) != source.channels:
+            raise UserError(f"data.{name} has {len(values)} values, the images have {source.channels} channels")
+    return source
+
+
+def build_train_loader(
+    config: DataConfig,
+    views: Sequence[ViewConfig],
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> TrainLoader:
+    """The loader that `config.loader` names, over the training set; `batch_size` counts the images of all ranks."""
+    if not views:
+        raise UserError("there are no views; give at least one entry")
+    for number, view in enumerate(views):
+        view.validate(f"views[{number}]")
+    source = build_source(config, "train")
+    options = dict(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device)
+    small = isinstance(source, ArraySource) and source.images.nbytes <= MEMORY_LIMIT
+    if config.loader == "memory" or (config.loader == "auto" and small):
+        from caco_fast.data.memory import MemoryLoader
+
+        return MemoryLoader(source, config, views, **options)
+    return TorchvisionLoader(source, config, views, **options)
+
+
+def build_eval_loader(
+    config: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    share: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> EvalLoader:
+    """The rank's part of a fixed random `share` of a split, in order, with labels. UserError where there are none."""
+    source = build_source(config, split)
+    if not source.classes:
+        raise UserError(
+            f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
+            f"put them into one folder for each class, or turn evaluation off"
+        )
+    options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
+    return EvalLoader(source, config, **options)

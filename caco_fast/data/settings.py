@@ -1,0 +1,103 @@
+"""Settings of the data: where the images come from, how they are read, and the recipe of the views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from caco_fast.errors import UserError
+from caco_fast.settings import setting
+
+SOURCES = ("folder", "cifar10", "embedded")
+LOADERS = ("auto", "torchvision", "memory")
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """One kind of view, drawn `count` times from every image: the published augmentation, in its published order.
+
+    RandomResizedCrop, colour jitter, grey, blur, solarise, flip, normalise (MoCo v2, arXiv 2003.04297; BYOL,
+    2006.07733; CaCo's view a is blur_p 1, its view b blur_p 0.1 and solarize_p 0.2).
+    """
+
+    count: int = setting(1, "how many views of this kind each image gives (>= 1)")
+    size: int = setting(224, "side of the square view in pixels (>= 1)")
+    scale: tuple[float, float] = setting(
+        (0.2, 1.0), "share of the image's area that a crop covers: smallest, largest (0 to 1)"
+    )
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "aspect ratio of a crop, width / height: smallest, largest")
+    flip_p: float = setting(0.5, "probability of a horizontal flip (0 to 1)")
+    jitter_p: float = setting(0.8, "probability of the colour jitter (0 to 1)")
+    brightness: float = setting(0.4, "jitter: brightness factor drawn from 1 -+ this (>= 0)")
+    contrast: float = setting(0.4, "jitter: contrast factor drawn from 1 -+ this (>= 0)")
+    saturation: float = setting(0.2, "jitter: saturation factor drawn from 1 -+ this (>= 0); not for grey images")
+    hue: float = setting(0.1, "jitter: hue shift drawn from -+ this, in turns (0 to 0.5); not for grey images")
+    grey_p: float = setting(0.2, "probability of dropping the colour (0 to 1); not for grey images")
+    blur_p: float = setting(0.5, "probability of a Gaussian blur (0 to 1)")
+    blur_sigma: tuple[float, float] = setting(
+        (0.1, 2.0), "sigma of the blur in pixels of the view: smallest, largest (> 0)"
+    )
+    solarize_p: float = setting(0.0, "probability of solarising: values of 128 and above are inverted (0 to 1)")
+
+    def validate(self, where: str = "view") -> None:
+        """Raise UserError for the first field that is out of range; `where` names the entry, as in `views[1]`."""
+        for name in ("count", "size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{where}.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{where}.{name} is {getattr(self, name)}; a probability is between 0 and 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{where}.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.hue <= 0.5:
+            raise UserError(f"{where}.hue is {self.hue}; it is a share of the colour circle, between 0 and 0.5")
+        for name, largest in (("scale", 1.0), ("ratio", float("inf")), ("blur_sigma", float("inf"))):
+            pair = tuple(getattr(self, name))
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= largest:
+                upper = "" if largest == float("inf") else f" <= {largest:g}"
+                raise UserError(f"{where}.{name} is {list(pair)}; it must be [low, high] with 0 < low <= high{upper}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are read."""
+
+    source: str = setting(
+        "folder", "folder (path/train/<class>/*.JPEG), cifar10 (release files) or embedded (Fashion-MNIST)"
+    )
+    path: str = setting("", "directory of the data; not used by the embedded source")
+    loader: str = setting(
+        "auto", "torchvision (worker processes), memory (whole set in memory) or auto (memory for small sets)"
+    )
+    workers: int = setting(4, "worker processes per rank of the torchvision loader; 0 reads in the training process")
+    prefetch: int = setting(2, "batches that each worker prepares ahead (>= 1)")
+    mean: list[float] | None = setting(None, "mean of each channel in [0, 1] to subtract; null: the source's own")
+    std: list[float] | None = setting(None, "standard deviation of each channel to divide by; null: the source's own")
+    eval_resize: int | None = setting(
+        None, "evaluation: the shorter side is resized to this many pixels; null: no resize"
+    )
+    eval_size: int | None = setting(None, "evaluation: side of the centre crop in pixels; null: no crop")
+    bad_image_limit: float = setting(
+        0.01, "share of the training set that may be unreadable (0 to 1); a rank that finds more stops"
+    )
+
+    def validate(self) -> None:
+        """Raise UserError for the first field that is out of range or unknown."""
+        for name, known in (("source", SOURCES), ("loader", LOADERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"data.{name} is '{getattr(self, name)}'; it must be one of {', '.join(known)}")
+        if self.source != "embedded" and not self.path:
+            raise UserError(
+                f"data.path is empty; the {self.source} source needs the directory of the data: data.path=DIR"
+            )
+        if self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it must be 0 or more")
+        if self.prefetch < 1:
+            raise UserError(f"data.prefetch is {self.prefetch}; it must be 1 or more")
+        for name in ("eval_resize", "eval_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be 1 or more, or null")
+        if self.std is not None and min(self.std, default=0.0) <= 0:
+            raise UserError(f"data.std is {list(self.std)}; every channel's standard deviation must be above 0")
+        if not 0 <= self.bad_image_limit <= 1:
+            raise UserError(f"data.bad_image_limit is {self.bad_image_limit}; it is a share, between 0 and 1")

@@ -1,0 +1,85 @@
+"""The published views by torchvision transforms v2, on PIL images as the published recipes run them.
+
+Everything random comes from torch's global CPU generator, as in torchvision; `keep_random_state` and `reseed` guard it.
+Legend: B images, h x w pixels, ch channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from caco_fast.data.settings import ViewConfig
+
+
+class GaussianBlur(v2.Transform):
+    """Blur of a PIL image, sigma uniform in `sigma` pixels of the view, as MoCo v2's recipe does it.
+
+    PIL's filter approaches the Gaussian by three box filters as wide as sigma needs, so there is no kernel size to
+    choose. Sigma is not scaled with the view: for very small ones set `blur_sigma` smaller.
+    """
+
+    _transformed_types = (Image.Image,)
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        super().__init__()
+        self.low, self.high = sigma
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, float]:
+        return {"sigma": torch.empty(1).uniform_(self.low, self.high).item()}
+
+    def transform(self, inpt: Image.Image, params: dict[str, float]) -> Image.Image:
+        return inpt.filter(ImageFilter.GaussianBlur(radius=params["sigma"]))
+
+
+def view_transform(config: ViewConfig, channels: int) -> v2.Compose:
+    """PIL image -> uint8 tensor [ch, size, size]: one random view. Grey images skip what acts on colour only."""
+    colour = {"saturation": config.saturation, "hue": config.hue} if channels == 3 else {}
+    jitter = v2.ColorJitter(config.brightness, config.contrast, **colour)
+    steps: list[v2.Transform] = [
+        v2.RandomResizedCrop(config.size, scale=tuple(config.scale), ratio=tuple(config.ratio)),
+        v2.RandomApply([jitter], p=config.jitter_p),
+    ]
+    if channels == 3:
+        steps.append(v2.RandomGrayscale(p=config.grey_p))
+    steps += [
+        v2.RandomApply([GaussianBlur(tuple(config.blur_sigma))], p=config.blur_p),
+        v2.RandomSolarize(threshold=128, p=config.solarize_p),
+        v2.RandomHorizontalFlip(p=config.flip_p),
+        v2.PILToTensor(),
+    ]
+    return v2.Compose(steps)
+
+
+def evaluation_transform(resize: int | None, size: int | None) -> v2.Compose:
+    """PIL image -> uint8 tensor [ch, h, w]: shorter side to `resize`, then the centre `size` x `size`; None skips."""
+    steps: list[v2.Transform] = [v2.Resize(resize)] if resize else []
+    steps += [v2.CenterCrop(size)] if size else []
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, ch, h, w] -> float32, scaled to [0, 1], minus mean, divided by std, on the device of `images`."""
+    return F.normalize(F.to_dtype(images, torch.float32, scale=True), list(mean), list(std), inplace=True)
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Leaves torch's global CPU generator as it was; `reseed` may be used inside."""
+    state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def reseed(seed: int) -> None:
+    """Seeds torch's global CPU generator alone; torch.manual_seed would queue a call on every accelerator too."""
+    torch.default_generator.manual_seed(seed)

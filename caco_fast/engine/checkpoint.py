@@ -1,0 +1,243 @@
+"""Checkpoints that are whole or absent: atomic writes, the last k and the best, and refusals that name the way on.
+
+A checkpoint is a `torch.save` archive of `{"format", "version", "step", "state"}`. The state is limited to tensors and
+plain Python values, so that it loads with `weights_only=True`: a checkpoint from elsewhere can't run code.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from caco_fast.engine.files import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
+from caco_fast.errors import UserError
+
+FORMAT = "caco_fast checkpoint"
+VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriteError(UserError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run: `step_00001234.pt` for the last `keep` saves, and `best.pt` with `best.json`."""
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: found {keep}, wanted at least 1")
+        self.folder = Path(folder)
+        self.keep = keep
+        remove_leftovers(self.folder)
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        """Writes the state of `step`, then prunes. Raises CheckpointWriteError if the disk is full or read-only."""
+        path = self.folder / f"step_{step:08d}.pt"
+        with _writing(path):
+            self._write(path, state, step)
+        self._prune(step)
+        return path
+
+    def save_best(self, source: Path | dict[str, Any], step: int, score: float) -> bool:
+        """Keeps `source` (a checkpoint just saved, or a state) as `best.pt` if its score is the highest yet.
+
+        A best one of a later step belongs to a future that was left by resuming before it, and does not count.
+        Returns whether it was kept.
+        """
+        kept = self.best()
+        if math.isnan(score) or (kept is not None and kept[0] <= step and kept[1] >= score):
+            return False
+        path = self.folder / "best.pt"
+        with _writing(path):
+            if isinstance(source, dict):
+                self._write(path, source, step)
+            else:
+                _link(source, path)
+            atomic_write_text(self.folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
+        return True
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of `best.pt`."""
+        try:
+            kept = json.loads((self.folder / "best.json").read_text())
+            return int(kept["step"]), float(kept["score"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def latest(self) -> Path | None:
+        found = checkpoints_in(self.folder)
+        return found[-1][1] if found else None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """The state in `path`, on the CPU, mapped from the file rather than read into memory.
+
+        Raises UserError when the file is missing, empty, truncated, damaged, foreign or of a newer version; the line
+        names the newest intact checkpoint before it and the option that resumes from there.
+        """
+        try:
+            return _read(Path(path))
+        except _Unusable as reason:
+            raise UserError(f"checkpoint {path} {reason}; {_way_on(Path(path))}") from None
+
+    def _write(self, path: Path, state: dict[str, Any], step: int) -> None:
+        require_plain(state)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            _save_archive({"format": FORMAT, "version": VERSION, "step": step, "state": state}, file)
+
+    def _prune(self, step: int) -> None:
+        """Removes all but the last `keep` up to `step`, and the later ones, left behind by resuming before them."""
+        found = checkpoints_in(self.folder)
+        until_now = [path for at, path in found if at <= step]
+        for path in until_now[: -self.keep] + [path for at, path in found if at > step]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("old checkpoint %s could not be removed: %s", path, error.strerror or error)
+
+
+def resolve_resume(mode: str, store: CheckpointStore) -> Path | None:
+    """The checkpoint that `--resume MODE` means: `auto` the latest if there is one, `never` none, else the path itself.
+
+    Nothing is read here, and nothing falls back: a damaged latest one is refused by `load`, which offers the one
+    before.
+    """
+    if mode == "never":
+        return None
+    if mode == "auto":
+        return store.latest()
+    path = Path(mode)
+    if path.is_file():
+        return path
+    latest = store.latest()
+    known = f"the latest of this run is {latest}" if latest else f"{store.folder} holds no checkpoint"
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise UserError(f"--resume {mode}: {what}, wanted auto, never or the path of a checkpoint; {known}")
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the step checkpoints, by step."""
+    matches = ((re.fullmatch(r"step_(\d+)\.pt", path.name), path) for path in folder.glob("step_*.pt"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def require_plain(value: Any, where: str = "state") -> None:
+    """Raises TypeError naming the key of the first value that `weights_only=True` would refuse to load."""
+    if type(value) in (int, float, str, bool, type(None), torch.Tensor, torch.nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(
+                    f"checkpoint {where}: found a key {key!r} of type {type(key).__name__}, wanted str or int"
+                )
+            require_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):
+            require_plain(item, f"{where}[{position}]")
+    else:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(
+            f"checkpoint {where}: found {kind}, wanted a tensor, dict, list, tuple, int, float, str, bool or None"
+        )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"checkpoint {path} could not be written: {error.strerror or error}; earlier checkpoints in {path.parent} "
+            "are intact, make room and resume with --resume auto"
+        ) from error
+
+
+def _link(source: Path, path: Path) -> None:
+    """Gives `path` the contents of `source`, atomically: by a hard link, or a copy where there are none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, path)
+        # Renaming a link onto another link of the same file does nothing, and leaves the first behind.
+        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError:
+        with open(source, "rb") as original, atomic_write(path) as copy:
+            shutil.copyfileobj(original, copy)
+
+
+class _Unusable(Exception):
+    """Why a file can't serve as a checkpoint, as the end of a sentence that begins with its name."""
+
+
+def _save_archive(payload: dict[str, Any], file: Any) -> None:
+    """torch.save, with the OSError of a failed write as itself: torch's writer reports it as a RuntimeError."""
+    try:
+        torch.save(payload, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if not start:
+            raise _Unusable("is empty")
+        if start != b"PK\x03\x04":
+            raise _Unusable("is not a caco_fast checkpoint")
+        # torch does not compare checksums when it reads.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise _Unusable(f"is damaged (checksum of {damaged})")
+    except OSError as error:
+        raise _Unusable(f"can't be read ({error.strerror or error})") from None
+    except _Unusable:
+        raise
+    except Exception:
+        # A damaged directory makes zipfile raise whatever the damage looks like: encryption, compression, bad text.
+        raise _Unusable("is truncated or damaged") from None
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        raise _Unusable("is not a caco_fast checkpoint (it holds more than tensors and plain values)") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT or "state" not in payload:
+        raise _Unusable("is not a caco_fast checkpoint")
+    if payload.get("version") != VERSION:
+        raise _Unusable(
+            f"has format version {payload.get('version')}, this caco_fast reads {VERSION}: update caco_fast"
+        )
+    return payload["state"]
+
+
+def _way_on(path: Path) -> str:
+    """What to do instead of resuming from `path`: the newest intact checkpoint before it, or a new run."""
+    own = re.fullmatch(r"step_(\d+)\.pt", path.name)
+    before = [other for at, other in checkpoints_in(path.parent) if other != path and (not own or at < int(own[1]))]
+    for other in [*reversed(before), path.parent / "best.pt"]:
+        if other == path:
+            continue
+        try:
+            _read(other)
+        except _Unusable:
+            continue
+        return f"the newest intact one is {other}: resume from it with --resume {other}"
+    return f"no other intact checkpoint is in {path.parent}: start again with --resume never in another run folder"

@@ -1,0 +1,124 @@
+"""A run at a glance: `curves.png`, small multiples over the steps, from the run folder's metrics.jsonl."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from caco_fast.engine.files import atomic_write
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.errors import UserError
+
+Points = tuple[list[float], list[float]]
+COLOURS = ("#1f5fa8", "#d9660b", "#3a8a3e", "#8f4aa3")
+INITIALISATION = "#ece7da"
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    belongs: Callable[[str], bool]
+    from_zero: bool = True
+    own_scales: bool = False
+
+
+PANELS = (
+    Panel("loss", "nats", lambda name: name == "loss", from_zero=False),
+    Panel("probability of the positive", "", lambda name: name == "positive_probability"),
+    Panel("rows chosen as positives", "perplexity", lambda name: name == "positive_perplexity"),
+    Panel("weighted kNN", "per cent", lambda name: name.startswith("knn"), from_zero=False),
+    # Rates differ by orders of magnitude (encoder 0.3, bank 3): two scales show the shape of both.
+    Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),
+    Panel("speed", "pairs/s", lambda name: name == "pairs_per_second"),
+)
+
+
+def draw_curves(run_folder: Path) -> Path:
+    """Draws `curves.png` anew and returns its path; a panel without measurements says so.
+
+    Steps of the bank's initialisation (negative epochs) are shaded. Raises UserError when the run has no metrics.
+    """
+    run_folder = Path(run_folder)
+    lines = read_metrics(run_folder)
+    if not lines:
+        raise UserError(f"curves: {run_folder} has no metrics.jsonl with a line in it")
+    initialised = max((line["step"] for line in lines if (line.get("epoch") or 0) < 0), default=None)
+    figure = Figure(figsize=(13.5, 7.2), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.03))
+    shading = " (shaded: initialisation of the bank)" if initialised is not None else ""
+    figure.suptitle(
+        f"{run_folder.resolve().name}, {lines[-1]['step']:,} steps{shading}", x=0.01, ha="left", fontsize=12
+    )
+    for panel, axes in zip(PANELS, figure.subplots(2, 3).flat):
+        _draw(panel, axes, lines, initialised)
+    path = run_folder / "curves.png"
+    with atomic_write(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+    return path
+
+
+def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: int | None) -> None:
+    names = sorted({name for line in lines for name in line if panel.belongs(name)}, key=lambda name: (len(name), name))
+    series = {name: found for name in names if (found := _points(lines, name))[0]}
+    first, last = min(line["step"] for line in lines), max(line["step"] for line in lines)
+    pad = 0.03 * (last - min(first, 0)) or 1
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_xlim(min(first, 0) - pad, last + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.spines[["top", "right"]].set_visible(False)
+    if not series:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="grey")
+        axes.set_yticks([])
+        return
+    axes.set_ylabel(panel.unit)
+    axes.grid(alpha=0.25)
+    if initialised is not None:
+        axes.axvspan(min(first, 0) - pad, initialised, color=INITIALISATION, zorder=0)
+    two_scales = panel.own_scales and len(series) == 2
+    scales = [axes, axes.twinx()] if two_scales else [axes] * len(series)
+    drawn = []
+    for scale, colour, (name, (steps, values)) in zip(scales, cycle(COLOURS), series.items()):
+        mark = "o" if len(steps) <= 40 else None
+        drawn += scale.plot(steps, values, color=colour, lw=1.6, marker=mark, ms=3.5, label=_label(name))
+        scale.yaxis.set_major_locator(MaxNLocator(5))
+        scale.margins(y=0.12)
+        if panel.from_zero:
+            scale.set_ylim(bottom=0)
+        if panel.unit == "pairs/s":
+            scale.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if two_scales:
+            scale.set_ylabel(_label(name), color=colour)
+            scale.tick_params(axis="y", colors=colour)
+            scale.spines["top"].set_visible(False)
+    if len(series) == 1 and not panel.own_scales:
+        values = next(iter(series.values()))[1]
+        axes.set_title(f"{_figure(values[0])} \u2192 {_figure(values[-1])}", loc="right", fontsize=10, color="#555555")
+    elif not two_scales:
+        for line, (_, values) in zip(drawn, series.values()):
+            line.set_label(f"{line.get_label()}: {_figure(values[-1])}")
+        axes.legend(handles=drawn, frameon=False, fontsize=9, loc="lower right")
+
+
+def _points(lines: list[dict[str, Any]], name: str) -> Points:
+    """The finite values of a series; a gap in a curve is less use than the curve."""
+    found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    finite = [(step, value) for step, value in found if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").replace("knn", "k")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 20 else f"{value:.3g}"

@@ -1,0 +1,207 @@
+"""How far a run is: a live bar on a terminal, plain lines elsewhere, and both in the run's log.
+
+A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | eta 0:03:10`, eta
+being that of the whole run. Rank 0 alone prints.
+"""
+
+import io
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from caco_fast.distributed import rank
+
+LABELS = {"positive_probability": "positive", "bank_lr": "bank lr"}
+
+# One console for all: what it prints while the bar is live appears above the bar.
+console = Console(highlight=False, soft_wrap=True)
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows a run of `total_epochs` epochs; use as a context manager, so that the terminal is left clean on any exit.
+
+    `step` counts every step and never touches a tensor; values come on log steps only, where the trainer synchronises
+    anyway, so the rates between two of them are true on a GPU too. `plain`: None means lines if stdout is no terminal.
+    """
+
+    def __init__(
+        self, total_epochs: int, steps_per_epoch: int, batch_size: int, log_every: int = 10, plain: bool | None = None
+    ) -> None:
+        self.total_epochs = total_epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.batch_size = batch_size
+        self.log_every = log_every
+        self.pairs_per_second = 0.0
+        self._plain = not console.is_terminal if plain is None else plain
+        self._bar: RichProgress | None = None
+        self._task = TaskID(-1)
+        self._title = ""
+        self._steps = self._step = 0
+        self._later_steps = total_epochs * steps_per_epoch
+        self._started = self._logged = time.monotonic()
+        self._steps_here = self._unlogged = 0
+        self._line = ""
+
+    def __enter__(self) -> "Progress":
+        log_to_console()
+        if rank() == 0 and not self._plain:
+            self._bar = _TwoLines(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[eta]}"),
+                console=console,
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._bar.start()
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            # The bar is wiped; how far the run came stays to be read.
+            if self._line:
+                console.print(self._line, markup=False)
+
+    def start_phase(self, name: str, steps: int, first_step: int = 0) -> None:
+        """A stretch of steps before the epochs, such as the bank's initialisation."""
+        self._start(name, steps, first_step, later=self.total_epochs * self.steps_per_epoch)
+
+    def start_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """`epoch` counts from 0; `first_step` is the first one still to be done, in a run resumed in mid-epoch."""
+        later = (self.total_epochs - epoch - 1) * self.steps_per_epoch
+        self._start(f"epoch {epoch + 1}/{self.total_epochs}", self.steps_per_epoch, first_step, later)
+
+    def is_log_step(self, step: int) -> bool:
+        """Whether step `step` (from 0) of the epoch or phase wants values: every `log_every`-th, and the last."""
+        return (step + 1) % self.log_every == 0 or step + 1 == self._steps
+
+    def step(self, values: Mapping[str, float] | None = None) -> None:
+        """One step is done; `values` (loss, positive_probability, lr, ...) on log steps, as plain numbers."""
+        self._step += 1
+        self._steps_here += 1
+        self._unlogged += 1
+        if rank() != 0:
+            return
+        if values is not None:
+            now = time.monotonic()
+            self.pairs_per_second = self._unlogged * self.batch_size / max(now - self._logged, 1e-9)
+            self._logged, self._unlogged = now, 0
+            shown = self._shown(values)
+            self._line = f"{self._title} step {self._step}/{self._steps} | {shown} | eta {self._eta_run()}"
+            log.info(self._line, extra={"file_only": self._bar is not None})
+            if self._bar is not None:
+                self._bar.update(self._task, values=shown, eta=f"eta {self._eta_phase()}, run {self._eta_run()}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._step)
+
+    def _start(self, title: str, steps: int, first_step: int, later: int) -> None:
+        self._title, self._steps, self._step, self._later_steps = title, steps, first_step, later
+        self._logged, self._unlogged = time.monotonic(), 0
+        if self._bar is None:
+            return
+        if self._bar.tasks:
+            self._bar.remove_task(self._task)
+            # One line of each finished epoch stays above the bar.
+            if self._line:
+                console.print(self._line, markup=False)
+        self._line = ""
+        self._task = self._bar.add_task(title, total=steps, completed=first_step, values="", eta="")
+
+    def _shown(self, values: Mapping[str, float]) -> str:
+        parts = [f"{LABELS.get(name, name)} {_number(name, value)}" for name, value in values.items()]
+        return " | ".join([*parts, f"{self.pairs_per_second:,.0f} pairs/s"])
+
+    def _eta_phase(self) -> str:
+        return _clock((self._steps - self._step) * self.batch_size / max(self.pairs_per_second, 1e-9))
+
+    def _eta_run(self) -> str:
+        # Over all that this process did, evaluation and saving included.
+        seconds_per_step = (time.monotonic() - self._started) / max(self._steps_here, 1)
+        return _clock((self._steps - self._step + self._later_steps) * seconds_per_step)
+
+
+class _TwoLines(RichProgress):
+    """The bar, and the values on a line of their own: side by side they do not fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["values"], overflow="ellipsis", no_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records on the console, above a live bar; records marked `file_only` are on it already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        if record.levelno >= logging.WARNING:
+            style = "yellow" if record.levelno < logging.ERROR else "red"
+            console.print(Text(f"{record.levelname.lower()}: {message}", style=style))
+        else:
+            console.print(message, markup=False)
+
+
+def log_to_console() -> None:
+    """Sends the log of caco_fast to the terminal on rank 0; calling it again changes nothing."""
+    logger = logging.getLogger("caco_fast")
+    if rank() == 0 and not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+        logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Shows a table on the console and in the log, on rank 0; returns it as plain text.
+
+    The first column is text, the others are aligned to the right; floats are shown with one decimal.
+    """
+    plain = Console(file=io.StringIO(), width=10_000, color_system=None)
+    plain.print(_table(title, columns, rows, box.ASCII2))
+    text = "\n".join(line.rstrip() for line in plain.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    if rank() == 0:
+        on_terminal = console.is_terminal
+        if on_terminal:
+            console.print(_table(title, columns, rows, box.ROUNDED), soft_wrap=False)
+        log.info("\n%s", text, extra={"file_only": on_terminal})
+    return text
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]], style: box.Box) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=style)
+    for position, column in enumerate(columns):
+        made.add_column(Text(column), justify="left" if position == 0 else "right")
+    for row in rows:
+        made.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else str(cell)) for cell in row))
+    return made
+
+
+def _number(name: str, value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if "positive" in name:
+        return f"{value:.3f}"
+    # Four decimals, unless that would hide a small value, as a learning rate of 1e-5.
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(min(seconds, 3.6e7) + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

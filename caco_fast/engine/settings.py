@@ -1,0 +1,31 @@
+"""Settings of the run itself: length, batch, precision, what is kept and where."""
+
+from dataclasses import dataclass
+
+from caco_fast.settings import setting
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    epochs: int = setting(200, "epochs of training, after the bank's initialisation")
+    batch_size: int = setting(1024, "images per step over all ranks; each gives all its views")
+    seed: int = setting(0, "of weights, bank, sample order and views")
+    precision: str = setting("bf16", "of the encoders: f32, tf32, bf16 or fp16; embeddings and losses are f32")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
+    cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
+    log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
+    max_steps: int = setting(0, "stop after so many steps in all, initialisation included; the schedule stays; 0: no stop")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_epochs: int = setting(1, "epochs between two checkpoints; 0: none at the end of epochs")
+    every_steps: int = setting(0, "steps between two checkpoints, within an epoch too; 0: none by steps")
+    keep: int = setting(3, "newest checkpoints kept beside best.pt")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = setting("", "run folder; empty: runs/<name of the config file>")
+    tensorboard: bool = setting(True, "write TensorBoard events to the run folder")
+    plain: bool = setting(False, "plain log lines in place of the progress bar also on a terminal")

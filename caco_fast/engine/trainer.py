@@ -1,0 +1,360 @@
+"""The training loop: the bank's initialisation, then epochs of steps, with logs, kNN and checkpoints between them.
+
+Legend: a step is one optimiser step on `batch_size` images over all ranks; those of the initialisation count separately.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from caco_fast.data import Batch, TrainLoader
+from caco_fast.distributed import all_reduce_sum, rank, world_size
+from caco_fast.engine import random_state
+from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
+from caco_fast.engine.interrupt import Interrupt, Interrupted
+from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.progress import Progress
+from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
+from caco_fast.errors import UserError
+from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.methods import Method, StepOutput
+from caco_fast.models import EncoderPair
+from caco_fast.optim import Schedule
+
+log = logging.getLogger("caco_fast.trainer")
+
+PREPARATION, TRAINING = "preparation", "training"
+
+
+@dataclass
+class Position:
+    """Where a run stands: `step` counts the finished steps of the phase, `total_steps` those of both phases.
+
+    `epochs_ended` are the epochs whose kNN and checkpoint are done too: a run stopped before that
+    does them when resumed.
+    """
+
+    phase: str = PREPARATION
+    step: int = 0
+    total_steps: int = 0
+    epochs_ended: int = 0
+    train_seconds: float = 0.0
+
+
+class Rates(NamedTuple):
+    """What the schedule sets for one step."""
+
+    lr: float
+    key_momentum: float
+    warmup: float
+
+
+@dataclass
+class Interval:
+    """Sums of what the steps since the last log line gave; they stay on the device until they are read."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+
+    def add(self, output: StepOutput) -> None:
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over these steps and over all ranks, each of which calls."""
+        totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
+        return dict(zip(self.sums, totals.tolist()))
+
+    def clear(self) -> None:
+        self.sums, self.steps, self.seconds = {}, 0, 0.0
+
+
+class Trainer:
+    """Runs a method on a pair of encoders. The caller builds every component; the trainer only knows their interfaces."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        checkpoint: CheckpointConfig,
+        *,
+        device: torch.device,
+        encoders: EncoderPair,
+        method: Method,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        schedule: Schedule,
+        loader: TrainLoader,
+        evaluator: Evaluator | None,
+        store: CheckpointStore,
+        metrics: MetricsWriter,
+        progress: Progress,
+        resolved_config: str,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.device = device
+        self.encoders = encoders
+        self.method = method
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.schedule = schedule
+        self.loader = loader
+        self.evaluator = evaluator
+        self.store = store
+        self.metrics = metrics
+        self.progress = progress
+        self.resolved_config = resolved_config
+        self.interrupt = Interrupt()
+        self.position = Position()
+        self._interval = Interval()
+        # Mean probability of the chosen positive in the first and the last log line of the training phase.
+        self.positive_probability: dict[str, float] = {}
+        self._rates = Rates(0.0, 0.0, 0.0)
+        self._mark = 0.0
+        self._saved: tuple[int, int] | None = None
+
+    def run(self) -> None:
+        """From the present position to the end of the run, or to `max_steps`.
+
+        Raises:
+            UserError: the loss became NaN or infinite, or the data gave out.
+            Interrupted: a signal asked to stop; a checkpoint was written first.
+        """
+        self.encoders.train()
+        self.method.train()
+        with self.interrupt, self.progress:
+            if self.position.phase == PREPARATION:
+                self._prepare()
+            if self.position.phase == TRAINING:
+                self._train()
+            self._save()
+
+    def close(self) -> None:
+        """Ends the loader's workers and closes the metrics."""
+        self.loader.close()
+        self.metrics.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.position.phase == TRAINING and self.position.epochs_ended >= self.config.epochs
+
+    def _prepare(self) -> None:
+        """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 is not a replay of them."""
+        steps = self.method.preparation_steps(self.config.batch_size)
+        per_epoch = self.loader.steps_per_epoch
+        if steps:
+            self.progress.start_phase("initialisation", steps, self.position.step)
+        while self.position.step < steps and not self._out_of_steps():
+            epoch, first = divmod(self.position.step, per_epoch)
+            for batch in self._batches(-1 - epoch, first, min(per_epoch, steps - epoch * per_epoch)):
+                # The schedule's warm-up is much longer than this phase, so the phase has one of its own.
+                warmup = (self.position.step + 1) / steps
+                rates = Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
+                self._step(batch, self.method.prepare, rates)
+                self._after_step(epoch=-1 - epoch, step=self.position.step)
+        if self.position.step == steps:
+            if steps:
+                self.method.finish_preparation(self.encoders)
+                self.optimizer.state.clear()
+            self.position.phase, self.position.step = TRAINING, 0
+            self._interval.clear()
+
+    def _train(self) -> None:
+        per_epoch = self.loader.steps_per_epoch
+        while True:
+            epoch, first = divmod(self.position.step, per_epoch)
+            if epoch > self.position.epochs_ended:
+                self._end_epoch(epoch)
+            if self.finished or self._out_of_steps():
+                return
+            self.progress.start_epoch(epoch, first)
+            for batch in self._batches(epoch, first, per_epoch):
+                step = self.position.step
+                rates = Rates(
+                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step), self.schedule.warmup_at(step)
+                )
+                self._step(batch, self.method, rates)
+                self._after_step(epoch, step=self.position.step - epoch * per_epoch)
+
+    def _out_of_steps(self) -> bool:
+        return 0 < self.config.max_steps <= self.position.total_steps
+
+    def _batches(self, epoch: int, first: int, end: int) -> Iterator[Batch]:
+        """Batches first..end-1 of an epoch, or up to max_steps."""
+        count = end - first
+        self._mark = time.perf_counter()
+        if self.config.max_steps:
+            count = min(count, self.config.max_steps - self.position.total_steps)
+        with contextlib.closing(self.loader.batches(epoch, first)) as batches:
+            yield from itertools.islice(batches, count)
+
+    def _step(self, batch: Batch, objective: Callable[..., StepOutput], rates: Rates) -> None:
+        views = [view.to(self.device, memory_format=torch.channels_last, non_blocking=True) for view in batch.views]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates.lr
+        self.encoders.momentum = rates.key_momentum
+
+        output = objective(views, self.encoders)
+        self._interval.add(output)
+        if self.device.type == "cpu":
+            # On a GPU reading the loss would stall every step; there the log lines and checkpoints look.
+            self._require_finite()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(output.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.update(rates.warmup)
+
+        self._rates = rates
+        self.position.step += 1
+        self.position.total_steps += 1
+
+    def _after_step(self, epoch: int, step: int) -> None:
+        """Between two steps: the clock, a log line, a checkpoint, a request to stop. `step` counts within `epoch`."""
+        values = None
+        if self.progress.is_log_step(step - 1):
+            self._require_finite()
+            values = self._interval.means()
+        now = time.perf_counter()
+        self._interval.seconds += now - self._mark
+        self.position.train_seconds += now - self._mark
+        if values is not None:
+            self._log(values, epoch)
+        else:
+            self.progress.step()
+        every = self.checkpoint.every_steps
+        if every and self.position.total_steps % every == 0:
+            self._save()
+        if self.interrupt.signal is not None:
+            self._save()
+            name, number = self.interrupt.signal.name, self.interrupt.signal.value
+            raise Interrupted(f"stopped by {name} after step {self.position.total_steps}", 128 + number)
+        self._mark = time.perf_counter()
+
+    def _log(self, values: dict[str, float], epoch: int) -> None:
+        shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
+        self.progress.step({**shown, "lr": self._rates.lr})
+        values |= self.method.rates(self._rates.warmup)
+        values |= {
+            "lr": self._rates.lr,
+            "key_momentum": self._rates.key_momentum,
+            "pairs_per_second": self._interval.steps * self.config.batch_size / self._interval.seconds,
+            "bad_images": len(self.loader.bad_images),
+        }
+        self.metrics.write(self.position.total_steps, values, epoch=epoch)
+        if epoch >= 0 and "positive_probability" in values:
+            self.positive_probability.setdefault("start", values["positive_probability"])
+            self.positive_probability["end"] = values["positive_probability"]
+        self._interval.clear()
+
+    def _end_epoch(self, epochs_done: int) -> None:
+        """kNN and a checkpoint where they are due."""
+        last = epochs_done == self.config.epochs
+        scores = {}
+        if self.evaluator is not None and self.evaluator.due(epochs_done, last):
+            scores = self.evaluator.knn(self.encoders.query)
+            self.metrics.write(self.position.total_steps, scores, epoch=epochs_done - 1)
+            found = ", ".join(f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items())
+            log.info("epoch %d/%d: %s", epochs_done, self.config.epochs, found)
+        self.position.epochs_ended = epochs_done
+        every = self.checkpoint.every_epochs
+        if last or (every and epochs_done % every == 0):
+            self._save(score=next(iter(scores.values()), None))
+
+    def _require_finite(self) -> None:
+        loss = self._interval.sums.get("loss")
+        if loss is None or math.isfinite(loss.item()):
+            return
+        last = self.store.latest()
+        way_on = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss is {loss.item()} at step {self.position.total_steps + 1}; {way_on}; "
+            "lower optimizer.lr or the bank's learning rate, lengthen schedule.warmup_epochs, or take a wider precision"
+        )
+
+    def _save(self, score: float | None = None) -> None:
+        """Writes a checkpoint of the present position; training goes on where the disk refuses. Every rank takes part.
+
+        With the highest `score` yet it is kept as the best one too.
+        """
+        at = (self.position.total_steps, self.position.epochs_ended)
+        if self._saved == at:
+            return
+        self._require_finite()
+        state = self.state_dict()
+        self._saved = at
+        if rank() != 0:
+            return
+        try:
+            path = self.store.save(state, self.position.total_steps)
+            if score is not None:
+                self.store.save_best(path, self.position.total_steps, score)
+        except CheckpointWriteError as error:
+            log.error("%s; training goes on without it", error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on, in types that torch.load reads with weights_only=True."""
+        epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
+        return {
+            "config": self.resolved_config,
+            "position": asdict(self.position),
+            "loader": {
+                "epoch": epoch,
+                "step": step,
+                "steps_per_epoch": self.loader.steps_per_epoch,
+                "batch_size": self.config.batch_size,
+                "seed": self.config.seed,
+            },
+            "encoders": self.encoders.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state.capture_ranks(),
+            "interval": asdict(self._interval),
+            "positive_probability": dict(self.positive_probability),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
+        """Takes up a checkpoint's state; `name` stands in the error lines.
+
+        Raises:
+            UserError: other shapes, or a position in an epoch that the present batches do not have.
+        """
+        position = Position(**state["position"])
+        then = state["loader"]
+        now = {
+            "steps_per_epoch": self.loader.steps_per_epoch,
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+        }
+        changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
+        if changed and (then["step"] or position.phase == PREPARATION):
+            raise UserError(
+                f"{name} stands in the middle of an epoch, which can't go on with {', '.join(changed)}; "
+                "resume with the settings it was made with, or from a checkpoint at an epoch's end"
+            )
+        position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
+        parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        for part, target in parts.items():
+            try:
+                target.load_state_dict(state[part])
+            except (RuntimeError, ValueError, KeyError, UserError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"{name} does not fit this configuration ({part}): {reason}") from None
+        random_state.restore_ranks(state["random"])
+        self._interval = Interval(**state["interval"])
+        self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}
+        self.positive_probability = dict(state["positive_probability"])
+        self.position = position
+        self._saved = (position.total_steps, position.epochs_ended)

@@ -1,0 +1,8 @@
+"""How good the features of a frozen encoder are."""
+
+from caco_fast.evaluate.evaluator import EvaluationConfig, Evaluator
+from caco_fast.evaluate.features import extract_features
+from caco_fast.evaluate.knn import knn_accuracy
+from caco_fast.evaluate.linear_probe import linear_probe
+
+__all__ = ["EvaluationConfig", "Evaluator", "extract_features", "knn_accuracy", "linear_probe"]

@@ -1,0 +1,98 @@
+"""Scores of a backbone's features during a run and at its end: weighted kNN and a linear probe.
+
+Legend: N rows of this rank, D feature size.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.distributed import all_gather_uneven
+from caco_fast.errors import UserError
+from caco_fast.evaluate.features import extract_features
+from caco_fast.evaluate.knn import knn_accuracy
+from caco_fast.evaluate.linear_probe import linear_probe
+from caco_fast.models import Encoder
+from caco_fast.settings import setting
+
+EvalBatches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none, for data without labels")
+    k: list[int] = setting([20, 200], "neighbours that vote; the first one chooses the best checkpoint")
+    temperature: float = setting(0.2, "a neighbour's vote weighs exp(cosine / temperature)")
+    train_share: float = setting(1.0, "share of the training set that the neighbours come from (0 to 1)")
+    batch_size: int = setting(256, "images per forward on each rank")
+    linear_probe: bool = setting(False, "at the end: logistic regression on the frozen features of that share")
+    baselines: bool = setting(False, "before training: the same scores for raw pixels and for the random encoder")
+
+    def validate(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"evaluation.k: want a list of numbers of at least 1, found {list(self.k)}")
+        if not 0 < self.train_share <= 1:
+            raise UserError(f"evaluation.train_share: must lie in (0, 1], found {self.train_share}")
+        if not self.temperature > 0:
+            raise UserError(f"evaluation.temperature: must be positive, found {self.temperature}")
+
+
+class Evaluator:
+    """Scores features of the training share against the test set; every rank brings its own shard of both.
+
+    The loaders give (images, labels, index); `classes` is the number of labels.
+    """
+
+    def __init__(
+        self, config: EvaluationConfig, train: EvalBatches, test: EvalBatches, *, classes: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.train = train
+        self.test = test
+        self.classes = classes
+        self.device = device
+
+    def due(self, epochs_done: int, last: bool) -> bool:
+        every = self.config.every_epochs
+        return every > 0 and (last or epochs_done % every == 0)
+
+    def knn(self, encoder: Encoder) -> dict[str, float]:
+        """{"knn_200": per cent, ...} of the backbone's features, for every configured k in order."""
+        return self._knn(*self._both(encoder.backbone, encoder.precision(self.device)))
+
+    def scores(self, encoder: Encoder) -> dict[str, float]:
+        """kNN, and with `linear_probe` also {"linear": per cent}."""
+        return self._scores(encoder.backbone, encoder.precision(self.device))
+
+    def raw_scores(self) -> dict[str, float]:
+        """The same for raw pixels: what the data give without any encoder."""
+        return self._scores(nn.Flatten(), None)
+
+    def _scores(self, module: nn.Module, precision: AbstractContextManager | None) -> dict[str, float]:
+        train, test = self._both(module, precision)
+        scores = self._knn(train, test)
+        if self.config.linear_probe:
+            rows = [all_gather_uneven(part) for part in (*train[:2], *test[:2])]
+            scores["linear"] = linear_probe(*rows, classes=self.classes)
+        return scores
+
+    def _both(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:
+        """(features [N, D], labels [N], index [N]) of the training share and of the test set."""
+        return tuple(extract_features(module, loader, self.device, precision) for loader in (self.train, self.test))
+
+    def _knn(self, train: tuple[Tensor, ...], test: tuple[Tensor, ...]) -> dict[str, float]:
+        features, labels, index = train
+        accuracy = knn_accuracy(
+            features,
+            labels,
+            test[0],
+            test[1],
+            k=list(self.config.k),
+            classes=self.classes,
+            temperature=self.config.temperature,
+            train_index=index,
+        )
+        return {f"knn_{k}": score for k, score in accuracy.items()}

@@ -1,0 +1,125 @@
+"""Weighted k-nearest-neighbour accuracy by cosine similarity, exact with several ranks (Wu et al., arXiv 1805.01978).
+
+Legend: N training rows of this rank, M test rows of all ranks, D feature size, Q test rows of a tile.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from caco_fast.distributed import (
+    all_gather_rows,
+    all_gather_uneven,
+    all_reduce_sum,
+    is_distributed,
+    rank,
+    world_size,
+)
+from caco_fast.errors import UserError
+
+# The tile of similarities held at a time; with the keys made of them, some 30 bytes each.
+QUERIES, ROWS = 1024, 8192
+# Below the key of any similarity: fills the places of a rank that has fewer rows than k.
+NO_KEY = torch.iinfo(torch.int64).min
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int | Sequence[int],
+    classes: int,
+    temperature: float = 0.2,
+    train_index: Tensor | None = None,
+) -> dict[int, float]:
+    """Per cent of test rows whose label wins the vote of the k nearest training rows, each weighted exp(cosine / t).
+
+    Each rank brings its own shard of both sets, of any size; all return the same figures, those of one process with all
+    rows. Equal similarities go to the lower `train_index` (the dataset index; by default the place in rank order),
+    equal votes to the lower class. A k larger than the training set is clamped, with a warning; the result keeps the k
+    asked for.
+    """
+    wanted = [k] if isinstance(k, int) else list(k)
+    if not wanted or min(wanted) < 1:
+        raise ValueError(f"k: found {wanted}, wanted numbers of at least 1")
+    shards = all_gather_rows(torch.tensor([len(train_features)], device=train_features.device)).tolist()
+    total = sum(shards)
+    queries = all_gather_uneven(F.normalize(test_features.float(), dim=1))  # [M, D]
+    answers = all_gather_uneven(test_labels.to(test_features.device, torch.int64))  # [M]
+    if total == 0 or len(queries) == 0:
+        raise UserError(f"kNN: found {total} training and {len(queries)} test images, wanted at least 1 of each")
+    if max(wanted) > total and rank() == 0:
+        log.warning("kNN: k %d is larger than the training set, %d neighbours vote", max(wanted), total)
+    bank = F.normalize(train_features.float(), dim=1)  # [N, D]
+    _require_finite(bank, queries)
+    if train_index is None:
+        train_index = sum(shards[: rank()]) + torch.arange(len(bank))
+    train_index, labels = train_index.to(bank.device, torch.int64), train_labels.to(bank.device, torch.int64)
+    most = min(max(wanted), total)
+
+    correct = dict.fromkeys(wanted, 0)
+    for rows, answer in zip(queries.split(QUERIES), answers.cpu().split(QUERIES), strict=True):
+        similarity, label = _neighbours(rows, bank, labels, train_index, most)
+        # On the CPU, where the order of a sum is fixed.
+        weight = (similarity.cpu().double() / temperature).exp()  # [Q, most]
+        for number in wanted:
+            votes = weight.new_zeros(len(rows), classes)
+            votes.scatter_add_(1, label[:, :number].cpu(), weight[:, :number])
+            correct[number] += int((votes.argmax(1) == answer).sum())
+    return {number: 100.0 * correct[number] / len(queries) for number in wanted}
+
+
+def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarities and labels [Q, k] of the nearest rows over all ranks, nearest first."""
+    keys = queries.new_full((len(queries), 0), NO_KEY, dtype=torch.int64)
+    label = torch.zeros_like(keys)
+    for start in range(0, len(bank), ROWS):
+        rows = slice(start, start + ROWS)
+        found = _sortable(queries @ bank[rows].T, index[rows])  # [Q, ROWS]
+        found, place = found.topk(min(k, found.shape[1]), dim=1)
+        keys, label = _best(torch.cat([keys, found], 1), torch.cat([label, labels[rows][place]], 1), k)
+    if is_distributed():
+        missing = (0, k - keys.shape[1])
+        keys, label = F.pad(keys, missing, value=NO_KEY), F.pad(label, missing)
+        keys, label = _best(_beside(keys), _beside(label), k)
+    return _similarity(keys), label
+
+
+def _beside(rows: Tensor) -> Tensor:
+    """[Q, k] of every rank as [Q, ranks k]."""
+    return all_gather_rows(rows).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1)
+
+
+def _best(keys: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    keys, place = keys.topk(min(k, keys.shape[1]), dim=1)
+    return keys, labels.gather(1, place)
+
+
+def _sortable(similarity: Tensor, index: Tensor) -> Tensor:
+    """One int64 for each similarity and row index, ordered by (similarity, -index). All differ, so top-k is exact.
+
+    The bits of a float order like an integer once those of the negative ones are flipped; adding 0 makes -0 into 0.
+    """
+    bits = (similarity + 0.0).contiguous().view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0xFFFFFFFF - index)
+
+
+def _similarity(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _require_finite(bank: Tensor, queries: Tensor) -> None:
+    """On all ranks alike: a rank that raised alone would leave the others waiting."""
+    bad = all_reduce_sum((~bank.isfinite().all(1)).sum()) + (~queries.isfinite().all(1)).sum()
+    if bad:
+        raise UserError(f"kNN: {int(bad)} images have features that are NaN or infinite, the encoder has diverged")

@@ -1,0 +1,44 @@
+"""The encoder's optimiser from its settings."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from caco_fast.errors import UserError
+from caco_fast.optim.lars import LARS
+from caco_fast.settings import setting
+
+NAMES = ("lars", "sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = setting("lars", "lars, sgd or adamw")
+    lr: float = setting(0.3, "learning rate at batch 256; it is multiplied by batch / 256")
+    scale_lr: bool = setting(True, "multiply lr by batch / 256; off: lr is used as it stands")
+    momentum: float = setting(0.9, "momentum of lars and sgd")
+    weight_decay: float = setting(1.5e-6, "weight decay; lars leaves one-dimensional tensors out")
+    trust: float = setting(0.001, "trust coefficient of lars")
+
+
+def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
+    """The learning rate after warm-up at this global batch size."""
+    return config.lr * batch_size / 256 if config.scale_lr else config.lr
+
+
+def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], batch_size: int) -> Optimizer:
+    if not config.lr > 0:
+        raise UserError(f"optimizer.lr: must be positive, found {config.lr}")
+    if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
+        found = f"{config.momentum}, {config.weight_decay} and {config.trust}"
+        raise UserError(f"optimizer: want momentum in [0, 1), weight_decay 0 or more and trust above 0, found {found}")
+    lr = peak_lr(config, batch_size)
+    if config.name == "lars":
+        return LARS(params, lr, config.momentum, config.weight_decay, config.trust)
+    if config.name == "sgd":
+        return SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    if config.name == "adamw":
+        return AdamW(params, lr, weight_decay=config.weight_decay)
+    raise UserError(f"optimizer.name: found '{config.name}', want one of {', '.join(NAMES)}")

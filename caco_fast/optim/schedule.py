@@ -1,0 +1,67 @@
+"""What changes over a run: the learning rate, the EMA momentum, and the warm-up that the bank shares."""
+
+import math
+from dataclasses import dataclass
+
+from caco_fast.errors import UserError
+from caco_fast.settings import setting
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmup_epochs: float = setting(10.0, "epochs of linear warm-up, of the lr and of the bank lr")
+    final_ratio: float = setting(0.01, "the cosine ends at this share of the lr")
+    key_momentum: float = setting(0.99, "EMA momentum m0 of the key encoder at the start")
+    key_momentum_rises: bool = setting(True, "m rises from m0 to 1 by a cosine; off: it stays m0 (MoCo v2)")
+    per: str = setting("step", "step: values change every step; epoch: every epoch, as the released code")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Values of a run of `epochs` epochs of `steps_per_epoch` steps.
+
+    At step s of the run, e = s / steps_per_epoch (methods.md, recipe of section 1):
+
+        warmup(s)       = min(1, (s + 1) / warm-up steps)
+        lr(s)           = lr * warmup(s) during the warm-up, then a cosine from lr to final_ratio lr
+        key_momentum(s) = 1 - (1 - m0) (1 + cos(pi e / E)) / 2
+    """
+
+    config: ScheduleConfig
+    lr: float
+    epochs: int
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        if self.config.per not in ("step", "epoch"):
+            raise UserError(f"schedule.per: found '{self.config.per}', want step or epoch")
+        if not 0 <= self.config.warmup_epochs:
+            raise UserError(f"schedule.warmup_epochs: must not be negative, found {self.config.warmup_epochs}")
+        if not 0 <= self.config.key_momentum <= 1:
+            raise UserError(f"schedule.key_momentum: must lie in [0, 1], found {self.config.key_momentum}")
+
+    def _position(self, step: int) -> tuple[float, float, float]:
+        """Where the run is, how long its warm-up is and how long it is in all, in units of `per`."""
+        if self.config.per == "epoch":
+            return float(step // self.steps_per_epoch), self.config.warmup_epochs, float(self.epochs)
+        return float(step), self.config.warmup_epochs * self.steps_per_epoch, float(self.epochs * self.steps_per_epoch)
+
+    def warmup_at(self, step: int) -> float:
+        """The share of the full lr, and of the full bank lr, that the warm-up allows; 1 after it."""
+        at, warm, _ = self._position(step)
+        return min(1.0, (at + 1) / warm) if warm > 0 else 1.0
+
+    def lr_at(self, step: int) -> float:
+        at, warm, end = self._position(step)
+        if at < warm:
+            return self.lr * self.warmup_at(step)
+        through = (at - warm) / max(end - warm, 1.0)
+        floor = self.config.final_ratio * self.lr
+        return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
+
+    def key_momentum_at(self, step: int) -> float:
+        m0 = self.config.key_momentum
+        if not self.config.key_momentum_rises:
+            return m0
+        at, _, end = self._position(step)
+        return 1 - (1 - m0) * (1 + math.cos(math.pi * at / end)) / 2

@@ -1,0 +1,20 @@
+"""Typed settings: a dataclass field that carries its line of help."""
+
+import copy
+from dataclasses import field
+from typing import Any
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the line that `--print-config` shows beside it.
+
+    Lists and dicts are copied for every instance, so a mutable default is safe.
+    """
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def section(kind: type, help: str) -> Any:
+    """A dataclass field that holds another component's settings at their defaults."""
+    return field(default_factory=kind, metadata={"help": help})

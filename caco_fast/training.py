@@ -1,0 +1,226 @@
+"""One run from its configuration: builds every component, resumes, trains, evaluates, and leaves its figures behind."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from caco_fast.config import Config, from_yaml, settings_of, to_yaml
+from caco_fast.data import build_eval_loader, build_source, build_train_loader
+from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
+from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
+from caco_fast.engine.curves import draw_curves
+from caco_fast.engine.launch import launched
+from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.precision import autocast_dtype, gradient_scaler
+from caco_fast.engine.progress import Progress, log_to_console, table
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.trainer import Trainer
+from caco_fast.errors import UserError
+from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.methods import METHODS
+from caco_fast.models import EncoderPair, build_encoder_pair, synchronise_batch_norm
+from caco_fast.optim import Schedule, build_optimizer, peak_lr
+
+log = logging.getLogger("caco_fast.training")
+
+# Settings that change neither the model nor what it learns from; a resumed run may have others without a word.
+FREE_SECTIONS = (
+    "run.",
+    "checkpoint.",
+    "evaluation.",
+    "wandb.",
+    "trainer.log_every",
+    "trainer.max_steps",
+    "data.workers",
+    "data.prefetch",
+)
+
+
+def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]:
+    """Trains and evaluates; returns what summary.json holds.
+
+    `resume` is auto (the newest checkpoint of the folder, if any), never, or the path of a checkpoint.
+
+    Raises:
+        UserError: whatever the user can mend, in one line.
+        Interrupted: a signal asked to stop; a checkpoint was written.
+    """
+    with launched(config.trainer) as device:
+        log_to_console()
+        run = RunFolder(folder)
+        store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
+        # Rank 0 decides, because the others may see the folder later.
+        checkpoint = broadcast_object(resolve_resume(resume, store) if rank() == 0 else None)
+        state = store.load(checkpoint) if checkpoint else None
+        run.start(to_yaml(config), resume=resume, resumed_from=checkpoint)
+        try:
+            return _run(config, run, store, device, checkpoint, state)
+        finally:
+            run.close()
+
+
+def build_trainer(
+    config: Config, run: RunFolder, store: CheckpointStore, device: torch.device, resume_at: int | None = None
+) -> Trainer:
+    """Every component of a run, from its own section of the configuration. `resume_at`: where its metrics go on."""
+    if config.method not in METHODS:
+        raise UserError(f"method: found '{config.method}', want one of {', '.join(METHODS)}")
+    if config.trainer.epochs < 1 or config.trainer.batch_size < 1 or config.trainer.log_every < 1:
+        raise UserError("trainer: epochs, batch_size and log_every must be at least 1")
+    config.evaluation.validate()
+    torch.manual_seed(config.trainer.seed)
+    encoders = _build_encoders(config, device)
+    method = METHODS[config.method](getattr(config, config.method), config.projector.dim)
+    method.check_views(sum(view.count for view in config.views))
+    method.to(device)
+    loader = build_train_loader(
+        config.data,
+        config.views,
+        batch_size=config.trainer.batch_size,
+        seed=config.trainer.seed,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
+    )
+    trainer_config, optimizer = config.trainer, config.optimizer
+    lr = peak_lr(optimizer, trainer_config.batch_size)
+    return Trainer(
+        trainer_config,
+        config.checkpoint,
+        device=device,
+        encoders=encoders,
+        method=method,
+        optimizer=build_optimizer(optimizer, encoders.query.parameters(), trainer_config.batch_size),
+        scaler=gradient_scaler(trainer_config.precision, device),
+        schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
+        loader=loader,
+        evaluator=_build_evaluator(config, device),
+        store=store,
+        metrics=MetricsWriter(
+            run.path, config.run.tensorboard, config.wandb, resume_at=resume_at, run_config=settings_of(config)
+        ),
+        progress=Progress(
+            trainer_config.epochs,
+            loader.steps_per_epoch,
+            trainer_config.batch_size,
+            trainer_config.log_every,
+            plain=True if config.run.plain else None,
+        ),
+        resolved_config=to_yaml(config),
+    )
+
+
+def _run(
+    config: Config,
+    run: RunFolder,
+    store: CheckpointStore,
+    device: torch.device,
+    checkpoint: Path | None,
+    state: dict[str, Any] | None,
+) -> dict[str, Any]:
+    trainer = build_trainer(config, run, store, device, state["position"]["total_steps"] if state else None)
+    try:
+        evaluator = trainer.evaluator
+        if evaluator is not None and config.evaluation.baselines and "knn_random" not in run.read_summary():
+            log.info("scoring raw pixels and the encoder before training")
+            # Before the checkpoint is loaded, so that the encoder is the random-initialised one also in a resumed run.
+            run.summary(_named("raw", evaluator.raw_scores()))
+            run.summary(_named("random", evaluator.scores(trainer.encoders.query)))
+        if state is not None:
+            _report_changes(config, state["config"])
+            trainer.load_state_dict(state, str(checkpoint))
+            at = trainer.position
+            log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
+        if trainer.finished:
+            log.info("the run in %s is complete; for another one choose another run.folder", run.path)
+        else:
+            trainer.run()
+        return _finish(config, run, trainer)
+    finally:
+        trainer.close()
+
+
+def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
+    """The figures of the run as it now stands: summary.json, curves.png and, where it is evaluated, a table."""
+    at = trainer.position
+    values: dict[str, Any] = {
+        "finished": trainer.finished,
+        "steps": at.total_steps,
+        "train_seconds": round(at.train_seconds, 1),
+        "pairs_per_second": round(at.total_steps * config.trainer.batch_size / max(at.train_seconds, 1e-9), 1),
+    }
+    values |= {f"positive_probability_{when}": value for when, value in trainer.positive_probability.items()}
+    values["bad_images"] = len(trainer.loader.bad_images)
+    if trainer.evaluator is not None and config.evaluation.every_epochs:
+        values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
+    run.summary(values)
+    summary = run.read_summary()
+    if rank() == 0:
+        draw_curves(run.path)
+        _show(config, run, summary)
+    barrier()
+    return summary
+
+
+def _show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
+    columns = [f"kNN {k}" for k in config.evaluation.k] + ["linear probe"] * config.evaluation.linear_probe
+    keys = list(_named("{}", {f"knn_{k}": 0.0 for k in config.evaluation.k}))
+    keys += ["linear_{}"] * config.evaluation.linear_probe
+    names = {"raw": "raw pixels", "random": "random encoder", "trained": "trained encoder"}
+    rows = [
+        [name, *(float(summary[key.format(what)]) for key in keys)]
+        for what, name in names.items()
+        if all(key.format(what) in summary for key in keys)
+    ]
+    if rows:
+        table("test accuracy, per cent", ["features", *columns], rows)
+    if "positive_probability_start" in summary:
+        start, end = summary["positive_probability_start"], summary["positive_probability_end"]
+        log.info("mean probability of the chosen positive: %.4f at the start, %.4f at the end", start, end)
+    pairs, seconds = summary["pairs_per_second"], summary["train_seconds"]
+    log.info("%s pairs/s over %.0f s of training (%d steps)", f"{pairs:,.0f}", seconds, summary["steps"])
+    log.info("everything is in %s: summary.json, curves.png, metrics.jsonl, config.yaml, checkpoints/", run.path)
+
+
+def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
+    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>."""
+    named: dict[str, float] = {}
+    for name, score in scores.items():
+        kind, _, k = name.partition("_")
+        first = f"{kind}_{what}" not in named
+        named[f"{kind}_{what}" if first else f"{kind}_{what}_k{k}"] = round(score, 2)
+    return named
+
+
+def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
+    channels = build_source(config.data, "train").channels
+    autocast = autocast_dtype(config.trainer.precision, device)
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast)
+    if is_distributed():
+        synchronise_batch_norm(encoders, device)
+    encoders.to(device, memory_format=torch.channels_last)
+    if is_distributed():
+        ids = [device.index] if device.type == "cuda" else None
+        # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
+        encoders.wrap_query(DistributedDataParallel(encoders.query, device_ids=ids, broadcast_buffers=False))
+    return encoders
+
+
+def _build_evaluator(config: Config, device: torch.device) -> Evaluator | None:
+    if config.evaluation.every_epochs == 0 and not config.evaluation.baselines:
+        return None
+    options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
+    train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, **options)
+    test = build_eval_loader(config.data, "test", **options)
+    return Evaluator(config.evaluation, train, test, classes=len(train.source.classes), device=device)
+
+
+def _report_changes(config: Config, before: str) -> None:
+    """Names each setting that differs from those the checkpoint was made with."""
+    then, now = settings_of(from_yaml(before)), settings_of(config)
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
+            log.warning("resuming with another %s: %s, was %s", key, now.get(key), then.get(key))

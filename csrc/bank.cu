@@ -1,0 +1,60 @@
+// One launcher per operation: sends the call to the path that serves the device.
+#include "bank.h"
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "stages.h"
+#include "sm80/path.h"
+
+namespace caco {
+namespace {
+
+// Adding a path: its folder with a path.h like sm80's, a value of Path, and a case here.
+template <class Sm80>
+auto on_path(const Target &target, Sm80 &&sm80) {
+    use_device(target.device);
+    switch (target.path) {
+        case Path::kSm80: return sm80();
+    }
+    throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(target.path)));
+}
+
+}  // namespace
+
+// Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller.
+int path_serving(int major, int minor) {
+    std::istringstream arches(CACO_ARCHES);
+    for (std::string arch; std::getline(arches, arch, ';');) {
+        const int number = std::stoi(arch);
+        if (number >= 80 && number / 10 == major && number % 10 <= minor) return static_cast<int>(Path::kSm80);
+    }
+    return 0;
+}
+
+int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
+    const Split split = on_path(target, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+    return attend_workspace(rows, channels, split.splits);
+}
+
+int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
+    const Split split = on_path(target, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    return select_workspace(rows, split.splits);
+}
+
+int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
+
+void bank_attend(const AttendParams &params, const Target &target) {
+    on_path(target, [&] { sm80::bank_attend(params, target); });
+}
+
+void bank_select(const SelectParams &params, const Target &target) {
+    on_path(target, [&] { sm80::bank_select(params, target); });
+}
+
+void bank_step(const StepParams &params, const Target &target) {
+    on_path(target, [&] { sm80::bank_step(params, target); });
+}
+
+}  // namespace caco

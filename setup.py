@@ -1,0 +1,114 @@
+"""Builds the CUDA module caco_fast._C where nvcc is found; everything else about the package is in pyproject.toml.
+
+    python setup.py build_ext        in place, incremental, by ninja
+
+CACO_CUDA    auto (default): build the CUDA module if nvcc is found; 1: fail if it is not; 0: leave it out
+CACO_ARCHES  compute capabilities, "80;90"; by default those of csrc/sources.py that this nvcc knows
+CUDA_HOME    where to look for bin/nvcc first; then CUDA_PATH, /usr/local/cuda and PATH
+
+The module is built and imported without torch, GPU or driver: it takes addresses and links the static CUDA runtime.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import sources  # noqa: E402
+
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xptxas -warn-spills,-warn-lmem-usage"
+CXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall"
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def wanted_arches(nvcc: str) -> list[str]:
+    if named := os.environ.get("CACO_ARCHES"):
+        return named.replace(",", ";").split(";")
+    known = output_of(nvcc, "--list-gpu-arch").split()
+    return [arch for arch in sources.ARCHES if f"compute_{arch}" in known]
+
+
+def define(name: str, value: str) -> str:
+    return shlex.quote(f'-D{name}="{value}"').replace("$", "$$")
+
+
+def ninja_rules(nvcc: str, module: Path) -> str:
+    """The build in ninja's language: one object per source, linked by nvcc."""
+    import pybind11  # here, so that an installation without nvcc does not need it
+
+    arches = wanted_arches(nvcc)
+    release = output_of(nvcc, "--version").split("release ")[1].split(",")[0]
+    of_arches = define("CACO_ARCHES", ";".join(arches))
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    bindings = f"{includes} -DCACO_MODULE=_C {define('CACO_SOURCE_HASH', sources.content_hash())} " + define(
+        "CACO_COMPILER", f"nvcc {release}"
+    )
+    gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches)
+    lines = [
+        "rule cuda",
+        f"  command = {nvcc} {NVCC_FLAGS} {gencode} {of_arches} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule cxx",
+        f"  command = {os.environ.get('CXX', 'c++')} {CXX_FLAGS} {of_arches} {bindings} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
+        *(f"build {name}.o: cuda {sources.ROOT / name}" for name in sources.KERNELS),
+        f"build {sources.BINDINGS}.o: cxx {sources.ROOT / sources.BINDINGS}",
+        f"build {module}: link " + " ".join(f"{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class BuildKernels(build_ext):
+    """Writes the ninja file and runs ninja, which rebuilds only what has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = ROOT / "build" / "kernels"
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        module.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_rules(find_nvcc(), module))
+        try:
+            from ninja import BIN_DIR
+        except ImportError:
+            BIN_DIR = None
+        ninja = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+        if ninja is None:
+            raise SystemExit("error: ninja not found; pip install ninja")
+        subprocess.run([ninja, "-C", str(folder)], check=True)
+
+
+def extensions() -> list[Extension]:
+    choice = os.environ.get("CACO_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"error: CACO_CUDA: found {choice!r}, wanted auto, 0 or 1")
+    if choice != "0" and find_nvcc():
+        return [Extension("caco_fast._C", [f"csrc/{name}" for name in (sources.BINDINGS, *sources.KERNELS)])]
+    reason = "CACO_CUDA=0" if choice == "0" else "nvcc not found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
+    if choice == "1":
+        raise SystemExit(f"error: CACO_CUDA=1 wants the CUDA module, but {reason}")
+    print(f"caco_fast: the CUDA backend is left out: {reason}", file=sys.stderr)
+    return []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels}, options={"build_ext": {"inplace": True}})

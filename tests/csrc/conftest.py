@@ -1,0 +1,45 @@
+"""The emulated kernels, and caco_fast.ops.cuda running on them."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+sys.path.insert(0, str(__file__.rsplit("/", 1)[0]))
+import emulated as emulated_build  # noqa: E402
+
+from caco_fast.ops import backends  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The module caco_fast._C with kernels that run on the CPU; built once, kept in build/emulated."""
+    reason = emulated_build.missing_tool()
+    if reason:
+        pytest.skip(reason)
+    return emulated_build.build_module()
+
+
+@pytest.fixture
+def cuda_ops(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """caco_fast.ops.cuda over the emulated kernels, answering `backend="cuda"` for CPU tensors.
+
+    The emulated GPU has three multiprocessors, so that a bank of a few hundred rows is already split. Memory from
+    torch.empty is filled with NaN.
+    """
+    monkeypatch.setitem(sys.modules, "caco_fast._C", emulated)
+    monkeypatch.setattr("caco_fast._C", emulated, raising=False)
+    monkeypatch.delitem(sys.modules, "caco_fast.ops.cuda", raising=False)
+    module = importlib.import_module("caco_fast.ops.cuda")
+    monkeypatch.setattr(module, "available", lambda device: True)
+    monkeypatch.setattr(module, "target_for", lambda device: emulated.Target(80, 0, 3, 0))
+    backends.cuda_backend.cache_clear()
+    emulated.set_schedule()
+    emulated.take_counters()
+    torch.use_deterministic_algorithms(True)
+    yield module
+    torch.use_deterministic_algorithms(False)
+    sys.modules.pop("caco_fast.ops.cuda", None)
+    backends.cuda_backend.cache_clear()

@@ -1,0 +1,70 @@
+"""The emulation of CUDA on the CPU catches the bugs that it is there to catch; and the real kernels under sanitizers."""
+
+import itertools
+import os
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import emulated as emulated_build
+import pytest
+
+HERE = Path(__file__).parent
+SCHEDULES = [f"{seed} {greedy} {lazy}" for seed, greedy, lazy in itertools.product((0, 1, 5), (0, 1), (0, 1))]
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "TSAN_OPTIONS": "report_signal_unsafe=0:exitcode=66",
+}
+
+
+@cache
+def program(source: str, sanitizer: str) -> Path:
+    return emulated_build.build_program(HERE / source, sanitizer, kernels=source == "kernels_program.cpp")
+
+
+def output_of(source: str, sanitizer: str, *arguments: str) -> str:
+    reason = emulated_build.missing_tool()
+    if reason:
+        pytest.skip(reason)
+    command = [str(program(source, sanitizer)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=120)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
+def test_without_a_bug_nothing_is_reported(sanitizer):
+    for schedule in SCHEDULES:
+        assert output_of("planted.cpp", sanitizer, "none", *schedule.split()) == "ok, 0 conflicts\n"
+
+
+# bug, what reports it, and in what words; by the emulator itself under at least one of the schedules.
+PLANTED = [
+    ("missing wait", "", "wrong"),
+    ("one stage for two", "", "wrong"),
+    ("missing swizzle", "", r"ok, [1-9]"),
+    ("wrong stride", "", "error: cp.async: misaligned"),
+    ("misaligned ldmatrix", "", "error: ldmatrix: misaligned"),
+    ("diverged shuffle", "", "error: (warp diverged|deadlock)"),
+    ("shuffle meets vote", "", "error: warp diverged: __\\w+ meets __\\w+"),
+    ("barrier in a branch", "", "error: deadlock: .*__syncthreads"),
+    ("missing barrier", "thread", "data race"),
+    ("one stage for two", "thread", "data race"),
+    ("update without atomics", "thread", "data race"),
+    ("shared out of bounds", "address", "heap-buffer-overflow"),
+    ("global out of bounds", "address", "heap-buffer-overflow"),
+]
+
+
+@pytest.mark.parametrize("bug, sanitizer, words", PLANTED, ids=[f"{bug}-{s or 'emulator'}" for bug, s, _ in PLANTED])
+def test_a_planted_bug_is_caught(bug, sanitizer, words):
+    found = [output_of("planted.cpp", sanitizer, bug, *schedule.split()) for schedule in SCHEDULES]
+    assert any(re.search(words, text) for text in found), found[0]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("shape", ["37 70 64 float16", "3 45 256 bfloat16", "5 37 512 bfloat16", "3 80 144 float16"])
+def test_kernels_under_a_sanitizer(sanitizer, shape):
+    """Once in thread order with late copies, and once in shuffled, greedy order with early ones."""
+    for schedule in ("0 0 1", "5 1 0"):
+        assert output_of("kernels_program.cpp", sanitizer, *shape.split(), *schedule.split()) == "ok\n"

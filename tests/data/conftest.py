@@ -1,0 +1,59 @@
+"""Small sets of images for the tests of the data.
+
+Legend: N images.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caco_fast.data import ArraySource
+
+
+@pytest.fixture
+def colour_source() -> ArraySource:
+    """50 random images of 12 x 12 pixels in 5 classes."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (50, 12, 12, 3), dtype=np.uint8)
+    return ArraySource("random", images, np.arange(50) % 5, list("abcde"), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+
+
+@pytest.fixture
+def write_image() -> Callable[..., Path]:
+    """Writes a JPEG of random pixels (another one for each seed), with the folders it needs."""
+
+    def write(path: Path, seed: int = 0, width: int = 24, height: int = 20) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, "JPEG")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
+    """ImageNet's layout: train/{ant,bee} with 6 images each, val/{ant,bee} with 2 each."""
+    for split, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            for number in range(count):
+                write_image(tmp_path / split / name / f"{name}_{number}.JPEG", seed=100 * label + number)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """Loads tools/<name>.py as a module."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,0 +1,123 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caco_fast.data import DataConfig, build_source
+from caco_fast.data.cifar10 import BINARY_FOLDER, CLASSES, PYTHON_FOLDER, cifar10
+from caco_fast.errors import UserError
+
+STEMS = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+
+
+def records(stem: str) -> tuple[np.ndarray, np.ndarray]:
+    """Four random images as [4, 3072] planes, and labels."""
+    generator = np.random.default_rng(STEMS.index(stem))
+    return generator.integers(0, 256, (4, 3072), dtype=np.uint8), generator.integers(0, 10, 4, dtype=np.uint8)
+
+
+def write_python(root: Path, name: str = PYTHON_FOLDER) -> Path:
+    folder = root / name
+    folder.mkdir()
+    for stem in STEMS:
+        pixels, labels = records(stem)
+        content = {b"data": pixels, b"labels": labels.tolist(), b"batch_label": stem.encode()}
+        (folder / stem).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
+
+
+def write_binary(root: Path) -> Path:
+    folder = root / BINARY_FOLDER
+    folder.mkdir()
+    for stem in STEMS:
+        pixels, labels = records(stem)
+        np.concatenate([labels[:, None], pixels], axis=1).tofile(folder / f"{stem}.bin")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_python, write_binary], ids=["python", "binary"])
+@pytest.mark.parametrize("inside", [False, True], ids=["above", "inside"])
+def test_both_release_formats_give_the_same_images(tmp_path: Path, write, inside: bool) -> None:
+    folder = write(tmp_path)
+    config = DataConfig(source="cifar10", path=str(folder if inside else tmp_path))
+    source = build_source(config, "train")
+    assert len(source) == 20 and source.classes == CLASSES and source.channels == 3
+    pixels, labels = records("data_batch_3")
+    for row in range(4):
+        assert source.label(8 + row) == labels[row]
+        assert np.array_equal(source.image(8 + row), pixels[row].reshape(3, 32, 32).transpose(1, 2, 0))
+    test = build_source(config, "test")
+    assert len(test) == 4 and np.array_equal(test.labels, records("test_batch")[1])
+
+
+def test_a_file_as_python_2_wrote_it_is_read(tmp_path: Path) -> None:
+    folder = write_python(tmp_path)
+    # Python 2 wrote bytes as its str (opcode U), and numpy's functions under their old module.
+    pixels, labels = records("data_batch_1")
+    parts = [b"(dp0\n", b"U\x04data", b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR"]
+    dtype = b"cnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\nI0\ntb"
+    raw = pixels.tobytes()
+    parts += [b"(I1\n(I4\nI3072\nt", dtype, b"I00\n", b"T" + len(raw).to_bytes(4, "little") + raw, b"tbs"]
+    parts += [b"U\x06labels(l", *(b"I%d\na" % label for label in labels), b"s."]
+    (folder / "data_batch_1").write_bytes(b"".join(parts))
+    source = cifar10(str(tmp_path), "train")
+    assert np.array_equal(source.labels[:4], labels)
+    assert np.array_equal(source.images[0].transpose(2, 0, 1).ravel(), pixels[0])
+
+
+class Harmful:
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    folder = write_python(tmp_path)
+    harmful = Harmful()
+    Harmful.path = tmp_path / "was_here"
+    (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": harmful, b"labels": []}, protocol=2))
+    with pytest.raises(UserError, match=r"data_batch_2 is not a CIFAR-10 release file: .*io.open"):
+        cifar10(str(tmp_path), "train")
+    assert not Harmful.path.exists()
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "data_batch_4.bin").unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    file = folder / "data_batch_4.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_label(folder: Path) -> None:
+    file = folder / "data_batch_4.bin"
+    file.write_bytes(b"\x0a" + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (damage_missing, r"data_batch_4.bin is missing"),
+        (damage_truncated, r"data_batch_4.bin is not .*: 12291 bytes, wanted records of 3073"),
+        (damage_label, r"data_batch_4.bin has the label 10, wanted 0 to 9"),
+    ],
+    ids=["missing", "truncated", "label"],
+)
+def test_a_damaged_release_is_one_clear_line(tmp_path: Path, damage, line: str) -> None:
+    damage(write_binary(tmp_path))
+    with pytest.raises(UserError, match=line) as error:
+        cifar10(str(tmp_path), "train")
+    assert "\n" not in str(error.value) and "tools/fetch_cifar10.py" in str(error.value)
+
+
+def test_a_truncated_pickle_is_one_clear_line(tmp_path: Path) -> None:
+    file = write_python(tmp_path) / "test_batch"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="test_batch is not a CIFAR-10 release file"):
+        cifar10(str(tmp_path), "test")
+
+
+def test_a_folder_without_the_release_says_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither cifar-10-batches-py/ nor .*tools/fetch_cifar10.py"):
+        cifar10(str(tmp_path), "train")

@@ -1,0 +1,111 @@
+"""The run folder says what ran, from the start, and is not overwritten by another run."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caco_fast import provenance
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    made = RunFolder(tmp_path / "runs" / "one")
+    yield made
+    made.close()
+
+
+def test_start_writes_what_ran(folder: RunFolder) -> None:
+    folder.start("trainer:\n  seed: 1\n")
+    logging.getLogger("caco_fast.engine.trainer").info("epoch 1 is done")
+    assert folder.config.read_text() == "trainer:\n  seed: 1\n"
+    assert folder.checkpoints.is_dir()
+    assert re.search(r"^\d{4}-\d\d-\d\d .* INFO epoch 1 is done$", folder.log.read_text(), re.M)
+    (start,) = json.loads(folder.environment.read_text())
+    assert start["resumed_from"] is None
+    assert start["versions"]["python"] == sys.version.split()[0]
+    assert start["versions"]["torch"] and start["machine"]["cpu_cores"] >= 1
+    assert sys.argv[0] in start["command"]
+    assert {"started", "commit", "dirty"} <= start.keys()
+
+
+def test_new_run_in_a_used_folder_is_refused_with_both_ways_out(folder: RunFolder) -> None:
+    folder.start("a: 1\n")
+    with pytest.raises(UserError, match=r"already holds a run.*--resume auto, or choose another folder"):
+        RunFolder(folder.path).start("a: 2\n", resume="never")
+    assert folder.config.read_text() == "a: 1\n"
+
+
+def test_new_run_in_an_empty_folder_is_fine(folder: RunFolder) -> None:
+    folder.path.mkdir(parents=True)
+    folder.start("a: 1\n", resume="never")
+
+
+def test_resume_adds_an_entry_and_goes_on_in_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("caco_fast.test")
+    folder.start("a: 1\n")
+    log.info("first")
+    folder.start("a: 1\n", resumed_from=Path("checkpoints/step_00000005.pt"))
+    log.info("second")
+    starts = json.loads(folder.environment.read_text())
+    assert [start["resumed_from"] for start in starts] == [None, "checkpoints/step_00000005.pt"]
+    assert [line.split()[-1] for line in folder.log.read_text().splitlines()] == ["first", "second"]
+    assert sorted(os.listdir(folder.path)) == ["checkpoints", "config.yaml", "environment.json", "log.txt"]
+
+
+def test_changed_configuration_keeps_the_earlier_one(folder: RunFolder) -> None:
+    for number in (1, 2, 3):
+        folder.start(f"a: {number}\n")
+    texts = [(folder.path / name).read_text() for name in ("config.1.yaml", "config.2.yaml", "config.yaml")]
+    assert texts == ["a: 1\n", "a: 2\n", "a: 3\n"]
+    assert "WARNING the configuration differs" in folder.log.read_text()
+
+
+def test_summary_merges(folder: RunFolder) -> None:
+    folder.start("")
+    folder.summary({"knn_raw": 72.6, "knn_trained": 70.0})
+    folder.summary({"knn_trained": 77.9})
+    assert json.loads(folder.summary_file.read_text()) == {"knn_raw": 72.6, "knn_trained": 77.9}
+
+
+def test_path_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run can't be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").start("")
+
+
+def test_close_ends_the_log(folder: RunFolder) -> None:
+    folder.start("")
+    folder.close()
+    logging.getLogger("caco_fast").info("too late")
+    assert folder.log.read_text() == ""
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "caco_fast"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(provenance.caco_fast, "__file__", str(package / "__init__.py"))
+    assert provenance.commit() == {"commit": None, "dirty": None}
+    git(tmp_path, "init", "-q")
+    # Inside a checkout that does not know the package, as a .venv in somebody's project.
+    assert provenance.commit() == {"commit": None, "dirty": None}
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    assert provenance.commit() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    (package / "__init__.py").write_text("changed = True\n")
+    assert provenance.commit()["dirty"] is True

@@ -1,0 +1,175 @@
+"""Whole runs: what they leave behind, how they end, and that a resumed one is the one never stopped, bit for bit."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import config, write_images
+
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.errors import UserError
+from caco_fast.training import train
+
+METHODS = {
+    "caco": (),
+    "caco-project": ("caco.norm=project",),
+    "caco-multicrop": ("views=[{size: 32}, {size: 32}, {count: 2, size: 16, scale: [0.05, 0.14]}]",),
+    "moco": ("method=moco",),
+    "moco-symmetric": ("method=moco", "moco.symmetric=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+
+
+def last_state(folder: Path) -> dict:
+    store = CheckpointStore(folder / "checkpoints")
+    return store.load(store.latest())
+
+
+def assert_same(left, right, where: str = "state") -> None:
+    """Equal to the last bit, through all nesting."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for i, pair in enumerate(zip(left, right)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert left == right, where
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
+    summary = train(config(images, *METHODS[method]), tmp_path / "run")
+    folder = tmp_path / "run"
+    # 37 rows at batch 8 fill in 5 steps; then 2 epochs of 5 steps.
+    assert summary["steps"] == (15 if method.startswith("caco") else 10)
+    assert summary["finished"] and 0 <= summary["knn_trained"] <= 100 and summary["pairs_per_second"] > 0
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, summary["steps"] + 1))
+    assert [line["step"] for line in lines if "knn_3" in line] == [summary["steps"] - 5, summary["steps"]]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "environment.json", "log.txt", "curves.png"}
+    assert (folder / "checkpoints" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "memory"])
+@pytest.mark.parametrize("stop", [3, 5, 8, 10], ids=["initialisation", "its-end", "mid-epoch", "epoch-end"])
+@pytest.mark.parametrize("method", ["caco", "moco"])
+def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):
+    settings = (f"method={method}", f"data.loader={loader}", "trainer.log_every=2")
+    train(config(images, *settings), tmp_path / "whole")
+    train(config(images, *settings, f"trainer.max_steps={stop}"), tmp_path / "parts")
+    summary = train(config(images, *settings), tmp_path / "parts", "auto")
+    assert summary["finished"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
+    for state in (whole, parts):
+        # The clock is the one thing that may differ.
+        del state["position"]["train_seconds"], state["interval"]["seconds"], state["config"]
+    assert_same(parts, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(images, tmp_path):
+    first = train(config(images), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    second = train(config(images), tmp_path / "run", "auto")
+    assert second == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_two_runs_from_one_seed_are_equal_and_from_two_are_not(images, tmp_path):
+    runs = {name: train(config(images, f"trainer.seed={seed}"), tmp_path / name) and losses(tmp_path / name)
+            for name, seed in (("a", 1), ("b", 1), ("c", 2))}  # fmt: skip
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_a_used_folder_is_refused_without_resume(images, tmp_path):
+    train(config(images, "trainer.max_steps=1"), tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run.*--resume auto"):
+        train(config(images), tmp_path / "run")
+
+
+def test_changed_settings_are_named_on_resume(images, tmp_path, caplog):
+    train(config(images, "trainer.max_steps=7"), tmp_path / "run")
+    train(config(images, "optimizer.lr=0.1"), tmp_path / "run", "auto")
+    assert "resuming with another optimizer.lr: 0.1, was 0.3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("trainer.batch_size=10", "middle of an epoch.*batch_size 8 -> 10"),
+        ("trainer.seed=5", "middle of an epoch.*seed 0 -> 5"),
+        ("projector.dim=8", "does not fit this configuration"),
+        ("caco.bank_size=64", "does not fit this configuration"),
+    ],
+)
+def test_a_change_that_the_position_or_the_shapes_do_not_bear_is_refused(images, tmp_path, change, line):
+    train(config(images, "trainer.max_steps=7"), tmp_path / "run")
+    with pytest.raises(UserError, match=line):
+        train(config(images, change), tmp_path / "run", "auto")
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_offered(images, tmp_path):
+    train(config(images), tmp_path / "run")
+    newest = CheckpointStore(tmp_path / "run" / "checkpoints").latest()
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"step_00000015\.pt .*--resume \S*step_00000010\.pt"):
+        train(config(images), tmp_path / "run", "auto")
+    resumed = train(config(images), tmp_path / "run", str(newest.with_name("step_00000010.pt")))
+    assert resumed["finished"]
+
+
+def test_a_diverging_loss_stops_the_run_before_it_poisons_a_checkpoint(images, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|-?inf) at step \d+; .*lower optimizer.lr"):
+        train(config(images, "optimizer={name: sgd, lr: 1e30}", "evaluation.every_epochs=0"), tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        state = CheckpointStore(path.parent).load(path)
+        assert all(value.isfinite().all() for value in state["method"].values())
+
+
+def test_training_goes_on_where_the_disk_refuses_a_checkpoint(images, tmp_path, monkeypatch, caplog):
+    from caco_fast.engine.checkpoint import CheckpointWriteError
+
+    def full(self, state, step):
+        raise CheckpointWriteError("no space left on device")
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    assert train(config(images), tmp_path / "run")["finished"]
+    assert "training goes on without it" in caplog.text
+
+
+def test_baselines_and_linear_probe_stand_in_the_summary(images, tmp_path):
+    settings = ("evaluation.baselines=true", "evaluation.linear_probe=true", "trainer.max_steps=1")
+    summary = train(config(images, *settings), tmp_path / "run")
+    for what in ("raw", "random", "trained"):
+        assert {f"knn_{what}", f"knn_{what}_k5", f"linear_{what}"} <= summary.keys()
+    # The colours of the two classes are told apart by raw pixels.
+    assert summary["knn_raw"] == 100
+
+
+def test_images_without_classes_train_without_evaluation(images, tmp_path):
+    flat = tmp_path / "flat" / "train"
+    flat.mkdir(parents=True)
+    for path in (images / "train").rglob("*.png"):
+        (flat / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="no labels"):
+        train(config(flat.parent), tmp_path / "refused")
+    summary = train(config(flat.parent, "evaluation.every_epochs=0"), tmp_path / "run")
+    assert summary["finished"] and "knn_trained" not in summary

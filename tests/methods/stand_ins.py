@@ -1,0 +1,43 @@
+"""Encoders for the tests of the methods: a script that returns given embeddings, and small real ones.
+
+Legend: B images, C embedding size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.models import Encoder, EncoderPair
+
+
+class ScriptedEncoders:
+    """Takes views for embeddings: queries are the views, keys the views turned; `calls` says what was asked for."""
+
+    def __init__(self, dim: int) -> None:
+        self.turn, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+        self.calls: list[str] = []
+
+    def queries(self, views: Sequence[Tensor]) -> list[Tensor]:
+        self.calls.append(f"queries of {len(views)}")
+        return list(views)
+
+    def key_of(self, view: Tensor) -> Tensor:
+        return (view.detach().double() @ self.turn).to(view.dtype)
+
+    def keys(self, views: Sequence[Tensor]) -> list[Tensor]:
+        self.calls.append(f"keys of {len(views)}")
+        return [self.key_of(view) for view in views]
+
+    def advance_key(self) -> None:
+        self.calls.append("advance")
+
+    def copy_query_to_key(self) -> None:
+        self.calls.append("copy")
+
+
+def small_pair(dim: int) -> EncoderPair:
+    """A linear backbone and projector with BatchNorm: [B, 3, 2, 2] to [B, C]."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU())
+    projector = nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
+    return EncoderPair(Encoder(backbone, projector))

@@ -1,0 +1,126 @@
+"""MoCo v2 against a loop over queries, and its queue against a list.
+
+Legend: B images, K queue rows, C channels.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import ScriptedEncoders
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from caco_fast.errors import UserError
+from caco_fast.methods import MoCo, MoCoConfig
+
+B, K, C = 4, 10, 6
+
+
+def unit() -> Tensor:
+    return normalize(torch.randn(B, C, dtype=torch.float64), dim=1)
+
+
+def make(**settings: Any) -> MoCo:
+    method = MoCo(MoCoConfig(**{"queue_size": K, "temperature": 0.2, **settings}), C).double()
+    # Unit rows in f64 too.
+    method.queue.queue.copy_(normalize(method.queue.queue, dim=1))
+    return method
+
+
+def by_hand(queries: Tensor, keys: Tensor, queue: Tensor, t: float) -> tuple[float, float, list[list[float]]]:
+    """Loss, mean probability of the key, and the gradient of the loss in each query, term by term."""
+    losses, probabilities, gradient = [], [], []
+    for q, k in zip(queries.tolist(), keys.tolist()):
+        rows = [k, *queue.tolist()]
+        logits = [math.fsum(a * b for a, b in zip(q, row)) / t for row in rows]
+        total = math.fsum(map(math.exp, logits))
+        p = [math.exp(x) / total for x in logits]
+        losses.append(math.log(total) - logits[0])
+        probabilities.append(p[0])
+        mean = [math.fsum(weight * row[c] for weight, row in zip(p, rows)) for c in range(C)]
+        gradient.append([(mean[c] - k[c]) / (t * B) for c in range(C)])
+    return sum(losses) / B, sum(probabilities) / B, gradient
+
+
+def close(found: Tensor, wanted: Any) -> None:
+    torch.testing.assert_close(found, torch.as_tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_one_way_loss_gradient_and_queue_over_several_steps() -> None:
+    method, encoders = make(), ScriptedEncoders(C)
+    queue = method.queue.queue.tolist()
+    for step in range(5):
+        views = [unit().requires_grad_(), unit().requires_grad_()]
+        output = method(views, encoders)
+        assert encoders.calls[-3:] == ["queries of 1", "advance", "keys of 1"]
+        keys = encoders.key_of(views[1])
+        loss, probability, gradient = by_hand(views[0], keys, torch.tensor(queue, dtype=torch.float64), 0.2)
+        output.loss.backward()
+        close(output.loss, loss)
+        close(output.metrics["positive_probability"], probability)
+        close(views[0].grad, gradient)
+        assert views[1].grad is None
+        method.update(0.5)
+        for i, key in enumerate(keys.tolist()):
+            queue[(step * B + i) % K] = key
+        close(method.queue.queue, queue)
+
+
+def test_symmetric_loss_is_the_mean_of_both_ways() -> None:
+    method, encoders = make(symmetric=True), ScriptedEncoders(C)
+    queue = method.queue.queue.clone()
+    views = [unit().requires_grad_(), unit().requires_grad_()]
+    output = method(views, encoders)
+    assert encoders.calls == ["queries of 2", "advance", "keys of 2"]
+    k_a, k_b = encoders.key_of(views[0]), encoders.key_of(views[1])
+    forth, back = by_hand(views[0], k_b, queue, 0.2), by_hand(views[1], k_a, queue, 0.2)
+    output.loss.backward()
+    close(output.loss, (forth[0] + back[0]) / 2)
+    close(output.metrics["positive_probability"], (forth[1] + back[1]) / 2)
+    close(2 * views[0].grad, forth[2])
+    close(2 * views[1].grad, back[2])
+    method.update(1.0)
+    close(method.queue.queue[:B], k_b)
+    close(method.queue.queue[B : 2 * B], k_a)
+
+
+def test_there_is_no_preparation() -> None:
+    assert make().preparation_steps(256) == 0
+    with pytest.raises(NotImplementedError, match="MoCo has no preparation phase"):
+        make().prepare([], ScriptedEncoders(C))
+
+
+def test_state_dict_goes_on() -> None:
+    encoders = ScriptedEncoders(C)
+    straight, resumed = make(), make()
+    straight([unit(), unit()], encoders)
+    straight.update(1.0)
+    resumed.load_state_dict(straight.state_dict())
+    views = [unit(), unit()]
+    for method in (straight, resumed):
+        method(views, encoders)
+        method.update(1.0)
+    assert torch.equal(straight.queue.queue, resumed.queue.queue)
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"temperature": 0.0}, "moco.temperature: must be above 0, found 0.0"),
+        ({"backend": "gpu"}, "moco.backend: found 'gpu', want one of auto, reference, tiled, cuda"),
+        ({"queue_size": 0}, "the key queue: found size 0 and dim 6, wanted at least 1 each"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(**settings)
+    assert line in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_it_takes_two_views(count: int) -> None:
+    make().check_views(2)
+    with pytest.raises(UserError, match=f"views: moco takes 2 views of an image, found {count}"):
+        make().check_views(count)

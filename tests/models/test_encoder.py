@@ -1,0 +1,120 @@
+"""The encoder's embeddings, and the pair of query and key encoder.
+
+Legend: B images, C embedding size.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from caco_fast.models import BackboneConfig, Encoder, EncoderPair, ProjectorConfig, build_encoder_pair
+
+B, C = 4, 6
+
+
+@pytest.fixture
+def pair() -> EncoderPair:
+    backbone = BackboneConfig("resnet18", "small_stride2", {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]})
+    return build_encoder_pair(backbone, ProjectorConfig(hidden=16, dim=C), channels=1)
+
+
+def images() -> Tensor:
+    return torch.randn(B, 1, 28, 28)
+
+
+def parameters(encoder: Encoder) -> list[Tensor]:
+    return [p.detach().clone() for p in encoder.parameters()]
+
+
+def buffers(encoder: Encoder) -> list[Tensor]:
+    return [b.clone() for b in encoder.buffers()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def shift_query(pair: EncoderPair) -> None:
+    with torch.no_grad():
+        for p in pair.query.parameters():
+            p.add_(torch.randn_like(p))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["f32", "bf16"])
+def test_embeddings_are_unit_rows_in_f32(pair: EncoderPair, autocast: torch.dtype | None) -> None:
+    pair.query.autocast = autocast
+    computed: list[torch.dtype] = []
+    pair.query.projector.register_forward_hook(lambda _m, _i, out: computed.append(out.dtype))
+    (embedding,) = pair.queries([images()])
+    assert computed == [autocast or torch.float32]
+    assert embedding.dtype == torch.float32 and embedding.shape == (B, C)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(B), rtol=0, atol=1e-6)
+    embedding.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in pair.query.parameters())
+
+
+def test_every_view_is_a_forward_of_its_own(pair: EncoderPair) -> None:
+    views = [images(), 3 + images()]
+    together = pair.queries(views)
+    assert int(pair.query.backbone.bn1.num_batches_tracked) == 2
+    for view, embedding in zip(views, together):
+        torch.testing.assert_close(pair.queries([view])[0], embedding)
+
+
+def test_key_starts_as_a_copy_without_gradient(pair: EncoderPair) -> None:
+    assert same(parameters(pair.key), parameters(pair.query))
+    assert not any(p.requires_grad for p in pair.key.parameters())
+    assert not {p.data_ptr() for p in pair.key.parameters()} & {p.data_ptr() for p in pair.query.parameters()}
+    (key,) = pair.keys([images()])
+    assert not key.requires_grad
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.99, 1.0])
+def test_advance_is_the_ema_of_the_parameters_alone(pair: EncoderPair, momentum: float) -> None:
+    shift_query(pair)
+    pair.queries([images()])
+    key, query, key_buffers = parameters(pair.key), parameters(pair.query), buffers(pair.key)
+    pair.momentum = momentum
+    pair.advance_key()
+    for found, g, f in zip(parameters(pair.key), key, query):
+        torch.testing.assert_close(found, momentum * g + (1 - momentum) * f)
+    assert same(parameters(pair.query), query)
+    assert same(buffers(pair.key), key_buffers)
+
+
+def test_copy_sets_the_key_to_the_query_but_for_its_buffers(pair: EncoderPair) -> None:
+    shift_query(pair)
+    pair.queries([images()])
+    key_buffers = buffers(pair.key)
+    pair.copy_query_to_key()
+    assert same(parameters(pair.key), parameters(pair.query))
+    assert same(buffers(pair.key), key_buffers) and not same(key_buffers, buffers(pair.query))
+
+
+def test_batch_norm_buffers_of_the_key_come_from_its_own_forwards(pair: EncoderPair) -> None:
+    query_buffers, before = buffers(pair.query), buffers(pair.key)
+    pair.keys([images()])
+    assert same(buffers(pair.query), query_buffers)
+    assert not same(buffers(pair.key), before)
+    assert int(pair.key.backbone.bn1.num_batches_tracked) == 1
+
+
+class Counting(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        self.calls += 1
+        return self.inner(*views)
+
+
+def test_a_wrapper_carries_the_query_forwards_and_stays_out_of_the_state(pair: EncoderPair) -> None:
+    keys = list(pair.state_dict())
+    wrapped = Counting(pair.query)
+    pair.wrap_query(wrapped)
+    pair.queries([images(), images()])
+    pair.keys([images()])
+    assert wrapped.calls == 1
+    assert list(pair.state_dict()) == keys
+    assert all(key.startswith(("query.", "key.")) for key in keys)

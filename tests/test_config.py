@@ -1,0 +1,222 @@
+"""The configuration: files, overrides, and the line that each mistake gets."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caco_fast.config import Config, describe, from_yaml, load_config, settings_of, to_yaml
+from caco_fast.data import ViewConfig
+from caco_fast.errors import UserError
+from caco_fast.methods import METHODS
+from caco_fast.settings import setting
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+def fields_with_owner(kind: Any, owner: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    for f in dataclasses.fields(kind):
+        yield f"{owner}{f.name}", f
+        value = getattr(kind() if isinstance(kind, type) else kind, f.name)
+        for item in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(item):
+                yield from fields_with_owner(item, f"{owner}{f.name}.")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def error_of(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(path, overrides)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+def test_there_are_configs() -> None:
+    assert {"quickstart", "cifar10_resnet18", "imagenet_resnet50_200ep_batch1024"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_comes_back_from_its_own_text(path: Path) -> None:
+    config = load_config(path)
+    assert config.method in METHODS
+    assert from_yaml(to_yaml(config)) == config
+    assert from_yaml(describe(config)) == config
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("imagenet_resnet50_200ep_batch1024", {"trainer.epochs": 200, "trainer.batch_size": 1024}),
+        ("imagenet_resnet50_200ep_batch4096", {"trainer.epochs": 200, "trainer.batch_size": 4096}),
+        ("imagenet_resnet50_800ep_batch4096", {"trainer.epochs": 800, "trainer.batch_size": 4096}),
+        ("imagenet_resnet50_multicrop_800ep_batch2048", {"trainer.epochs": 800, "trainer.batch_size": 2048}),
+    ],
+)
+def test_published_recipe(name: str, settings: dict[str, Any]) -> None:
+    """methods.md, recipe of section 1; no default of the code may change it unseen."""
+    found = settings_of(load_config(next(path for path in CONFIGS if path.stem == name)))
+    wanted = {
+        **settings,
+        **{"backbone.name": "resnet50", "backbone.stem": "imagenet"},
+        **{"projector.layers": 3, "projector.hidden": 2048, "projector.dim": 256, "projector.bias": False},
+        **{"caco.bank_size": 65536, "caco.bank_lr": 3.0, "caco.bank_momentum": 0.9, "caco.norm": "implicit"},
+        **{"caco.temperature": 0.08, "caco.bank_temperature": 0.08, "caco.warm_start_temperature": 0.2},
+        **{"caco.warm_start_steps": 0, "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.scale_lr": True},
+        **{"optimizer.momentum": 0.9, "optimizer.weight_decay": 1.5e-6, "optimizer.trust": 0.001},
+        **{"schedule.warmup_epochs": 10.0, "schedule.final_ratio": 0.01, "schedule.key_momentum": 0.99},
+        **{"schedule.key_momentum_rises": True},
+        **{"views.0.size": 224, "views.0.blur_p": 1.0, "views.0.solarize_p": 0.0, "views.0.blur_sigma": (0.1, 2.0)},
+        **{"views.1.size": 224, "views.1.blur_p": 0.1, "views.1.solarize_p": 0.2, "views.1.grey_p": 0.2},
+        **{"views.0.jitter_p": 0.8, "views.0.brightness": 0.4, "views.0.contrast": 0.4, "views.0.saturation": 0.2},
+        **{"views.0.hue": 0.1, "views.0.flip_p": 0.5, "views.0.scale": (0.2, 1.0), "views.1.scale": (0.2, 1.0)},
+    }
+    if "multicrop" in name:
+        wanted |= {"views.0.scale": (0.14, 1.0), "views.1.scale": (0.14, 1.0)}
+        wanted |= {"views.2.count": 6, "views.2.size": 96, "views.2.scale": (0.05, 0.14)}
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_describe_lists_every_setting_with_its_help() -> None:
+    config = load_config(None)
+    lines = describe(config).splitlines()
+    for name, f in fields_with_owner(config):
+        leaf = name.rsplit(".", 1)[-1]
+        mine = [
+            line for line in lines if line.strip().lstrip("- ").startswith(f"{leaf}:") and f.metadata["help"] in line
+        ]
+        assert mine, f"{name} is not shown with its help"
+
+
+def test_every_field_has_one_line_of_help() -> None:
+    for name, f in fields_with_owner(Config):
+        help = f.metadata.get("help", "")
+        assert help.strip() and "\n" not in help, f"{name} has no help"
+
+
+def test_override_changes_one_setting_and_nothing_else() -> None:
+    before, after = settings_of(load_config(CONFIGS[0])), settings_of(load_config(CONFIGS[0], ["optimizer.lr=1e-3"]))
+    assert {key for key in before if before[key] != after[key]} == {"optimizer.lr"}
+    assert after["optimizer.lr"] == 0.001
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("views.0.size=160", "views.0.size", 160),
+        ("views.0.scale=[0.1,1]", "views.0.scale", (0.1, 1.0)),
+        ("trainer.precision=f32", "trainer.precision", "f32"),
+        ("caco.bank_size=37268", "caco.bank_size", 37268),
+        ("schedule.key_momentum_rises=false", "schedule.key_momentum_rises", False),
+        ("data.eval_size=null", "data.eval_size", None),
+        ("data.path=/a b/c=d:e", "data.path", "/a b/c=d:e"),
+        ("run.folder=", "run.folder", ""),
+        ("evaluation.k=[1,2]", "evaluation.k", [1, 2]),
+        ("backbone.options={layers: [1, 1, 1, 1]}", "backbone.options", {"layers": [1, 1, 1, 1]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_overrides(override: str, key: str, value: Any) -> None:
+    assert settings_of(load_config(None, [override]))[key] == value
+
+
+def test_the_last_override_wins_over_the_file(write: Any) -> None:
+    path = write("trainer: {epochs: 3}\n")
+    assert load_config(path).trainer.epochs == 3
+    assert load_config(path, ["trainer.epochs=4", "trainer.epochs=5"]).trainer.epochs == 5
+
+
+def test_views_of_a_file_replace_the_default_and_take_overrides(write: Any) -> None:
+    path = write("views: [{size: 96}, {count: 6, size: 32}]\n")
+    config = load_config(path, ["views.1.count=4"])
+    assert config.views == [ViewConfig(size=96), ViewConfig(count=4, size=32)]
+    assert "did you mean 'views.0.size'?" in error_of(path, "views.1.sise=3")
+
+
+def test_a_base_is_changed_by_the_file_on_top_of_it(write: Any) -> None:
+    write("trainer: {epochs: 3, batch_size: 8}\n", "first.yaml")
+    write("base: first.yaml\ntrainer: {epochs: 4}\n", "second.yaml")
+    path = write("base: second.yaml\nmethod: moco\n")
+    config = load_config(path)
+    assert (config.method, config.trainer.epochs, config.trainer.batch_size) == ("moco", 4, 8)
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("optimiser.lr=1", "argument 'optimiser.lr=1': unknown setting 'optimiser'; did you mean 'optimizer'?"),
+        ("optimizer.Ir=1", "unknown setting 'optimizer.Ir'; did you mean 'optimizer.lr'?"),
+        ("caco.momentum=1", "unknown setting 'caco.momentum'; did you mean 'caco.bank_momentum'?"),
+        ("epochs=3", "unknown setting 'epochs'; did you mean 'trainer.epochs'?"),
+        ("zzzz=1", "unknown setting 'zzzz'; --print-config lists every setting"),
+        ("optimizer.lr=fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        ("optimizer.lr=not in use", "optimizer.lr: Value 'not in use' of type 'str' could not be converted to Float"),
+        ("trainer.epochs=1.5", "trainer.epochs: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("trainer.epochs=", "trainer.epochs: Value '' of type 'str' could not be converted to Integer"),
+        ("caco.bank_size=null", "caco.bank_size: field 'caco.bank_size' is not Optional"),
+        ("optimizer=lars", "optimizer: a group of settings is wanted there"),
+        ("views.3.size=3", "views[3]: a group of settings is wanted there, or its list is not that long"),
+        ("views.0.scale=[0.1]", "views[0].scale: "),
+        ("optimizer.lr", "argument 'optimizer.lr': want key=value, e.g. optimizer.lr=0.1"),
+        ("=3", "argument '=3': want key=value"),
+        ("run.folder=[", "argument 'run.folder=[': while parsing"),
+        ("run.folder=${nowhere}", "run.folder: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_bad_override_is_named(override: str, line: str) -> None:
+    assert line in error_of(None, override)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("optimizer: {lrr: 1}", "unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("optimiser: {lr: 1}", "unknown setting 'optimiser'; did you mean 'optimizer'?"),
+        ("trainer: {epochs: many}", "trainer.epochs: Value 'many' of type 'str' could not be converted to Integer"),
+        ("trainer: [1, 2]", "[1, 2]: a group of settings is wanted there"),
+        ("- 1", "want a mapping of settings, found a list"),
+        ("trainer: {epochs: 1", "not valid YAML"),
+        ("base: none.yaml", "none.yaml: No such file or directory"),
+        ("base: mine.yaml", "is its own base"),
+    ],
+)
+def test_a_bad_file_is_named(write: Any, text: str, line: str) -> None:
+    path = write(text)
+    found = error_of(path)
+    assert line in found and str(path.parent) in found
+
+
+def test_a_missing_file_a_folder_and_a_binary_file_are_named(tmp_path: Path) -> None:
+    assert error_of(tmp_path / "none.yaml") == f"--config {tmp_path}/none.yaml: No such file or directory"
+    assert error_of(tmp_path) == f"--config {tmp_path}: Is a directory"
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "not valid YAML" in error_of(tmp_path / "image.yaml")
+
+
+def test_an_empty_file_gives_the_defaults(write: Any) -> None:
+    assert load_config(write("")) == load_config(None) == Config()
+
+
+def test_a_stored_configuration_of_another_version_is_named() -> None:
+    with pytest.raises(UserError, match="stored configuration: unknown setting 'trainer.epoch'"):
+        from_yaml("trainer: {epoch: 3}")
+
+
+def test_a_mutable_default_is_copied_for_every_instance() -> None:
+    @dataclasses.dataclass
+    class Mine:
+        items: list[int] = setting([1], "numbers")
+
+    Mine().items.append(2)
+    assert Mine().items == [1]

@@ -1,0 +1,48 @@
+"""The README's examples run as they stand there, and its tables are those of the results."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = dict(re.findall(r"<!-- example: ([^>]+) -->\n```python\n(.*?)```", README, re.S))
+
+
+def test_the_own_loop_learns(capsys):
+    exec(compile(EXAMPLES["own loop"], "README: own loop", "exec"), {})
+    lines = capsys.readouterr().out.strip().splitlines()
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    positive = [float(line.split("positive ")[1]) for line in lines]
+    assert len(losses) == 39
+    # From the bank being full on: it fits the encoder's queries better and better.
+    assert sum(losses[-5:]) < sum(losses[4:9])
+    assert sum(positive[-5:]) > sum(positive[4:9])
+
+
+def test_the_lightly_loop_runs():
+    pytest.importorskip("lightly", reason="lightly is not installed: pip install lightly")
+    batches = [((torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32)), torch.zeros(8)) for _ in range(2)]
+    names = {"dataloader": batches}
+    exec(compile(EXAMPLES["lightly style"], "README: lightly style", "exec"), names)
+    assert torch.isfinite(names["loss"]) and names["bank"].velocity.any()
+
+
+def test_every_named_file_exists():
+    named = re.findall(r"`((?:configs/|tools/|docs/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
+    named += re.findall(r"\]\(([\w./-]+)\)", README) + [
+        f"configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)`", README, re.M)
+    ]
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_tables_are_those_of_the_results():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "make_tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

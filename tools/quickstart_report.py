@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Judges a quickstart run, and records it for the README.
+
+    python tools/quickstart_report.py runs/quickstart            # exit status 1 if it did not learn what it should
+    python tools/quickstart_report.py runs/quickstart --record   # also writes benchmarks/results/quickstart_cpu.json
+    python tools/quickstart_report.py --table JSON               # the recorded figures as Markdown
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from caco_fast.benchmarking import ROOT, write_result
+
+RESULT = ROOT / "benchmarks" / "results" / "quickstart_cpu.json"
+ROWS = {"raw": "raw pixels", "random": "random-initialised encoder", "trained": "encoder trained by CaCo"}
+COLUMNS = {"knn_{}": "kNN, k 200", "knn_{}_k20": "kNN, k 20", "linear_{}": "linear probe"}
+
+
+def shortcomings(summary: dict) -> list[str]:
+    """Why the run does not show that CaCo learns; empty if it does. Accuracies are per cent of 2,000 test images."""
+    wanted = [key.format(what) for what in ROWS for key in COLUMNS]
+    wanted += ["positive_probability_start", "positive_probability_end", "pairs_per_second", "train_seconds"]
+    missing = [key for key in wanted if key not in summary]
+    if missing:
+        return [f"summary.json lacks {', '.join(missing)}"]
+    found = []
+    if not summary["finished"]:
+        found.append("the run is not finished")
+    # One standard deviation of an accuracy over 2,000 images is 0.9 points.
+    for key in ("knn_{}", "linear_{}"):
+        trained = summary[key.format("trained")]
+        for what in ("raw", "random"):
+            yardstick = summary[key.format(what)]
+            if trained < yardstick + 1.0:
+                found.append(f"{key.format('trained')} {trained:.1f} does not beat {ROWS[what]}, {yardstick:.1f}")
+    if summary["positive_probability_end"] < 2 * summary["positive_probability_start"]:
+        found.append("the mean probability of the chosen positive did not double")
+    return found
+
+
+def table(record: dict) -> str:
+    """The figures as Markdown."""
+    summary, machine = record["results"], record["machine"]
+    lines = [
+        f"| Fashion-MNIST, 2,000 test images, per cent | {' | '.join(COLUMNS.values())} |",
+        "|---|" + "--:|" * len(COLUMNS),
+    ]
+    for what, name in ROWS.items():
+        cells = [f"{summary[key.format(what)]:.1f}" for key in COLUMNS]
+        bold = "**" if what == "trained" else ""
+        lines.append(f"| {bold}{name}{bold} | " + " | ".join(f"{bold}{cell}{bold}" for cell in cells) + " |")
+    start, end = summary["positive_probability_start"], summary["positive_probability_end"]
+    lines += [
+        "",
+        f"{summary['train_seconds']:.0f} s of training on {machine['cores']} cores ({machine['processor']}), "
+        f"{summary['pairs_per_second']:,.0f} pairs/s, 10,000 training images without labels; "
+        f"mean probability of the chosen positive {start:.3f} at the start, {end:.3f} at the end.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Judge a quickstart run, and record it for the README.")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder, e.g. runs/quickstart")
+    parser.add_argument("--record", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print recorded figures as Markdown and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())))
+        return 0
+    if arguments.run is None:
+        parser.error("want the run folder, or --table JSON")
+    path = arguments.run / "summary.json"
+    if not path.is_file():
+        print(f"error: {path}: no such file; make quickstart writes it", file=sys.stderr)
+        return 2
+    summary = json.loads(path.read_text())
+    found = shortcomings(summary)
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    if not found:
+        print(f"{arguments.run}: CaCo's features beat raw pixels and the random encoder")
+        if arguments.record:
+            starts = json.loads((arguments.run / "environment.json").read_text())
+            settings = {"config": "configs/quickstart.yaml", "starts": starts}
+            print(f"recorded in {write_result(RESULT, settings=settings, results=summary)}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

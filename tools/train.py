@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Pre-trains an encoder: python tools/train.py --config configs/quickstart.yaml [key=value ...]
+
+Under torchrun it is one rank of a run; by itself it is a run on one device. Exit status: 0 done, 2 the user can mend
+it, 128 + n stopped by signal n after a checkpoint.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Spinning OpenMP threads starve the loader, and everything else, on a machine whose cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Pre-train an encoder with CaCo or a sibling method.",
+        epilog="example: python tools/train.py --config configs/quickstart.yaml optimizer.lr=0.002 run.folder=runs/a",
+    )
+    parser.add_argument("--config", type=Path, help="YAML file with settings; see configs/")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|never|PATH",
+        help="auto: go on from the newest checkpoint of the run folder, or start there; never (default): start, and "
+        "refuse a folder that holds a run; PATH: go on from this checkpoint",
+    )
+    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    arguments = parser.parse_args()
+
+    # After the arguments, so that --help and a mistyped option answer at once.
+    from caco_fast.config import describe, load_config
+    from caco_fast.engine.interrupt import Interrupted
+    from caco_fast.errors import UserError
+    from caco_fast.training import train
+
+    try:
+        config = load_config(arguments.config, arguments.settings)
+        if arguments.print_config:
+            print(describe(config))
+            return 0
+        name = arguments.config.stem if arguments.config else config.method
+        train(config, Path(config.run.folder or f"runs/{name}"), arguments.resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"{stopped}; go on with --resume auto", file=sys.stderr)
+        return stopped.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
