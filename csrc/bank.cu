@@ -13,12 +13,11 @@ namespace {
 
 // Adding a path: its folder with a path.h like sm80's, a value of Path, and a case here.
 template <class Sm80>
-auto on_path(const Target &target, Sm80 &&sm80) {
-    use_device(target.device);
-    switch (target.path) {
+auto on_path(Path path, Sm80 &&sm80) {
+    switch (path) {
         case Path::kSm80: return sm80();
     }
-    throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(target.path)));
+    throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
 }
 
 }  // namespace
@@ -33,28 +32,35 @@ int path_serving(int major, int minor) {
     return 0;
 }
 
+SharedBytes shared_bytes(int channels, Path path) {
+    return on_path(path, [&] { return sm80::shared_bytes(channels); });
+}
+
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(target, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split = on_path(target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
     return attend_workspace(rows, channels, split.splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(target, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split = on_path(target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
     return select_workspace(rows, split.splits);
 }
 
 int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
 
 void bank_attend(const AttendParams &params, const Target &target) {
-    on_path(target, [&] { sm80::bank_attend(params, target); });
+    use_device(target.device);
+    on_path(target.path, [&] { sm80::bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
-    on_path(target, [&] { sm80::bank_select(params, target); });
+    use_device(target.device);
+    on_path(target.path, [&] { sm80::bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {
-    on_path(target, [&] { sm80::bank_step(params, target); });
+    use_device(target.device);
+    on_path(target.path, [&] { sm80::bank_step(params, target); });
 }
 
 }  // namespace caco

@@ -35,6 +35,12 @@ constexpr int padded_channels(int channels) {
     return channels <= 64 ? 64 : channels <= 128 ? 128 : channels <= 256 ? 256 : 512;
 }
 
+// Dynamic shared memory of each operation's kernel, in bytes; for tables.
+struct SharedBytes {
+    int attend, select, step;
+};
+SharedBytes shared_bytes(int channels, Path path);
+
 // rows in f32 -> rows in operand type, at unit length or as they are, padded with zeros.
 struct OperandParams {
     const float *rows;  // [N, C]

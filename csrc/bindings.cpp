@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -52,6 +51,14 @@ PYBIND11_MODULE(CACO_MODULE, m) {
     m.def("path_serving", &caco::path_serving, "major"_a, "minor"_a,
           "The kernel path for a GPU of this compute capability; 0 where none was compiled.");
     m.def("padded_channels", [](int channels) { return caco::padded_channels(channels); }, "channels"_a);
+
+    m.def(
+        "shared_bytes",
+        [](int channels, int path) {
+            const caco::SharedBytes bytes = caco::shared_bytes(channels, static_cast<caco::Path>(path));
+            return py::dict("attend"_a = bytes.attend, "select"_a = bytes.select, "step"_a = bytes.step);
+        },
+        "channels"_a, "path"_a, "Dynamic shared memory of each operation's kernel.");
 
     py::class_<caco::Target>(m, "Target", "Where a launch goes.")
         .def(py::init([](int path, int device, int multiprocessors, Address stream) {

@@ -149,6 +149,7 @@ Split split_bank(int64_t rows, int64_t bank_rows, int tile_rows, int tile_column
 }
 
 void bank_operand(const OperandParams &params, const Target &target) {
+    use_device(target.device);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
         using T = decltype(operand);
         launch("bank_operand", operand_kernel<T, padded()>, warp_rows_grid(params.count), kRowThreads, 0, target.stream,

@@ -14,7 +14,7 @@ class TrainerConfig:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
     cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
-    max_steps: int = setting(0, "stop after so many steps in all, initialisation included; the schedule stays; 0: no stop")
+    max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
 
 
 @dataclass(frozen=True)

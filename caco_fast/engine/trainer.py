@@ -1,6 +1,6 @@
 """The training loop: the bank's initialisation, then epochs of steps, with logs, kNN and checkpoints between them.
 
-Legend: a step is one optimiser step on `batch_size` images over all ranks; those of the initialisation count separately.
+Legend: a step is one optimiser step on `batch_size` images over all ranks.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class Interval:
 
 
 class Trainer:
-    """Runs a method on a pair of encoders. The caller builds every component; the trainer only knows their interfaces."""
+    """Runs a method on a pair of encoders. The caller builds every component; here only their interfaces are known."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Trainer:
         return self.position.phase == TRAINING and self.position.epochs_ended >= self.config.epochs
 
     def _prepare(self) -> None:
-        """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 is not a replay of them."""
+        """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 does not replay them."""
         steps = self.method.preparation_steps(self.config.batch_size)
         per_epoch = self.loader.steps_per_epoch
         if steps:

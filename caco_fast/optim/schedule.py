@@ -37,6 +37,8 @@ class Schedule:
             raise UserError(f"schedule.per: found '{self.config.per}', want step or epoch")
         if not 0 <= self.config.warmup_epochs:
             raise UserError(f"schedule.warmup_epochs: must not be negative, found {self.config.warmup_epochs}")
+        if not 0 <= self.config.final_ratio <= 1:
+            raise UserError(f"schedule.final_ratio: must lie in [0, 1], found {self.config.final_ratio}")
         if not 0 <= self.config.key_momentum <= 1:
             raise UserError(f"schedule.key_momentum: must lie in [0, 1], found {self.config.key_momentum}")
 

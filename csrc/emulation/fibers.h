@@ -96,10 +96,10 @@ class Fiber {
         (void)home;
         EMU_ASAN(__sanitizer_finish_switch_fiber(nullptr, &home.bottom, &home.size);)
     }
-    // Fiber -> scheduler; `for_good` when the fiber never runs again.
+    // Fiber -> scheduler; `for_good` when the fiber never runs again: what the scheduler does later comes after all of it.
     __attribute__((noinline)) void leave(HomeStack &home, bool for_good) {
         (void)for_good;
-        EMU_TSAN(__tsan_switch_to_fiber(home.tsan, 1);)
+        EMU_TSAN(__tsan_switch_to_fiber(home.tsan, for_good ? 0 : 1);)
         EMU_ASAN(__sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, home.bottom, home.size);)
         swap_stacks(&pointer_, home.pointer);
         EMU_ASAN(__sanitizer_finish_switch_fiber(fake_stack_, &home.bottom, &home.size);)

@@ -105,6 +105,15 @@ step_kernel(StepParams params) {
 
 }  // namespace
 
+SharedBytes shared_bytes(int channels) {
+    SharedBytes bytes{};
+    for_padded_channels(channels, [&](auto padded) {
+        using Shape = Tile<bf16, padded()>;
+        bytes = {Shape::kTileBytes, Shape::kTileBytes, StepShape<Shape>::kSharedBytes};
+    });
+    return bytes;
+}
+
 void bank_step(const StepParams &params, const Target &target) {
     step_row_terms(params, target);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {

@@ -11,7 +11,7 @@ from caco_fast.ops import bank_attend, bank_select, bank_step_
 SCHEDULES = [
     dict(seed=seed, greedy=greedy, lazy_copies=lazy, os_threads=threads)
     for seed, greedy, lazy, threads in [
-        *((seed, greedy, lazy, 1) for seed, greedy, lazy in itertools.product((0, 1, 7), (False, True), (False, True))),
+        *((seed, greedy, lazy, 1) for seed, greedy, lazy in itertools.product((1, 7), (False, True), (False, True))),
         (11, False, True, 2),
     ]
 ]
@@ -35,7 +35,7 @@ def expected() -> dict[int, list[torch.Tensor]]:
     return {}
 
 
-@pytest.mark.parametrize("channels", [64, 256, 512])
+@pytest.mark.parametrize("channels", [64, 512])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(f"{k}={int(v)}" for k, v in s.items()))
 def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, expected, channels, schedule):
     if channels not in expected:

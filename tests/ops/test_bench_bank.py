@@ -27,7 +27,7 @@ def test_writes_times_and_memory_of_every_variant(tmp_path):
     record = json.loads(output.read_text())
     assert list(record["results"]) == ["dense eager", "tiled float32", "tiled bfloat16"]
     for result in record["results"].values():
-        assert set(result["ms"]) == {"attend", "select", "step", "whole"}
+        assert set(result["ms"]) == {"attend", "select", "step", "whole", "processor"}
         assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in result["ms"].values())
     # The dense step holds the similarities and their softmax at the same time; the tiled one neither, and at this size
     # its extra memory is mostly what the allocator keeps.

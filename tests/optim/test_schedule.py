@@ -84,6 +84,7 @@ def test_key_momentum_may_stay() -> None:
     [
         ({"per": "week"}, "schedule.per: found 'week', want step or epoch"),
         ({"warmup_epochs": -1.0}, "schedule.warmup_epochs: must not be negative, found -1.0"),
+        ({"final_ratio": -0.01}, "schedule.final_ratio: must lie in [0, 1], found -0.01"),
         ({"key_momentum": 1.5}, "schedule.key_momentum: must lie in [0, 1], found 1.5"),
     ],
 )

@@ -1,0 +1,137 @@
+"""The static gate of the compiled kernels: no spills, no local memory, the matrix instruction where it belongs.
+
+    python tools/check_sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
+
+Prints registers, shared memory and verdict per kernel and architecture; returns 1 if a kernel breaks a rule, 2 if the
+tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm, or those that triton (a part of CUDA torch) brings along.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A kernel of the tile loops, and what its machine code must contain: HMMA.16816 is mma.m16n8k16 of fp16 or bf16.
+MATRIX_KERNELS = re.compile(r"sm80.*(attend|select|step)_kernel")
+MATRIX_INSTRUCTION = re.compile(r"\bHMMA\.16816")
+LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
+MOST_REGISTERS = 255
+
+
+@dataclass
+class Kernel:
+    arch: str
+    symbol: str
+    registers: int
+    stack: int
+    local: int
+    code: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        kernel = re.search(r"\d+([a-z_]+_kernel)", self.symbol).group(1)
+        operand = "bf16" if "__nv_bfloat16" in self.symbol else "fp16" if "__half" in self.symbol else ""
+        padded = re.search(r"Li(\d+)E", self.symbol)
+        return f"{kernel.removesuffix('_kernel'):<10} {operand:<5} {padded.group(1) if padded else '':>4}"
+
+    def faults(self) -> list[str]:
+        code = "\n".join(self.code)
+        faults = []
+        if self.stack or self.local:
+            faults.append(f"stack {self.stack} B, local memory {self.local} B")
+        if LOCAL_MEMORY.search(code):
+            faults.append(f"{len(LOCAL_MEMORY.findall(code))} local loads or stores")
+        if self.registers > MOST_REGISTERS:
+            faults.append(f"{self.registers} registers")
+        if not code:
+            faults.append("no machine code found")
+        elif MATRIX_KERNELS.search(self.symbol) and not MATRIX_INSTRUCTION.search(code):
+            faults.append("no HMMA.16816")
+        return faults
+
+
+def find_tool(name: str) -> str | None:
+    folders = [f"{os.environ[home]}/bin" for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ]
+    folders += ["/usr/local/cuda/bin", *os.environ.get("PATH", "").split(os.pathsep)]
+    for package, inside in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for location in spec.submodule_search_locations or () if spec else ():
+            folders += map(str, Path(location).glob(inside))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def find_module() -> Path | None:
+    return next((ROOT / "caco_fast").glob("_C.*.so"), None)
+
+
+def dump(tool: str, option: str, module: Path) -> str:
+    # nvdisasm is called by cuobjdump and must be found by it.
+    path = os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), os.environ.get("PATH", "")])
+    done = subprocess.run([tool, option, str(module)], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if done.returncode:
+        raise SystemExit(f"error: {tool} {option} {module}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+def read_kernels(module: Path) -> list[Kernel]:
+    tool = find_tool("cuobjdump")
+    kernels: dict[tuple[str, str], Kernel] = {}
+    arch = symbol = ""
+    for line in dump(tool, "-res-usage", module).splitlines():
+        if found := re.match(r"arch = sm_(\w+)", line):
+            arch = found.group(1)
+        elif found := re.match(r"\s*Function (\S+):", line):
+            symbol = found.group(1)
+        elif "REG:" in line:
+            usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+            kernels[arch, symbol] = Kernel(arch, symbol, usage["REG"], usage["STACK"], usage["LOCAL"])
+    code: list[str] = []
+    for line in dump(tool, "-sass", module).splitlines():
+        if found := re.match(r"\s*code for sm_(\w+)", line):
+            arch = found.group(1)
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            code = kernels[arch, found.group(1)].code
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found.group(1))
+    return sorted(kernels.values(), key=lambda kernel: (int(re.match(r"\d+", kernel.arch).group()), kernel.name))
+
+
+def missing() -> str | None:
+    """Why the gate cannot run here, or None."""
+    for tool in ("cuobjdump", "nvdisasm"):
+        if find_tool(tool) is None:
+            return f"{tool} not found; pip install nvidia-cuda-{tool}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("module", nargs="?", type=Path, default=find_module())
+    module = parser.parse_args().module
+    if module is None or not module.exists():
+        print("error: no compiled module; run `python setup.py build_ext`", file=sys.stderr)
+        return 2
+    if reason := missing():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    kernels = read_kernels(module)
+    broken = 0
+    print(f"{'arch':<7} {'kernel':<10} {'type':<5} {'P':>4} {'regs':>5}  verdict")
+    for kernel in kernels:
+        faults = kernel.faults()
+        broken += bool(faults)
+        print(f"sm_{kernel.arch:<4} {kernel.name} {kernel.registers:>5}  {'; '.join(faults) or 'ok'}")
+    print(f"{len(kernels)} kernels, {broken} that break a rule")
+    return 1 if broken or not kernels else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
