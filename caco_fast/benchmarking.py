@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -41,6 +42,7 @@ def write_result(path: str | Path, *, settings: dict[str, Any], results: Any) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": path.stem,
+        "script": _script(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
@@ -53,6 +55,12 @@ def write_result(path: str | Path, *, settings: dict[str, Any], results: Any) ->
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
     return path
+
+
+def _script() -> str:
+    """The running script, as a path within the checkout where it lies in it."""
+    script = Path(sys.argv[0]).resolve()
+    return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 
 
 def synchronize(device: str | torch.device) -> None:

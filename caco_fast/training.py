@@ -11,7 +11,6 @@ from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
 from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
-from caco_fast.engine.curves import draw_curves
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler
@@ -154,11 +153,14 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
     }
     values |= {f"positive_probability_{when}": value for when, value in trainer.positive_probability.items()}
     values["bad_images"] = len(trainer.loader.bad_images)
-    if trainer.evaluator is not None and config.evaluation.every_epochs:
+    if trainer.evaluator is not None:
         values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
     run.summary(values)
     summary = run.read_summary()
     if rank() == 0:
+        # Here, because matplotlib takes a second to import and the other ranks don't need it.
+        from caco_fast.engine.curves import draw_curves
+
         draw_curves(run.path)
         _show(config, run, summary)
     barrier()
@@ -210,12 +212,14 @@ def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
 
 
 def _build_evaluator(config: Config, device: torch.device) -> Evaluator | None:
-    if config.evaluation.every_epochs == 0 and not config.evaluation.baselines:
+    if not config.evaluation.wanted:
         return None
     options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
     train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, **options)
     test = build_eval_loader(config.data, "test", **options)
-    return Evaluator(config.evaluation, train, test, classes=len(train.source.classes), device=device)
+    return Evaluator(
+        config.evaluation, train, test, classes=len(train.source.classes), denormalise=train.denormalise, device=device
+    )
 
 
 def _report_changes(config: Config, before: str) -> None:

@@ -60,7 +60,7 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         },
         "channels"_a, "path"_a, "Dynamic shared memory of each operation's kernel.");
 
-    py::class_<caco::Target>(m, "Target", "Where a launch goes.")
+    py::class_<caco::Target>(m, "Target", py::module_local(), "Where a launch goes.")
         .def(py::init([](int path, int device, int multiprocessors, Address stream) {
                  return caco::Target{static_cast<caco::Path>(path), device, multiprocessors, at<void>(stream)};
              }),

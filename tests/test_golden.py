@@ -1,4 +1,4 @@
-"""Twenty steps of the quickstart at a fixed seed give the recorded losses. `python tests/test_golden.py` records them."""
+"""Twenty steps of the quickstart give the recorded losses; `python tests/test_golden.py` records them anew."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def tolerance(step: int, same_machine: bool) -> float:
-    """Relative. Where the recording was made the losses come again; elsewhere rounding grows through BatchNorm and AdamW.
+    """Relative. Where it was recorded the losses come again; elsewhere rounding grows through BatchNorm and AdamW.
 
     Two threads in place of one, worst seen: 2e-6 at step 1, 6e-4 at step 4, 7e-2 at step 15.
     """

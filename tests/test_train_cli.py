@@ -158,7 +158,8 @@ def test_a_signal_stops_it_after_a_checkpoint(file, tmp_path, whole, number):
 def test_two_ranks_learn_what_one_does(file, tmp_path):
     """torchrun over gloo: same images, synchronised BatchNorm, replicated bank; equal to f32 rounding."""
     for ranks, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        arguments = ["--config", str(file), f"run.folder={folder}", "trainer.max_steps=10", "evaluation.every_epochs=1"]
+        settings = ["trainer.max_steps=10", "optimizer.lr=0.03", "evaluation.every_epochs=1"]
+        arguments = ["--config", str(file), f"run.folder={folder}", *settings]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         done = subprocess.run(
             [*launch, str(ROOT / "tools" / "train.py"), *arguments],
@@ -172,6 +173,6 @@ def test_two_ranks_learn_what_one_does(file, tmp_path):
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for ours, theirs in zip(one, two):
         if "loss" in ours:
-            assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-3)
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0]["knn_trained"] == summaries[1]["knn_trained"]

@@ -179,16 +179,15 @@ def table(record: dict) -> str:
         f"{machine['cpu'] if settings['device'] == 'cpu' else machine['gpus'][0]}, {machine['torch_threads']} threads, "
         f"torch {record['versions']['torch']}",
         "",
-        "| variant | attend ms | select ms | step | whole ms (p20-p80) | CPU ms | Gflop/s | MiB more | faster | memory |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| variant | attend ms | select ms | step ms | whole step, ms (p20-p80) | faster | extra MiB | of the memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for variant, result in results.items():
         whole = result["ms"]["whole"]
         cells = [f"{result['ms'][part]['median']:.3g}" for part in PARTS]
         cells.append(f"{whole['median']:.4g} ({whole['p20']:.4g}-{whole['p80']:.4g})")
-        cells.append(f"{result['ms']['processor']['median']:.4g}")
-        cells += [f"{result['gflop_per_s']:.0f}", f"{result['extra_bytes'] / 2**20:.1f}"]
         cells.append(f"{yardstick['ms']['whole']['median'] / whole['median']:.1f} x")
+        cells.append(f"{result['extra_bytes'] / 2**20:.1f}")
         cells.append(f"1/{yardstick['extra_bytes'] / max(result['extra_bytes'], 1):.0f}")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

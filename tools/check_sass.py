@@ -2,7 +2,7 @@
 
     python tools/check_sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
 
-Prints registers, shared memory and verdict per kernel and architecture; returns 1 if a kernel breaks a rule, 2 if the
+Prints the registers per kernel and architecture, the shared memory, and what breaks a rule; returns 1 if a kernel breaks a rule, 2 if the
 tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm, or those that triton (a part of CUDA torch) brings along.
 """
@@ -104,6 +104,20 @@ def read_kernels(module: Path) -> list[Kernel]:
     return sorted(kernels.values(), key=lambda kernel: (int(re.match(r"\d+", kernel.arch).group()), kernel.name))
 
 
+def print_table(kernels: list[Kernel], module: Path) -> None:
+    """Registers per thread, a row per kernel and a column per architecture; bytes of dynamic shared memory per block."""
+    spec = importlib.util.spec_from_file_location("_C", module)
+    compiled = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiled)
+    arches = list(dict.fromkeys(kernel.arch for kernel in kernels))
+    registers = {(kernel.name, kernel.arch): kernel.registers for kernel in kernels}
+    print(f"{'kernel':<10} {'type':<5} {'P':>4}  " + "".join(f"{'sm_' + arch:>8}" for arch in arches) + f"{'shared':>9}")
+    for name in dict.fromkeys(kernel.name for kernel in kernels):
+        op, padded = name.split()[0], name.split()[-1]
+        shared = compiled.shared_bytes(int(padded), 80).get(op, "") if padded.isdigit() else ""
+        print(f"{name}  " + "".join(f"{registers.get((name, arch), '-'):>8}" for arch in arches) + f"{shared:>9}")
+
+
 def missing() -> str | None:
     """Why the gate cannot run here, or None."""
     for tool in ("cuobjdump", "nvdisasm"):
@@ -123,13 +137,11 @@ def main() -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     kernels = read_kernels(module)
-    broken = 0
-    print(f"{'arch':<7} {'kernel':<10} {'type':<5} {'P':>4} {'regs':>5}  verdict")
-    for kernel in kernels:
-        faults = kernel.faults()
-        broken += bool(faults)
-        print(f"sm_{kernel.arch:<4} {kernel.name} {kernel.registers:>5}  {'; '.join(faults) or 'ok'}")
-    print(f"{len(kernels)} kernels, {broken} that break a rule")
+    print_table(kernels, module)
+    broken = [(kernel, kernel.faults()) for kernel in kernels if kernel.faults()]
+    for kernel, faults in broken:
+        print(f"sm_{kernel.arch} {kernel.name}: {'; '.join(faults)}")
+    print(f"{len(kernels)} kernels, {len(broken)} that break a rule (stack, spills, local memory, no HMMA.16816)")
     return 1 if broken or not kernels else 0
 
 

@@ -54,7 +54,7 @@ def table(record: dict) -> str:
     start, end = summary["positive_probability_start"], summary["positive_probability_end"]
     lines += [
         "",
-        f"{summary['train_seconds']:.0f} s of training on {machine['cores']} cores ({machine['processor']}), "
+        f"{summary['train_seconds']:.0f} s of training on {machine['cpu_cores']} cores ({machine['cpu']}), "
         f"{summary['pairs_per_second']:,.0f} pairs/s, 10,000 training images without labels; "
         f"mean probability of the chosen positive {start:.3f} at the start, {end:.3f} at the end.",
     ]

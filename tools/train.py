@@ -47,6 +47,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what the last checkpoint holds is kept: go on with --resume auto", file=sys.stderr)
+        return 130
     except Interrupted as stopped:
         print(f"{stopped}; go on with --resume auto", file=sys.stderr)
         return stopped.exit_code

@@ -87,7 +87,8 @@ class LearnableBank(nn.Module):
 
     def similarity(self, queries: Tensor, index: Tensor) -> Tensor:
         """s = q . u of row i of the queries and bank row index[i], differentiable in the queries. [R, C], [R] -> [R]"""
-        return torch.linalg.vecdot(queries.to(self.bank.dtype), self.rows(index))
+        # Multiplied and summed, since autocast would do a dot product in low precision.
+        return (queries.to(self.bank.dtype) * self.rows(index)).sum(dim=-1)
 
     def record(
         self,

@@ -47,7 +47,7 @@ class EvalLoader:
         # Left out without an end to the run: what is bad in the training set is stopped by the training loader.
         self._bad = BadImages(len(source), len(source))
         # An image that lies in memory is taken sooner than a worker is started.
-        workers = 0 if isinstance(source, ArraySource) and config.eval_resize is None else config.workers
+        workers = 0 if isinstance(source, ArraySource) and config.eval_resize is None else config.worker_processes()
         self._loader = DataLoader(
             EvaluationBatches(source, config.eval_resize, config.eval_size),
             sampler=np.array_split(self.positions, range(batch_size, len(self.positions), batch_size)),
@@ -63,6 +63,11 @@ class EvalLoader:
     @property
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
+
+    def denormalise(self, images: Tensor) -> Tensor:  # [b, ch, h, w]
+        """Back to pixel values in [0, 1]."""
+        mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self._mean, self._std))
+        return images * std + mean
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from caco_fast.errors import UserError
@@ -69,7 +70,7 @@ class DataConfig:
     loader: str = setting(
         "auto", "torchvision (worker processes), memory (whole set in memory) or auto (memory for small sets)"
     )
-    workers: int = setting(4, "worker processes per rank of the torchvision loader; 0 reads in the training process")
+    workers: int | None = setting(None, "worker processes of a rank; 0: it reads by itself; null: one a core, up to 12")
     prefetch: int = setting(2, "batches that each worker prepares ahead (>= 1)")
     mean: list[float] | None = setting(None, "mean of each channel in [0, 1] to subtract; null: the source's own")
     std: list[float] | None = setting(None, "standard deviation of each channel to divide by; null: the source's own")
@@ -81,6 +82,13 @@ class DataConfig:
         0.01, "share of the training set that may be unreadable (0 to 1); a rank that finds more stops"
     )
 
+    def worker_processes(self) -> int:
+        """`workers`, or as many as this rank has cores."""
+        if self.workers is not None:
+            return self.workers
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(12, len(os.sched_getaffinity(0)) // ranks))
+
     def validate(self) -> None:
         """Raise UserError for the first field that is out of range or unknown."""
         for name, known in (("source", SOURCES), ("loader", LOADERS)):
@@ -90,8 +98,8 @@ class DataConfig:
             raise UserError(
                 f"data.path is empty; the {self.source} source needs the directory of the data: data.path=DIR"
             )
-        if self.workers < 0:
-            raise UserError(f"data.workers is {self.workers}; it must be 0 or more")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it must be 0 or more, or null")
         if self.prefetch < 1:
             raise UserError(f"data.prefetch is {self.prefetch}; it must be 1 or more")
         for name in ("eval_resize", "eval_size"):

@@ -34,7 +34,7 @@ class _Keys(Sampler[tuple[int, np.ndarray]]):
 
 
 class TorchvisionLoader:
-    """Reads, augments and collates in `config.workers` processes; see `TrainLoader` for what it gives."""
+    """Reads, augments and collates in worker processes; see `TrainLoader` for what it gives."""
 
     def __init__(
         self,
@@ -57,15 +57,16 @@ class TorchvisionLoader:
         limit = int(config.bad_image_limit * len(source) + 1e-6)
         self._bad = BadImages(limit, len(source))
         self._keys = _Keys()
+        workers = config.worker_processes()
         self._loader: DataLoader[RawBatch] | None = DataLoader(
             ViewBatches(source, views, seed, limit),
             sampler=self._keys,
             batch_size=None,
             collate_fn=as_is,
             worker_init_fn=leave_interrupts_to_the_trainer,
-            num_workers=config.workers,
-            prefetch_factor=config.prefetch if config.workers else None,
-            persistent_workers=config.workers > 0,
+            num_workers=workers,
+            prefetch_factor=config.prefetch if workers else None,
+            persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
             # A generator of its own: the default one would draw a number from torch's global generator each epoch.
             generator=torch.Generator().manual_seed(0),

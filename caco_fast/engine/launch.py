@@ -39,6 +39,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"trainer.device: found '{name}', want auto, cpu, cuda or cuda:N") from None
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"trainer.device: '{name}' puts every rank on one GPU; under torchrun use trainer.device=cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(

@@ -21,9 +21,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"trainer.precision: {name} has no bf16; use trainer.precision=fp16")
     if device.type == "cuda":
-        allow = precision != "f32"
-        torch.backends.cuda.matmul.allow_tf32 = allow
-        torch.backends.cudnn.allow_tf32 = allow
+        # Under bf16 and fp16 autocast what stays in f32, such as the bank operations and kNN, is meant to be f32.
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return AUTOCAST[precision]
 
 

@@ -39,7 +39,9 @@ class RunFolder:
         self._handler: logging.Handler | None = None
 
     def holds_run(self) -> bool:
-        return self.config.exists() or self.metrics.exists() or any(self.checkpoints.glob("*.pt"))
+        """Whether something was trained here; a start that failed before its first log line leaves the folder free."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or any(self.checkpoints.glob("*.pt"))
 
     def start(self, config_yaml: str, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
         """Makes the folder, opens its log and writes configuration and environment, before anything is trained.

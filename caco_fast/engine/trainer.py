@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -209,7 +210,7 @@ class Trainer:
         self._interval.add(output)
         if self.device.type == "cpu":
             # On a GPU reading the loss would stall every step; there the log lines and checkpoints look.
-            self._require_finite()
+            self._require_finite(self.position.total_steps + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.loss).backward()
         self.scaler.step(self.optimizer)
@@ -224,7 +225,7 @@ class Trainer:
         """Between two steps: the clock, a log line, a checkpoint, a request to stop. `step` counts within `epoch`."""
         values = None
         if self.progress.is_log_step(step - 1):
-            self._require_finite()
+            self._require_finite(self.position.total_steps)
             values = self._interval.means()
         now = time.perf_counter()
         self._interval.seconds += now - self._mark
@@ -236,11 +237,18 @@ class Trainer:
         every = self.checkpoint.every_steps
         if every and self.position.total_steps % every == 0:
             self._save()
-        if self.interrupt.signal is not None:
+        if self._asked_to_stop(log_step=values is not None):
             self._save()
-            name, number = self.interrupt.signal.name, self.interrupt.signal.value
-            raise Interrupted(f"stopped by {name} after step {self.position.total_steps}", 128 + number)
+            asked = self.interrupt.signal or signal.SIGTERM
+            raise Interrupted(f"stopped by {asked.name} after step {self.position.total_steps}", 128 + asked.value)
         self._mark = time.perf_counter()
+
+    def _asked_to_stop(self, log_step: bool) -> bool:
+        """Whether a signal came, on any rank. The ranks must stop at the same step, and meet at log steps anyway."""
+        asked = self.interrupt.signal is not None
+        if world_size() == 1 or not log_step:
+            return asked and world_size() == 1
+        return bool(all_reduce_sum(torch.tensor([float(asked)], device=self.device)))
 
     def _log(self, values: dict[str, float], epoch: int) -> None:
         shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
@@ -272,14 +280,14 @@ class Trainer:
         if last or (every and epochs_done % every == 0):
             self._save(score=next(iter(scores.values()), None))
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, step: int) -> None:
         loss = self._interval.sums.get("loss")
         if loss is None or math.isfinite(loss.item()):
             return
         last = self.store.latest()
         way_on = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
         raise UserError(
-            f"the loss is {loss.item()} at step {self.position.total_steps + 1}; {way_on}; "
+            f"the loss is {loss.item()} at step {step}; {way_on}; "
             "lower optimizer.lr or the bank's learning rate, lengthen schedule.warmup_epochs, or take a wider precision"
         )
 
@@ -291,7 +299,7 @@ class Trainer:
         at = (self.position.total_steps, self.position.epochs_ended)
         if self._saved == at:
             return
-        self._require_finite()
+        self._require_finite(self.position.total_steps)
         state = self.state_dict()
         self._saved = at
         if rank() != 0:

@@ -3,7 +3,7 @@
 Legend: N rows of this rank, D feature size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -23,13 +23,18 @@ EvalBatches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none, for data without labels")
+    every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none during the run")
     k: list[int] = setting([20, 200], "neighbours that vote; the first one chooses the best checkpoint")
     temperature: float = setting(0.2, "a neighbour's vote weighs exp(cosine / temperature)")
     train_share: float = setting(1.0, "share of the training set that the neighbours come from (0 to 1)")
     batch_size: int = setting(256, "images per forward on each rank")
     linear_probe: bool = setting(False, "at the end: logistic regression on the frozen features of that share")
     baselines: bool = setting(False, "before training: the same scores for raw pixels and for the random encoder")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is evaluated at all; data without labels can't be."""
+        return self.every_epochs > 0 or self.linear_probe or self.baselines
 
     def validate(self) -> None:
         if not self.k or min(self.k) < 1:
@@ -40,19 +45,38 @@ class EvaluationConfig:
             raise UserError(f"evaluation.temperature: must be positive, found {self.temperature}")
 
 
+class _Pixels(nn.Module):
+    """An encoder whose features are the pixels."""
+
+    def __init__(self, denormalise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.denormalise = denormalise
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.denormalise(images).flatten(1)
+
+
 class Evaluator:
     """Scores features of the training share against the test set; every rank brings its own shard of both.
 
-    The loaders give (images, labels, index); `classes` is the number of labels.
+    The loaders give (images, labels, index); `classes` is the number of labels; `denormalise` turns images to pixels.
     """
 
     def __init__(
-        self, config: EvaluationConfig, train: EvalBatches, test: EvalBatches, *, classes: int, device: torch.device
+        self,
+        config: EvaluationConfig,
+        train: EvalBatches,
+        test: EvalBatches,
+        *,
+        classes: int,
+        denormalise: Callable[[Tensor], Tensor],
+        device: torch.device,
     ) -> None:
         self.config = config
         self.train = train
         self.test = test
         self.classes = classes
+        self.denormalise = denormalise
         self.device = device
 
     def due(self, epochs_done: int, last: bool) -> bool:
@@ -68,8 +92,8 @@ class Evaluator:
         return self._scores(encoder.backbone, encoder.precision(self.device))
 
     def raw_scores(self) -> dict[str, float]:
-        """The same for raw pixels: what the data give without any encoder."""
-        return self._scores(nn.Flatten(), None)
+        """The same for pixel values in [0, 1]: what the data give without any encoder."""
+        return self._scores(_Pixels(self.denormalise), None)
 
     def _scores(self, module: nn.Module, precision: AbstractContextManager | None) -> dict[str, float]:
         train, test = self._both(module, precision)

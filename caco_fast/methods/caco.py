@@ -3,6 +3,7 @@
 Legend: B images on this rank, R query rows, M positives of a row, K bank rows, C embedding size.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,11 @@ class CaCoConfig:
         0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
     )
     warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
-    operands: str = setting("f32", "dtype of queries and keys in the bank operations: f32, bf16 or fp16")
+    operands: str = setting("f32", "dtype of the queries in attend and step: f32, bf16 or fp16")
     backend: str = setting("auto", "bank operations: auto, reference, tiled or cuda")
+
+
+log = logging.getLogger(__name__)
 
 
 class CaCoLoss(nn.Module):
@@ -102,7 +106,8 @@ class CaCoLoss(nn.Module):
     @torch.no_grad()
     def _positives(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The most probable positive of each key (eq. 11): index [B] per argument."""
-        index, _ = self.bank.select(torch.cat(keys).to(self.operands))
+        # Not in `operands`: a key that was rounded may be nearest to another row.
+        index, _ = self.bank.select(torch.cat(keys))
         return index.split([k.shape[0] for k in keys])
 
     def _objective(
@@ -191,6 +196,12 @@ class CaCo(Method):
 
     def preparation_steps(self, batch_size: int) -> int:
         until_full = -(-self.config.bank_size // batch_size)
+        if 0 < self.config.warm_start_steps < until_full:
+            log.warning(
+                "caco.warm_start_steps %d leaves random rows in the bank, which %d steps would fill",
+                self.config.warm_start_steps,
+                until_full,
+            )
         return self.config.warm_start_steps or until_full
 
     def prepare(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:

@@ -173,3 +173,21 @@ def test_images_without_classes_train_without_evaluation(images, tmp_path):
         train(config(flat.parent), tmp_path / "refused")
     summary = train(config(flat.parent, "evaluation.every_epochs=0"), tmp_path / "run")
     assert summary["finished"] and "knn_trained" not in summary
+
+
+def test_a_start_that_failed_leaves_the_folder_free(images, tmp_path):
+    with pytest.raises(UserError, match="optimizer.name"):
+        train(config(images, "optimizer.name=adam"), tmp_path / "run")
+    assert train(config(images, "trainer.max_steps=1"), tmp_path / "run")["steps"] == 1
+
+
+def test_an_epoch_whose_end_was_missed_is_ended_on_resume(images, tmp_path, monkeypatch):
+    """Killed after the checkpoint of the epoch's last step, before its kNN."""
+    from caco_fast.engine.trainer import Trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_end_epoch", lambda self, done: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(images, "checkpoint.every_steps=5"), tmp_path / "run")
+    train(config(images, "checkpoint.every_steps=5"), tmp_path / "run", "auto")
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "knn_3" in line] == [10, 15]

@@ -1,0 +1,162 @@
+"""Checks the compiled kernels on the GPU of this machine against the formulas in f64.
+
+    python -m caco_fast.selftest [--device cuda:0]
+
+Prints one line per operation and shape: the largest error as a share of what the rounding of the operands allows. Returns 0
+if all hold, 1 if one does not, 2 if there is nothing to test: no compiled kernels, no GPU, or no kernels for this GPU.
+Takes seconds, and is the first thing to run on a new machine.
+
+Legend: R query or key rows, K bank rows, C channels.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caco_fast.ops import bank_attend, bank_select, bank_step_, backends
+
+TEMPERATURES = (0.1, 0.05)
+LR, MOMENTUM = 0.5, 0.9
+# Half the distance between neighbouring values near 1.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALL = ((1, 1, 64), (70, 333, 80), (129, 257, 128), (33, 300, 256), (40, 130, 512))
+LARGE = ((512, 65536, 256), (2048, 8191, 128))
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    share: float  # of the allowed error; above 1 it fails
+
+    @property
+    def passed(self) -> bool:
+        return self.share <= 1  # False for NaN
+
+
+@dataclass(frozen=True)
+class Problem:
+    queries: Tensor  # [R, C] as given
+    bank: Tensor  # [K, C]
+    low_queries: Tensor  # [R, C] f64: as the matrix products see them
+    low_unit: Tensor  # [K, C] f64
+    unit: Tensor  # [K, C] f64, not rounded
+    rounding: float
+
+
+def make_problem(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Problem:
+    rows, bank_rows, channels = shape
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.nn.functional.normalize(torch.randn(rows, channels, generator=generator), dim=1)
+    bank = torch.randn(bank_rows, channels, generator=generator)
+    near = min(rows, bank_rows)
+    bank[:near] += 20 * queries[:near]  # some rows much more similar than all others, as in training
+    queries, bank = queries.to(device, dtype), bank.to(device)
+    operand = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    unit = torch.nn.functional.normalize(bank.double(), dim=1)
+    return Problem(queries, bank, queries.to(operand).double(), unit.to(operand).double(), unit, ROUNDING[operand])
+
+
+def check_attend(p: Problem) -> Iterator[Check]:
+    (lse, other_lse), mean_row = bank_attend(p.queries, p.bank, TEMPERATURES, backend="cuda")
+    again = bank_attend(p.queries, p.bank, TEMPERATURES, backend="cuda")
+    scores = p.low_queries @ p.low_unit.T
+    error = max(
+        (found - torch.logsumexp(scores / t, dim=1)).abs().amax().item()
+        for found, t in zip((lse, other_lse), TEMPERATURES, strict=True)
+    )
+    yield Check("lse", error / 2e-4)
+    probability = torch.softmax(scores / TEMPERATURES[0], dim=1)
+    allowed = 1.1 * p.rounding * (probability @ p.low_unit.abs()) + 1e-5
+    yield Check("mean row", ((mean_row - probability @ p.low_unit).abs() / allowed).amax().item())
+    same = torch.equal(again[0][0], lse) and torch.equal(again[0][1], other_lse) and torch.equal(again[1], mean_row)
+    yield Check("attend twice the same bits", 0.0 if same else float("inf"))
+
+
+def check_select(p: Problem) -> Iterator[Check]:
+    index, similarity = bank_select(p.queries, p.bank, backend="cuda")
+    exact = p.queries.double() @ p.unit.T
+    chosen = exact.gather(1, index.unsqueeze(1)).squeeze(1)
+    yield Check("select", (exact.amax(dim=1) - chosen).amax().item() / 1e-6)
+    yield Check("select's similarity", (similarity - chosen).abs().amax().item() / 1e-6)
+
+
+def check_step(p: Problem) -> Iterator[Check]:
+    rows = p.queries.shape[0]
+    index = bank_select(p.queries, p.bank, backend="cuda")[0].unsqueeze(1)
+    row_weight = torch.full((rows,), 1 / rows, device=p.bank.device)
+    temperature = TEMPERATURES[0]
+    scores = p.low_queries @ p.low_unit.T / temperature
+    lse = torch.logsumexp(scores, dim=1)
+    results = []
+    for _ in range(2):
+        bank, velocity = p.bank.clone(), torch.full_like(p.bank, 0.01)
+        bank_step_(
+            bank,
+            velocity,
+            p.queries,
+            lse.float(),
+            temperature=temperature,
+            lr=LR,
+            momentum=MOMENTUM,
+            row_weight=row_weight,
+            positives=index,
+            backend="cuda",
+        )
+        results.append((bank, velocity))
+    (bank, velocity), again = results
+
+    pull = torch.exp(scores - lse.unsqueeze(1)) / rows  # [R, K]
+    pulled = pull.T @ p.low_queries  # [K, C]
+    allowed = 2 * p.rounding * (pull.T @ p.low_queries.abs())
+    exact = p.queries.double()
+    chosen_p = torch.exp((exact * p.unit[index[:, 0]]).sum(1) / temperature - lse)
+    pulled.index_add_(0, index[:, 0], (1 - 2 * chosen_p).unsqueeze(1) / rows * exact)
+    scale = 1 / (temperature * p.bank.double().norm(dim=1, keepdim=True))
+    tangent = pulled - (pulled * p.unit).sum(1, keepdim=True) * p.unit
+    expected = MOMENTUM * 0.01 - scale * tangent
+    allowed = scale * (allowed + (allowed * p.unit.abs()).sum(1, keepdim=True) * p.unit.abs() + 1e-6 / rows) + 1e-6
+    yield Check("velocity", ((velocity - expected).abs() / allowed).amax().item())
+    moved = p.bank.double() - LR * expected
+    yield Check("bank", ((bank - moved).abs() / (LR * allowed + 1e-6 * moved.abs().amax())).amax().item())
+    same = torch.equal(again[0], bank) and torch.equal(again[1], velocity)
+    yield Check("step twice the same bits", 0.0 if same else float("inf"))
+
+
+def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = SMALL + LARGE) -> bool:
+    """Runs all checks, prints a line for each, and says whether all passed."""
+    passed = True
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            problem = make_problem(shape, dtype, device)
+            name = "R {} K {} C {} ".format(*shape) + str(dtype).removeprefix("torch.")
+            for check in (*check_attend(problem), *check_select(problem), *check_step(problem)):
+                passed &= check.passed
+                print(f"{'ok  ' if check.passed else 'FAIL'}  {name:<32} {check.name:<28} {100 * check.share:6.1f} % of bound")
+    return passed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m caco_fast.selftest", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="the GPU to test, such as cuda:1")
+    device = torch.device(parser.parse_args(arguments).device)
+    kernels = backends.cuda_backend()
+    if kernels is None:
+        reason = "the kernels are not compiled; run `python setup.py build_ext` on a machine with nvcc"
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        reason = "torch finds no CUDA GPU"
+    else:
+        reason = kernels.why_not(device)
+    if reason:
+        print(f"error: nothing to test: {reason}", file=sys.stderr)
+        return 2
+    passed = run(device)
+    print("all checks passed" if passed else "error: a kernel gives wrong results on this GPU; please report the lines above")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
