@@ -2,8 +2,8 @@
 
     python -m caco_fast.selftest [--device cuda:0]
 
-Prints one line per operation and shape: the largest error as a share of what the rounding of the operands allows. Returns 0
-if all hold, 1 if one does not, 2 if there is nothing to test: no compiled kernels, no GPU, or no kernels for this GPU.
+Prints one line per operation and shape: the largest error as a share of what the rounding of the operands allows.
+Returns 0 if all hold, 1 if one does not, 2 if there is nothing to test: no compiled kernels, no GPU, or none for it.
 Takes seconds, and is the first thing to run on a new machine.
 
 Legend: R query or key rows, K bank rows, C channels.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caco_fast.ops import bank_attend, bank_select, bank_step_, backends
+from caco_fast.ops import backends, bank_attend, bank_select, bank_step_
 
 TEMPERATURES = (0.1, 0.05)
 LR, MOMENTUM = 0.5, 0.9
@@ -135,7 +135,8 @@ def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = SMALL +
             name = "R {} K {} C {} ".format(*shape) + str(dtype).removeprefix("torch.")
             for check in (*check_attend(problem), *check_select(problem), *check_step(problem)):
                 passed &= check.passed
-                print(f"{'ok  ' if check.passed else 'FAIL'}  {name:<32} {check.name:<28} {100 * check.share:6.1f} % of bound")
+                verdict = "ok  " if check.passed else "FAIL"
+                print(f"{verdict}  {name:<32} {check.name:<28} {100 * check.share:6.1f} % of bound")
     return passed
 
 
@@ -154,8 +155,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: nothing to test: {reason}", file=sys.stderr)
         return 2
     passed = run(device)
-    print("all checks passed" if passed else "error: a kernel gives wrong results on this GPU; please report the lines above")
-    return 0 if passed else 1
+    if not passed:
+        print("error: a kernel gives wrong results on this GPU; please report the lines above", file=sys.stderr)
+        return 1
+    print("all checks passed")
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ namespace {
 template <class Sm80>
 auto on_path(Path path, Sm80 &&sm80) {
     switch (path) {
-        case Path::kSm80: return sm80();
+        case Path::kSm80:
+            return sm80();
     }
     throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
 }
@@ -37,29 +38,31 @@ SharedBytes shared_bytes(int channels, Path path) {
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split =
+        on_path(target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
     return attend_workspace(rows, channels, split.splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split =
+        on_path(target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
     return select_workspace(rows, split.splits);
 }
 
 int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
 
 void bank_attend(const AttendParams &params, const Target &target) {
-    use_device(target.device);
+    const DeviceScope scope(target.device);
     on_path(target.path, [&] { sm80::bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
-    use_device(target.device);
+    const DeviceScope scope(target.device);
     on_path(target.path, [&] { sm80::bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {
-    use_device(target.device);
+    const DeviceScope scope(target.device);
     on_path(target.path, [&] { sm80::bank_step(params, target); });
 }
 

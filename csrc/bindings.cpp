@@ -68,9 +68,10 @@ PYBIND11_MODULE(CACO_MODULE, m) {
 
     m.def(
         "bank_operand",
-        [](const caco::Target &target, Address rows, Address operand, int64_t count, int channels, const std::string &type,
-           bool normalise) {
-            caco::bank_operand({at<float>(rows), at<void>(operand), count, channels, operand_type(type), normalise}, target);
+        [](const caco::Target &target, Address rows, Address operand, int64_t count, int channels,
+           const std::string &type, bool normalise) {
+            caco::bank_operand({at<float>(rows), at<void>(operand), count, channels, operand_type(type), normalise},
+                               target);
         },
         "target"_a, py::kw_only(), "rows"_a, "operand"_a, "count"_a, "channels"_a, "type"_a, "normalise"_a);
 
@@ -78,11 +79,20 @@ PYBIND11_MODULE(CACO_MODULE, m) {
     m.def(
         "bank_attend",
         [](const caco::Target &target, Address queries, Address bank, Address lse, Address mean_row, Address workspace,
-           int64_t rows, int64_t bank_rows, int channels, const std::string &type, const std::vector<float> &temperatures) {
+           int64_t rows, int64_t bank_rows, int channels, const std::string &type,
+           const std::vector<float> &temperatures) {
             const int count = static_cast<int>(temperatures.size());
             if (count != 1 && count != 2) throw py::value_error("bank_attend: wanted one or two temperatures");
-            caco::bank_attend({at<void>(queries), at<void>(bank), at<float>(lse), at<float>(mean_row), at<void>(workspace),
-                               rows, bank_rows, channels, operand_type(type), count,
+            caco::bank_attend({at<void>(queries),
+                               at<void>(bank),
+                               at<float>(lse),
+                               at<float>(mean_row),
+                               at<void>(workspace),
+                               rows,
+                               bank_rows,
+                               channels,
+                               operand_type(type),
+                               count,
                                {temperatures.front(), temperatures.back()}},
                               target);
         },
@@ -92,12 +102,13 @@ PYBIND11_MODULE(CACO_MODULE, m) {
     m.def("bank_select_workspace", &caco::bank_select_workspace, "rows"_a, "bank_rows"_a, "channels"_a, "target"_a);
     m.def(
         "bank_select",
-        [](const caco::Target &target, Address keys, Address bank, Address exact_keys, Address exact_bank, Address index,
-           Address similarity, Address workspace, int64_t rows, int64_t bank_rows, int channels, const std::string &type) {
-            caco::bank_select({at<void>(keys), at<void>(bank), at<float>(exact_keys), at<float>(exact_bank),
-                               at<int64_t>(index), at<float>(similarity), at<void>(workspace), rows, bank_rows, channels,
-                               operand_type(type)},
-                              target);
+        [](const caco::Target &target, Address keys, Address bank, Address exact_keys, Address exact_bank,
+           Address index, Address similarity, Address workspace, int64_t rows, int64_t bank_rows, int channels,
+           const std::string &type) {
+            caco::bank_select(
+                {at<void>(keys), at<void>(bank), at<float>(exact_keys), at<float>(exact_bank), at<int64_t>(index),
+                 at<float>(similarity), at<void>(workspace), rows, bank_rows, channels, operand_type(type)},
+                target);
         },
         "target"_a, py::kw_only(), "keys"_a, "bank"_a, "exact_keys"_a, "exact_bank"_a, "index"_a, "similarity"_a,
         "workspace"_a, "rows"_a, "bank_rows"_a, "channels"_a, "type"_a);
@@ -109,15 +120,31 @@ PYBIND11_MODULE(CACO_MODULE, m) {
            Address exact_queries, Address lse, Address row_weight, Address positive_row, Address positive_place,
            Address positive_weight, Address workspace, int64_t rows, int64_t bank_rows, int channels, int positives,
            const std::string &type, float temperature, float lr, float momentum, bool project) {
-            caco::bank_step({at<float>(bank), at<float>(velocity), at<void>(bank_operand), at<void>(queries),
-                             at<float>(exact_queries), at<float>(lse), at<float>(row_weight), at<int64_t>(positive_row),
-                             at<int64_t>(positive_place), at<float>(positive_weight), at<void>(workspace), rows, bank_rows,
-                             channels, positives, operand_type(type), temperature, lr, momentum, project},
+            caco::bank_step({at<float>(bank),
+                             at<float>(velocity),
+                             at<void>(bank_operand),
+                             at<void>(queries),
+                             at<float>(exact_queries),
+                             at<float>(lse),
+                             at<float>(row_weight),
+                             at<int64_t>(positive_row),
+                             at<int64_t>(positive_place),
+                             at<float>(positive_weight),
+                             at<void>(workspace),
+                             rows,
+                             bank_rows,
+                             channels,
+                             positives,
+                             operand_type(type),
+                             temperature,
+                             lr,
+                             momentum,
+                             project},
                             target);
         },
         "target"_a, py::kw_only(), "bank"_a, "velocity"_a, "bank_operand"_a, "queries"_a, "exact_queries"_a, "lse"_a,
-        "row_weight"_a, "positive_row"_a, "positive_place"_a, "positive_weight"_a, "workspace"_a, "rows"_a, "bank_rows"_a,
-        "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a);
+        "row_weight"_a, "positive_row"_a, "positive_place"_a, "positive_weight"_a, "workspace"_a, "rows"_a,
+        "bank_rows"_a, "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a);
 
 #ifdef CACO_EMULATE
     bind_emulation(m);

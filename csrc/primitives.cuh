@@ -81,7 +81,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         for (int lane = 0; lane < 32; lane++) {
             const int group = lane / 4, pair = 2 * (lane % 4);
             for (int e = 0; e < 2; e++) {
-                for (int r = 0; r < 4; r++) a[group + 8 * (r & 1)][pair + e + 8 * (r >> 1)] = value(lanes[lane]->a[r], e);
+                for (int r = 0; r < 4; r++)
+                    a[group + 8 * (r & 1)][pair + e + 8 * (r >> 1)] = value(lanes[lane]->a[r], e);
                 for (int r = 0; r < 2; r++) b[pair + e + 8 * r][group] = value(lanes[lane]->b[r], e);
                 for (int r = 0; r < 2; r++) d[group + 8 * r][pair + e] = lanes[lane]->d[2 * r + e];
             }
@@ -97,10 +98,11 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         }
     });
 #else
-#define CACO_MMA(type)                                                                                            \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "     \
-                 "{%8,%9}, {%0,%1,%2,%3};"                                                                        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
+#define CACO_MMA(type)                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "                  \
+                 "{%8,%9}, {%0,%1,%2,%3};"                              \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
     if constexpr (std::is_same_v<T, bf16>) CACO_MMA("bf16");
     else CACO_MMA("f16");
@@ -108,8 +110,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory; lanes 8 m .. 8 m + 7 name the rows of matrix m. Register m of
-// a lane holds elements (lane / 4, pair), (lane / 4, pair + 1) of matrix m, or of its transpose.
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lanes 8 m .. 8 m + 7 name the rows of matrix m. Register m
+// of a lane holds elements (lane / 4, pair), (lane / 4, pair + 1) of matrix m, or of its transpose.
 template <bool kTranspose>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void *row) {
 #ifdef CACO_EMULATE
@@ -119,7 +121,8 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void
         uint32_t *registers;
     } in;
     if (reinterpret_cast<uintptr_t>(row) % 16) emu::fail("ldmatrix: misaligned row address");
-    for (int i = 0; i < 8; i++) in.elements[i] = static_cast<const uint16_t *>(row)[i];  // a lane reads the row it names
+    for (int i = 0; i < 8; i++)
+        in.elements[i] = static_cast<const uint16_t *>(row)[i];  // a lane reads the row it names
     in.row = row, in.registers = registers;
     int none;
     emu::collective(kFullWarp, kTranspose ? "ldmatrix.x4.trans" : "ldmatrix.x4", in, none, [](auto lanes, auto) {
@@ -161,9 +164,10 @@ __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool v
 #ifdef CACO_EMULATE
     emu::async_copy(to, from, 16, valid);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(from), "r"(valid ? 16 : 0)
+        : "memory");
 #endif
 }
 
@@ -196,19 +200,28 @@ __device__ __forceinline__ char *shared_memory() {
 #endif
 }
 
-// Kernels of this thread go to `device` from now on.
-inline void use_device(int device) {
+// While it lives, this thread's kernels go to `device`; then back to the device before.
+class DeviceScope {
+   public:
 #ifdef CACO_EMULATE
-    (void)device;
+    explicit DeviceScope(int) {}
 #else
-    const cudaError_t status = cudaSetDevice(device);
-    if (status != cudaSuccess) throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(status));
+    explicit DeviceScope(int device) {
+        cudaError_t status = cudaGetDevice(&before_);
+        if (status == cudaSuccess) status = cudaSetDevice(device);
+        if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(status));
+    }
+    ~DeviceScope() { cudaSetDevice(before_); }
+
+   private:
+    int before_ = 0;
 #endif
-}
+};
 
 // Enqueues kernel<<<grid, threads>>>(arguments...); throws std::runtime_error with CUDA's own words when refused.
 template <class Kernel, class... Arguments>
-void launch(const char *name, Kernel kernel, dim3 grid, int threads, int shared_bytes, void *stream, Arguments... arguments) {
+void launch(const char *name, Kernel kernel, dim3 grid, int threads, int shared_bytes, void *stream,
+            Arguments... arguments) {
 #ifdef CACO_EMULATE
     (void)name, (void)stream;
     emu::launch(grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });

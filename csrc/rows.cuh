@@ -60,10 +60,14 @@ struct Row {
 template <class Body>
 void for_padded_channels(int channels, Body &&body) {
     switch (padded_channels(channels)) {
-        case 64: return body(std::integral_constant<int, 64>{});
-        case 128: return body(std::integral_constant<int, 128>{});
-        case 256: return body(std::integral_constant<int, 256>{});
-        default: return body(std::integral_constant<int, 512>{});
+        case 64:
+            return body(std::integral_constant<int, 64>{});
+        case 128:
+            return body(std::integral_constant<int, 128>{});
+        case 256:
+            return body(std::integral_constant<int, 256>{});
+        default:
+            return body(std::integral_constant<int, 512>{});
     }
 }
 

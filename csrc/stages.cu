@@ -10,10 +10,9 @@ namespace {
 
 // One warp per row. Bytes: reads 4 N C, writes 2 N P.
 template <class T, int kPadded>
-__global__ void __launch_bounds__(kRowThreads)
-operand_kernel(const float *__restrict__ rows,  // [N, C]
-               T *__restrict__ operand,         // [N, P]
-               int64_t count, int channels, bool normalise) {
+__global__ void __launch_bounds__(kRowThreads) operand_kernel(const float *__restrict__ rows,  // [N, C]
+                                                              T *__restrict__ operand,         // [N, P]
+                                                              int64_t count, int channels, bool normalise) {
     const int lane = threadIdx.x % 32;
     const int64_t at = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (at >= count) return;
@@ -22,15 +21,15 @@ operand_kernel(const float *__restrict__ rows,  // [N, C]
     row.store_operand(operand + at * kPadded, normalise ? row.inverse_norm() : 1.f, lane);
 }
 
-// lse = m / t + log sum_s l_s exp((m_s - m) / t), m = max_s m_s; mean row = sum_s O_s exp((m_s - m) / t) / the same sum.
-// One warp per row; splits are added in order, so the result does not depend on which block ended first.
+// lse = m / t + log sum_s l_s exp((m_s - m) / t), m = max_s m_s; mean row = sum_s O_s exp((m_s - m) / t) / the same
+// sum. One warp per row; splits are added in order, so the result does not depend on which block ended first.
 template <int kPadded>
 __global__ void __launch_bounds__(kRowThreads)
-merge_kernel(const float *__restrict__ sums,               // [S, R, P]
-             const RowStatistics *__restrict__ statistics,  // [S, R]
-             float *__restrict__ lse,                       // [temperatures, R]
-             float *__restrict__ mean_row,                  // [R, C]
-             int64_t rows, int splits, int channels, int temperatures, float2 temperature) {
+    merge_kernel(const float *__restrict__ sums,                // [S, R, P]
+                 const RowStatistics *__restrict__ statistics,  // [S, R]
+                 float *__restrict__ lse,                       // [temperatures, R]
+                 float *__restrict__ mean_row,                  // [R, C]
+                 int64_t rows, int splits, int channels, int temperatures, float2 temperature) {
     const int lane = threadIdx.x % 32;
     const int64_t at = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (at >= rows) return;
@@ -62,24 +61,27 @@ merge_kernel(const float *__restrict__ sums,               // [S, R, P]
 // Every candidate whose low-precision score could be the best is compared by its f32 similarity; one warp per row.
 template <int kPadded>
 __global__ void __launch_bounds__(kRowThreads, 2)
-settle_kernel(const BestTwo *__restrict__ candidates,  // [S, R, lists]
-              const float *__restrict__ keys,          // [R, C]
-              const float *__restrict__ bank,          // [K, C]
-              int64_t *__restrict__ index,             // [R]
-              float *__restrict__ similarity,          // [R]
-              int64_t rows, int splits, int channels, float rounding) {
+    settle_kernel(const BestTwo *__restrict__ candidates,  // [S, R, lists]
+                  const float *__restrict__ keys,          // [R, C]
+                  const float *__restrict__ bank,          // [K, C]
+                  int64_t *__restrict__ index,             // [R]
+                  float *__restrict__ similarity,          // [R]
+                  int64_t rows, int splits, int channels, float rounding) {
     const int lane = threadIdx.x % 32;
     const int64_t at = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (at >= rows) return;
     const int lists = splits * kListsPerRow;
-    auto candidate = [&](int list) { return candidates[(list / kListsPerRow * rows + at) * kListsPerRow + list % kListsPerRow]; };
+    auto candidate = [&](int list) {
+        return candidates[(list / kListsPerRow * rows + at) * kListsPerRow + list % kListsPerRow];
+    };
 
     float best_score = -INFINITY;
     for (int list = lane; list < lists; list += 32) best_score = fmaxf(best_score, candidate(list).score[0]);
     best_score = warp_max(best_score);
     Row<kPadded> key, row;
     key.load(keys + at * channels, channels, lane);
-    // Two scores of rounded operands are each off by at most 2 rounding |k| (Cauchy-Schwarz; a little more for the sum).
+    // Two scores of rounded operands are each off by at most 2 rounding |k| (Cauchy-Schwarz; a little more for the
+    // sum).
     const float threshold = best_score - 4.1f * rounding * sqrtf(key.dot(key));
 
     float best = -INFINITY;
@@ -104,12 +106,11 @@ settle_kernel(const BestTwo *__restrict__ candidates,  // [S, R, lists]
 
 // shift_i = 14 - lse_i log2(e), weight_i = a_i / max |a|, factor = 2^-14 max |a|. One block.
 constexpr int kTermsThreads = 256;
-__global__ void __launch_bounds__(kTermsThreads)
-row_terms_kernel(const float *__restrict__ lse,         // [R]
-                 const float *__restrict__ row_weight,  // [R]
-                 RowTerms *__restrict__ terms,          // [R padded]
-                 float *__restrict__ factor,            // [1]
-                 int64_t rows, int64_t padded) {
+__global__ void __launch_bounds__(kTermsThreads) row_terms_kernel(const float *__restrict__ lse,         // [R]
+                                                                  const float *__restrict__ row_weight,  // [R]
+                                                                  RowTerms *__restrict__ terms,          // [R padded]
+                                                                  float *__restrict__ factor,            // [1]
+                                                                  int64_t rows, int64_t padded) {
     float *warp_maximum = reinterpret_cast<float *>(shared_memory());  // [warps]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float largest = 0.f;
@@ -122,7 +123,8 @@ row_terms_kernel(const float *__restrict__ lse,         // [R]
     const float scale = largest > 0.f ? 1.f / largest : 0.f;
     for (int64_t i = threadIdx.x; i < padded; i += kTermsThreads) {
         const bool used = i < rows && row_weight[i] != 0.f;
-        terms[i] = used ? RowTerms{kProbabilityScaleLog2 - lse[i] * kLog2E, row_weight[i] * scale} : RowTerms{-INFINITY, 0.f};
+        terms[i] =
+            used ? RowTerms{kProbabilityScaleLog2 - lse[i] * kLog2E, row_weight[i] * scale} : RowTerms{-INFINITY, 0.f};
     }
     if (threadIdx.x == 0) *factor = largest * exp2f(-kProbabilityScaleLog2);
 }
@@ -149,7 +151,7 @@ Split split_bank(int64_t rows, int64_t bank_rows, int tile_rows, int tile_column
 }
 
 void bank_operand(const OperandParams &params, const Target &target) {
-    use_device(target.device);
+    const DeviceScope scope(target.device);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
         using T = decltype(operand);
         launch("bank_operand", operand_kernel<T, padded()>, warp_rows_grid(params.count), kRowThreads, 0, target.stream,
@@ -162,8 +164,8 @@ void merge_attend(const AttendParams &params, int splits, const Target &target) 
         const float *sums = static_cast<const float *>(params.workspace);
         const auto *statistics = reinterpret_cast<const RowStatistics *>(sums + splits * params.rows * padded());
         const float2 temperature = make_float2(params.temperature[0], params.temperature[params.temperatures - 1]);
-        launch("bank_attend merge", merge_kernel<padded()>, warp_rows_grid(params.rows), kRowThreads, 0, target.stream, sums,
-               statistics, params.lse, params.mean_row, params.rows, splits, params.channels, params.temperatures,
+        launch("bank_attend merge", merge_kernel<padded()>, warp_rows_grid(params.rows), kRowThreads, 0, target.stream,
+               sums, statistics, params.lse, params.mean_row, params.rows, splits, params.channels, params.temperatures,
                temperature);
     });
 }
@@ -172,9 +174,9 @@ void settle_select(const SelectParams &params, int splits, const Target &target)
     // Half the distance between neighbouring operands near 1: the relative error of rounding.
     const float rounding = params.type == OperandType::kBfloat16 ? 1.f / 256 : 1.f / 2048;
     for_padded_channels(params.channels, [&](auto padded) {
-        launch("bank_select settle", settle_kernel<padded()>, warp_rows_grid(params.rows), kRowThreads, 0, target.stream,
-               static_cast<const BestTwo *>(params.workspace), params.exact_keys, params.exact_bank, params.index,
-               params.similarity, params.rows, splits, params.channels, rounding);
+        launch("bank_select settle", settle_kernel<padded()>, warp_rows_grid(params.rows), kRowThreads, 0,
+               target.stream, static_cast<const BestTwo *>(params.workspace), params.exact_keys, params.exact_bank,
+               params.index, params.similarity, params.rows, splits, params.channels, rounding);
     });
 }
 

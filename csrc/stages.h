@@ -18,8 +18,8 @@ Split split_bank(int64_t rows, int64_t bank_rows, int tile_rows, int tile_column
 
 // Attend's workspace: per split and row the sum of p u, unnormalised, then the row's statistics.
 struct RowStatistics {
-    float maximum;    // of s_ij over the split
-    float sum[2];     // of exp((s_ij - maximum) / t), one per temperature
+    float maximum;  // of s_ij over the split
+    float sum[2];   // of exp((s_ij - maximum) / t), one per temperature
     float unused;
 };
 constexpr int64_t attend_workspace(int64_t rows, int channels, int splits) {
@@ -27,8 +27,8 @@ constexpr int64_t attend_workspace(int64_t rows, int channels, int splits) {
 }
 void merge_attend(const AttendParams &params, int splits, const Target &target);
 
-// Select's workspace: per split, row and list the best two by low-precision score, lower index first on ties. A list is the
-// columns that one of the four lanes of a row sees.
+// Select's workspace: per split, row and list the best two by low-precision score, lower index first on ties. A list is
+// the columns that one of the four lanes of a row sees.
 constexpr int kListsPerRow = 4;
 struct BestTwo {
     float score[2];
@@ -39,15 +39,17 @@ constexpr int64_t select_workspace(int64_t rows, int splits) {
 }
 void settle_select(const SelectParams &params, int splits, const Target &target);
 
-// Step's workspace: one factor for all rows, then per row (padded to kRowTermsPad with rows of weight 0) what the tile loop
-// needs: p a = exp2(s log2(e) / t + shift) weight, in units of `factor`.
+// Step's workspace: one factor for all rows, then per row (padded to kRowTermsPad with rows of weight 0) what the tile
+// loop needs: p a = exp2(s log2(e) / t + shift) weight, in units of `factor`.
 struct RowTerms {
     float shift, weight;
 };
 constexpr int kRowTermsPad = 64;
 constexpr int kRowTermsOffset = 16;  // bytes; where the rows begin
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRowTermsPad - 1) / kRowTermsPad * kRowTermsPad; }
-constexpr int64_t step_workspace(int64_t rows) { return kRowTermsOffset + padded_rows(rows) * int64_t(sizeof(RowTerms)); }
+constexpr int64_t step_workspace(int64_t rows) {
+    return kRowTermsOffset + padded_rows(rows) * int64_t(sizeof(RowTerms));
+}
 void step_row_terms(const StepParams &params, const Target &target);
 
 }  // namespace caco

@@ -4,8 +4,10 @@
 
 namespace caco {
 
-// The first place in keys [count], ascending, whose key is not less than `key`. A warp searches together, 32 probes a round.
-__device__ __forceinline__ int64_t warp_lower_bound(const int64_t *__restrict__ keys, int64_t count, int64_t key, int lane) {
+// The first place in keys [count], ascending, whose key is not less than `key`. A warp searches together, 32 probes a
+// round.
+__device__ __forceinline__ int64_t warp_lower_bound(const int64_t *__restrict__ keys, int64_t count, int64_t key,
+                                                    int lane) {
     int64_t low = 0, high = count;  // keys before low are less, keys from high on are not
     while (low < high) {
         const int64_t step = (high - low + 31) / 32, at = low + (lane + 1) * step - 1;
@@ -23,15 +25,18 @@ struct Span {
 // The places in positive_row of the bank rows first .. last - 1.
 __device__ __forceinline__ Span positives_of(const StepParams &params, int64_t first, int64_t last, int lane) {
     const int64_t count = params.rows * params.positives;
-    return {warp_lower_bound(params.positive_row, count, first, lane), warp_lower_bound(params.positive_row, count, last, lane)};
+    return {warp_lower_bound(params.positive_row, count, first, lane),
+            warp_lower_bound(params.positive_row, count, last, lane)};
 }
 
 // Row j of bank and velocity, by one warp. `pulled` is sum_i a_i p_ij q_i; `span` covers at least row j's positives.
 //
-// c_ij differs from p_ij in the R M pairs of a row and its positives only; their share a_i o_im (1 - 2 p_ij) q_i is added
-// here in f32, in ascending order of i. As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G - (G . u) u.
+// c_ij differs from p_ij in the R M pairs of a row and its positives only; their share a_i o_im (1 - 2 p_ij) q_i is
+// added here in f32, in ascending order of i. As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G -
+// (G . u) u.
 template <class T, int kPadded>
-__device__ __forceinline__ void step_row(const StepParams &params, int64_t j, Row<kPadded> pulled, Span span, int lane) {
+__device__ __forceinline__ void step_row(const StepParams &params, int64_t j, Row<kPadded> pulled, Span span,
+                                         int lane) {
     float *bank = params.bank + j * params.channels, *velocity = params.velocity + j * params.channels;
     Row<kPadded> row, speed;
     row.load(bank, params.channels, lane);

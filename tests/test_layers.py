@@ -16,7 +16,7 @@ GROUND = ("errors", "settings", "distributed", "provenance", "benchmarking")
 LAYERS = (
     GROUND,
     ("ops",),
-    ("bank",),
+    ("bank", "selftest"),
     ("data", "models", "optim"),
     ("methods",),
     ("evaluate",),

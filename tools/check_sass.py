@@ -2,9 +2,9 @@
 
     python tools/check_sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
 
-Prints the registers per kernel and architecture, the shared memory, and what breaks a rule; returns 1 if a kernel breaks a rule, 2 if the
-tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm, or those that triton (a part of CUDA torch) brings along.
+Prints the registers per kernel and architecture, the shared memory, and what breaks a rule. Returns 1 if a kernel
+breaks one, 2 if the tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or those that triton (a part of CUDA torch) brings along.
 """
 
 import argparse
@@ -105,13 +105,14 @@ def read_kernels(module: Path) -> list[Kernel]:
 
 
 def print_table(kernels: list[Kernel], module: Path) -> None:
-    """Registers per thread, a row per kernel and a column per architecture; bytes of dynamic shared memory per block."""
+    """Registers per thread, a row per kernel and a column per architecture; bytes of shared memory per block."""
     spec = importlib.util.spec_from_file_location("_C", module)
     compiled = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiled)
     arches = list(dict.fromkeys(kernel.arch for kernel in kernels))
     registers = {(kernel.name, kernel.arch): kernel.registers for kernel in kernels}
-    print(f"{'kernel':<10} {'type':<5} {'P':>4}  " + "".join(f"{'sm_' + arch:>8}" for arch in arches) + f"{'shared':>9}")
+    columns = "".join(f"{'sm_' + arch:>8}" for arch in arches)
+    print(f"{'kernel':<10} {'type':<5} {'P':>4}  {columns}{'shared':>9}")
     for name in dict.fromkeys(kernel.name for kernel in kernels):
         op, padded = name.split()[0], name.split()[-1]
         shared = compiled.shared_bytes(int(padded), 80).get(op, "") if padded.isdigit() else ""

@@ -29,7 +29,8 @@ def bank_select(keys: Tensor, bank: Tensor, backend: str = "auto") -> tuple[Tens
     """
     checks.check_backend(OP, backend)
     checks.check_rows_and_bank(OP, "keys", keys, bank)
-    return torch.ops.caco_fast.bank_select(keys.detach(), bank.detach(), backend)
+    # The bank itself where it can be: the CUDA backend knows it again, and keeps its operand copy.
+    return torch.ops.caco_fast.bank_select(keys.detach(), bank.detach() if bank.requires_grad else bank, backend)
 
 
 def select_reference(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """The bank operations on the compiled kernels of csrc/, for `backend="cuda"` and for `auto` on a GPU that they serve.
 
-Products run in fp16 for fp16 rows and in bf16 for all others, accumulated in f32; bank and velocity stay f32. The similarity
-that `select` returns, and the choice between rows that rounding leaves in question, are f32. Queries in fp16 must be shorter
-than 6e4. Calls only enqueue work on the current stream: they may be captured in a CUDA graph.
+Products run in fp16 for fp16 rows and in bf16 for all others, accumulated in f32; bank and velocity stay f32. The
+similarity that `select` returns, and the choice between rows that rounding leaves in question, are f32. Queries in fp16
+must be shorter than 6e4. Calls only enqueue work on the current stream: they may be captured in a CUDA graph.
 
 Memory beside the results (P: C rounded up to 64, 128, 256 or 512), from torch's allocator:
-    the bank's operand copy  2 K P bytes for each operand type in use; kept until the bank is freed or `forget` is called
-    attend                   2 R P, and 4 R P + 16 R for each part that the bank is split into (at most 64, few when R is large)
-    select                   2 R P, and 64 R for each part
-    step                     2 R P + 8 R, and the sort of R M positives
+    operand copy of the bank  2 K P bytes for each operand type in use; kept until the bank is freed, or `forget`
+    attend                    2 R P, and 4 R P + 16 R for each part of the bank (64 at most, few when R is large)
+    select                    2 R P, and 64 R for each part
+    step                      2 R P + 8 R, and the sort of R M positives
 
 Legend: R query or key rows, K bank rows, C channels, M positives per row, P padded channels.
 """
@@ -59,7 +59,10 @@ def target_for(device: torch.device) -> kernels.Target:
 
 
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:
@@ -101,7 +104,7 @@ def forget(bank: Tensor) -> None:
 
 def attend(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """(lse [R], lse at the second temperature [R] or [0], mean_row [R, C]), as `attend_tiled`."""
-    check_channels("bank_attend", bank)
+    check_bank("bank_attend", bank)
     (rows, channels), bank_rows = queries.shape, bank.shape[0]
     lse = bank.new_empty((len(temperatures), rows))
     mean_row = bank.new_empty((rows, channels))
@@ -129,7 +132,7 @@ def attend(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Te
 
 def select(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """(index [R] int64, similarity [R] f32), as `select_tiled`."""
-    check_channels("bank_select", bank)
+    check_bank("bank_select", bank)
     (rows, channels), bank_rows = keys.shape, bank.shape[0]
     index = torch.empty(rows, dtype=torch.int64, device=bank.device)
     similarity = bank.new_empty(rows)
@@ -170,8 +173,8 @@ def step_(
     positive_weight: Tensor | None,
     norm: str,
 ) -> None:
-    """As `step_tiled_`; positives outside the bank are ignored. The operand copy for the next attend is written as well."""
-    check_channels("bank_step_", bank)
+    """As `step_tiled_`; positives outside the bank are ignored. Writes the operand copy for the next attend as well."""
+    check_bank("bank_step_", bank)
     (rows, channels), bank_rows = queries.shape, bank.shape[0]
     many = 0 if positives is None or rows == 0 else positives.shape[1]
     if many > kernels.max_positives:
@@ -222,8 +225,10 @@ def step_(
     remember(bank, bank_operand)
 
 
-def check_channels(op: str, bank: Tensor) -> None:
+def check_bank(op: str, bank: Tensor) -> None:
     rows, channels = bank.shape
+    if bank.dtype != torch.float32:
+        raise TypeError(f"{op}: backend 'cuda': found a {bank.dtype} bank, wanted torch.float32")
     if channels > kernels.max_channels:
         raise ValueError(f"{op}: backend 'cuda': found C = {channels}, wanted at most {kernels.max_channels}")
     if rows >= 2**31:
@@ -266,8 +271,8 @@ def make_operand(rows: Tensor, dtype: torch.dtype, normalise: bool, target: kern
 def unit_operand(bank: Tensor, dtype: torch.dtype, target: kernels.Target) -> Tensor:
     """The bank's unit rows in operand type [K, P]: the kept copy if the bank is still as it was, else a new one.
 
-    During the capture of a CUDA graph the copy is always made anew: a replay does not come by here, and the bank may have
-    changed since.
+    During the capture of a CUDA graph the copy is always made anew: a replay does not come by here, and the bank may
+    have changed since.
     """
     copy = None if bank.is_inference() else _copies.get(bank, {}).get(dtype)
     if copy is not None and not capturing(bank.device) and copy.is_current(bank):

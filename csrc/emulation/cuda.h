@@ -1,5 +1,6 @@
-// The part of CUDA's vocabulary that the kernels use, for g++: qualifiers, indices, half types, shuffles, barriers, maths.
-// A kernel source includes ../primitives.cuh, which includes this in place of the CUDA headers when CACO_EMULATE is set.
+// The part of CUDA's vocabulary that the kernels use, for g++: qualifiers, indices, half types, shuffles, barriers,
+// maths. A kernel source includes ../primitives.cuh, which includes this in place of the CUDA headers when CACO_EMULATE
+// is set.
 #pragma once
 #include <bit>
 #include <cmath>

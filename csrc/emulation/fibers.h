@@ -1,8 +1,8 @@
 // A fiber: a call stack of its own on which one emulated CUDA thread runs until it has to wait.
 //
 // Switching is a handful of pushes and pops (x86-64, System V). AddressSanitizer and ThreadSanitizer are told of every
-// switch; to ThreadSanitizer each fiber is a thread of its own and a switch orders nothing, so that only what orders memory
-// on the device (barriers) orders it here, and a missing barrier is a reported race.
+// switch; to ThreadSanitizer each fiber is a thread of its own and a switch orders nothing, so that only what orders
+// memory on the device (barriers) orders it here, and a missing barrier is a reported race.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -51,8 +51,14 @@ struct Bookkeeping {
     ~Bookkeeping() { EMU_TSAN(AnnotateIgnoreWritesEnd(__FILE__, 0); AnnotateIgnoreReadsEnd(__FILE__, 0);) }
 };
 
-inline void order_release(void *address) { (void)address; EMU_TSAN(__tsan_release(address);) }
-inline void order_acquire(void *address) { (void)address; EMU_TSAN(__tsan_acquire(address);) }
+inline void order_release(void *address) {
+    (void)address;
+    EMU_TSAN(__tsan_release(address);)
+}
+inline void order_acquire(void *address) {
+    (void)address;
+    EMU_TSAN(__tsan_acquire(address);)
+}
 
 __attribute__((naked, noinline, used)) inline void swap_stacks(void **save, void *load) {
     (void)save, (void)load;
@@ -71,7 +77,7 @@ struct HomeStack {
 };
 
 class Fiber {
-  public:
+   public:
     void start_at(void (*entry)()) {
         memory_.reset(new char[kStackBytes]);
         uintptr_t top = (reinterpret_cast<uintptr_t>(memory_.get()) + kStackBytes) & ~uintptr_t(63);
@@ -96,7 +102,8 @@ class Fiber {
         (void)home;
         EMU_ASAN(__sanitizer_finish_switch_fiber(nullptr, &home.bottom, &home.size);)
     }
-    // Fiber -> scheduler; `for_good` when the fiber never runs again: what the scheduler does later comes after all of it.
+    // Fiber -> scheduler; `for_good` when the fiber never runs again: what the scheduler does later comes after all of
+    // it.
     __attribute__((noinline)) void leave(HomeStack &home, bool for_good) {
         (void)for_good;
         EMU_TSAN(__tsan_switch_to_fiber(home.tsan, for_good ? 0 : 1);)
@@ -105,7 +112,7 @@ class Fiber {
         EMU_ASAN(__sanitizer_finish_switch_fiber(fake_stack_, &home.bottom, &home.size);)
     }
 
-  private:
+   private:
     std::unique_ptr<char[]> memory_;
     void *pointer_ = nullptr;
     void *tsan_ = nullptr;

@@ -1,14 +1,14 @@
 // The emulated multiprocessor: runs the threads of a block as fibers on one OS thread, and blocks over OS threads.
 //
-// A fiber runs until it must wait for others: at a warp collective (shuffle, ldmatrix, mma), a block barrier, or its end.
-// Which fiber runs next is the schedule, a setting: a kernel must give the same result under each.
+// A fiber runs until it must wait for others: at a warp collective (shuffle, ldmatrix, mma), a block barrier, or its
+// end. Which fiber runs next is the schedule, a setting: a kernel must give the same result under each.
 //   order       seed 0: ascending thread index; 1: descending; above: shuffled anew in every pass
 //   warps       pass: every warp advances in turn; greedy: a warp runs on until it waits for another warp
 //   async copy  eager: cp.async copies at once (shows a buffer refilled too early);
 //               lazy: only at the wait that promises it (shows a missing wait)
-// Shared memory starts as 0xFF, a NaN in every float type. Errors (diverged warp, misaligned copy, deadlock, ...) end the
-// launch with std::runtime_error that names block and thread.
-// Not seen here: faults in the device's asm bodies, proxy fences, order between blocks, rounding of ex2, and time.
+// Shared memory starts as 0xFF, a NaN in every float type. Errors (diverged warp, misaligned copy, deadlock, ...) end
+// the launch with std::runtime_error that names block and thread. Not seen here: faults in the device's asm bodies,
+// proxy fences, order between blocks, rounding of ex2, and time.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -108,7 +108,8 @@ inline void wait_for(const uint32_t &generation, uint32_t seen, const char *wher
     self->fiber.leave(block->home, false);
 }
 
-// Every lane of `mask` brings `in` and `out`; the last to arrive runs combine(in[32], out[32]) for all. Orders no memory.
+// Every lane of `mask` brings `in` and `out`; the last to arrive runs combine(in[32], out[32]) for all. Orders no
+// memory.
 template <class In, class Out, class Combine>
 void collective(unsigned mask, const char *operation, const In &in, Out &out, Combine &&combine) {
     Gate &gate = block->warps[self->warp];

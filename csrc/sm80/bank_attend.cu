@@ -1,11 +1,11 @@
 // bank_attend on mma.m16n8k16: lse_i = log sum_j exp(s_ij / t), mean row O_i = sum_j softmax_j(s_ij / t) u_j.
 //
-// Tile map   grid (row tiles, splits); a block holds kRows queries and passes over its split's run of the bank in tiles of
-//            kColumns rows, which are keys and values at once. Scores and probabilities never leave the registers.
+// Tile map   grid (row tiles, splits); a block holds kRows queries and passes over its split's run of the bank in tiles
+//            of kColumns rows, which are keys and values at once. Scores and probabilities never leave the registers.
 // Softmax    a running maximum m per row: p = exp((s - m) / t), and when m grows, the sums so far shrink by exp of the
-//            difference. No bound on |q| or t is assumed and nothing can underflow in a row as a whole. Once the maximum
-//            has settled, after some hundred columns, the rescale is skipped by a warp-uniform branch.
-//            p enters the second product as 2^14 p in operand type; the sum l is of the unrounded p.
+//            difference. No bound on |q| or t is assumed and nothing can underflow in a row as a whole. Once the
+//            maximum has settled, after some hundred columns, the rescale is skipped by a warp-uniform branch. p enters
+//            the second product as 2^14 p in operand type; the sum l is of the unrounded p.
 // Bytes      reads 2 K P per row tile (from the L2 cache when several blocks share a split) and 2 R P; writes
 //            4 R P splits of partial sums, which the merge reads again.
 // Flop       4 R K P (6 R K P at P = 512, where two warps share each row of scores).
@@ -17,11 +17,12 @@ namespace {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-attend_kernel(const typename Tile::T *__restrict__ queries,  // [R, P]
-              const typename Tile::T *__restrict__ bank,     // [K, P]
-              float *__restrict__ sums,                      // [S, R, P]
-              RowStatistics *__restrict__ statistics,        // [S, R]
-              int64_t rows, int64_t bank_rows, int tiles_per_split, float scale0, float scale1, bool two_temperatures) {
+    attend_kernel(const typename Tile::T *__restrict__ queries,  // [R, P]
+                  const typename Tile::T *__restrict__ bank,     // [K, P]
+                  float *__restrict__ sums,                      // [S, R, P]
+                  RowStatistics *__restrict__ statistics,        // [S, R]
+                  int64_t rows, int64_t bank_rows, int tiles_per_split, float scale0, float scale1,
+                  bool two_temperatures) {
     const Tile tile(shared_memory());
     const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows;
     const int64_t first_tile = int64_t(blockIdx.y) * tiles_per_split;
@@ -34,7 +35,7 @@ attend_kernel(const typename Tile::T *__restrict__ queries,  // [R, P]
 #pragma unroll
         for (float &value : fragment) value = 0.f;
     }
-    float maximum[2] = {-INFINITY, -INFINITY};  // of this lane's two rows; the same in the four lanes of a row
+    float maximum[2] = {-INFINITY, -INFINITY};         // of this lane's two rows; the same in the four lanes of a row
     float sum0[2] = {0.f, 0.f}, sum1[2] = {0.f, 0.f};  // over this lane's columns
 
     Tile::template load<Tile::kRows>(tile.resident, queries, first_row, rows);
@@ -133,8 +134,8 @@ void bank_attend(const AttendParams &params, const Target &target) {
         auto *statistics = reinterpret_cast<RowStatistics *>(sums + split.splits * params.rows * Shape::kPadded);
         const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
         launch("bank_attend", attend_kernel<Shape>, grid, Shape::kThreads, Shape::kTileBytes, target.stream,
-               static_cast<const T *>(params.queries), static_cast<const T *>(params.bank), sums, statistics, params.rows,
-               params.bank_rows, split.tiles, kLog2E / params.temperature[0],
+               static_cast<const T *>(params.queries), static_cast<const T *>(params.bank), sums, statistics,
+               params.rows, params.bank_rows, split.tiles, kLog2E / params.temperature[0],
                kLog2E / params.temperature[params.temperatures - 1], params.temperatures == 2);
     });
     merge_attend(params, split.splits, target);

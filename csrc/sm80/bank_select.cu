@@ -1,12 +1,12 @@
 // bank_select on mma.m16n8k16: index_i = argmax_j k_i . u_j, ties to the lowest index.
 //
-// Tile map   grid (row tiles, splits); a block holds kRows keys and passes over its split's run of the bank. Each of the four
-//            lanes of a row keeps the best two of the columns that it sees, by low-precision score and without
+// Tile map   grid (row tiles, splits); a block holds kRows keys and passes over its split's run of the bank. Each of
+//            the four lanes of a row keeps the best two of the columns that it sees, by low-precision score and without
 //            communication; settle_select compares all of them that rounding leaves in question in f32.
-// Contract   the chosen row's f32 similarity is the largest among those candidates. A better row can only be missed when one
-//            list holds two others that rounding put above it: three rows of the bank within 2^-7 |k| (bf16; 2^-10 |k|
-//            fp16) of each other and of the maximum, in one list of 4 x splits. Equal rows have equal scores: the lowest
-//            index is always kept.
+// Contract   the chosen row's f32 similarity is the largest among those candidates. A better row can only be missed
+//            when one list holds two others that rounding put above it: three rows of the bank within 2^-7 |k| (bf16;
+//            2^-10 |k| fp16) of each other and of the maximum, in one list of 4 x splits. Equal rows have equal scores:
+//            the lowest index is always kept.
 // Bytes      reads 2 K P per row tile and 2 R P; writes 64 R splits bytes of candidates.
 // Flop       2 R K P. Limits: K < 2^31; C <= 512.
 #include "tile.cuh"
@@ -16,10 +16,10 @@ namespace {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-select_kernel(const typename Tile::T *__restrict__ keys,  // [R, P]
-              const typename Tile::T *__restrict__ bank,  // [K, P]
-              BestTwo *__restrict__ candidates,           // [S, R, lists]
-              int64_t rows, int64_t bank_rows, int tiles_per_split) {
+    select_kernel(const typename Tile::T *__restrict__ keys,  // [R, P]
+                  const typename Tile::T *__restrict__ bank,  // [K, P]
+                  BestTwo *__restrict__ candidates,           // [S, R, lists]
+                  int64_t rows, int64_t bank_rows, int tiles_per_split) {
     const Tile tile(shared_memory());
     const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows;
     const int64_t first_tile = int64_t(blockIdx.y) * tiles_per_split;

@@ -1,15 +1,16 @@
 // bank_step on mma.m16n8k16: g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j), V <- mu V + g, W <- W - eta V.
 //
 // Tile map   grid (bank tiles); a block owns kRows bank rows, so nothing is shared between blocks and no atomics are
-//            needed. The unit rows are made from the f32 bank in shared memory and stay; the queries stream past as keys and
-//            values in tiles of kColumns. G = sum_i a_i p_ij q_i stays in registers, then goes through shared memory (the
-//            tiles' room, 8 of each warp's 16 rows at a time) so that a warp can finish whole rows (step_epilogue.cuh).
-// Weights    2^14 a_i p_ij / max |a| in operand type, as one exp2 of s log2(e) / t + shift_i and one product; lse is given,
-//            so no maximum is needed.
+//            needed. The unit rows are made from the f32 bank in shared memory and stay; the queries stream past as
+//            keys and values in tiles of kColumns. G = sum_i a_i p_ij q_i stays in registers, then goes through shared
+//            memory (the tiles' room, 8 of each warp's 16 rows at a time) so that a warp can finish whole rows
+//            (step_epilogue.cuh).
+// Weights    2^14 a_i p_ij / max |a| in operand type, as one exp2 of s log2(e) / t + shift_i and one product; lse is
+//            given, so no maximum is needed.
 // Bytes      reads 4 K C of the bank twice and of the velocity once, writes both once and 2 K P of operand; 2 R P of
 //            queries per block from the L2 cache.
-// Flop       4 R K P (6 R K P at P = 512). Limits: K < 2^31; C <= 512; M <= 8; |q| below 6e4 in fp16; lse not smaller than
-//            the true one by more than 0.6 in fp16.
+// Flop       4 R K P (6 R K P at P = 512). Limits: K < 2^31; C <= 512; M <= 8; |q| below 6e4 in fp16; lse not smaller
+//            than the true one by more than 0.6 in fp16.
 #include "../step_epilogue.cuh"
 #include "tile.cuh"
 
@@ -22,15 +23,15 @@ struct StepShape {
     static constexpr int kSharedBytes = Tile::kTileBytes + Tile::kStages * kTermsBytes;
     // A row of the staged accumulator; 8 more floats send the four rows of a store phase to different banks.
     static constexpr int kStagedFloats = Tile::kPadded + 8;
-    static_assert(Tile::kRows / 2 * kStagedFloats * 4 <= Tile::kTileBytes, "half of the accumulator fits the tiles' room");
+    static_assert(Tile::kRows / 2 * kStagedFloats * 4 <= Tile::kTileBytes,
+                  "half of the accumulator fits the tiles' room");
     static_assert(kSharedBytes <= 99 * 1024, "sm_86, sm_89 and sm_120 have 99 KB per block");
     static_assert(kRowTermsPad % Tile::kColumns == 0, "a tile of row terms is never ragged");
     static_assert(kTermsBytes % 16 == 0 && kTermsBytes / 16 <= Tile::kThreads, "one copy per thread");
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-step_kernel(StepParams params) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(StepParams params) {
     using T = typename Tile::T;
     using Shape = StepShape<Tile>;
     constexpr int kPadded = Tile::kPadded;
@@ -43,7 +44,8 @@ step_kernel(StepParams params) {
 
     for (int r = warp; r < Tile::kRows; r += Tile::kWarps) {  // ordered before its reading by the first tile's barrier
         Row<kPadded> row;
-        row.load(params.bank + (first_row + r) * params.channels, first_row + r < params.bank_rows ? params.channels : 0, tile.lane);
+        row.load(params.bank + (first_row + r) * params.channels,
+                 first_row + r < params.bank_rows ? params.channels : 0, tile.lane);
         const float inverse_norm = row.inverse_norm();
 #pragma unroll
         for (int c = 0; c < row.kValues; c++) {
@@ -60,7 +62,8 @@ step_kernel(StepParams params) {
     }
     const float scale = kLog2E / params.temperature;
     auto load = [&](int64_t t, T *stage) {
-        Tile::template load<Tile::kColumns>(stage, static_cast<const T *>(params.queries), t * Tile::kColumns, params.rows);
+        Tile::template load<Tile::kColumns>(stage, static_cast<const T *>(params.queries), t * Tile::kColumns,
+                                            params.rows);
         if (threadIdx.x < Shape::kTermsBytes / 16) {
             copy_async_16(terms_stage(t) + 16 * threadIdx.x, terms + t * Shape::kTermsBytes + 16 * threadIdx.x, true);
         }
@@ -88,7 +91,8 @@ step_kernel(StepParams params) {
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int n = 0; n < Tile::kGroupChannels / 8; n++) {
-            *reinterpret_cast<float2 *>(staged + (8 * tile.row_group + tile.lane / 4) * Shape::kStagedFloats + tile.channel(n, 0)) =
+            *reinterpret_cast<float2 *>(staged + (8 * tile.row_group + tile.lane / 4) * Shape::kStagedFloats +
+                                        tile.channel(n, 0)) =
                 make_float2(o[n][2 * half] * factor, o[n][2 * half + 1] * factor);
         }
         __syncthreads();
@@ -119,7 +123,8 @@ void bank_step(const StepParams &params, const Target &target) {
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
         using Shape = Tile<decltype(operand), padded()>;
         const dim3 grid(static_cast<unsigned>(ceil_div(params.bank_rows, Shape::kRows)));
-        launch("bank_step", step_kernel<Shape>, grid, Shape::kThreads, StepShape<Shape>::kSharedBytes, target.stream, params);
+        launch("bank_step", step_kernel<Shape>, grid, Shape::kThreads, StepShape<Shape>::kSharedBytes, target.stream,
+               params);
     });
 }
 

@@ -1,13 +1,13 @@
 // The tile loop's building blocks for mma.m16n8k16 with ldmatrix and cp.async (A100 and later).
 //
-// Both products run on the same two tiles: a resident tile stays in shared memory, streamed tiles of the other operand pass
-// through a ring of two stages and serve as keys and as values.
+// Both products run on the same two tiles: a resident tile stays in shared memory, streamed tiles of the other operand
+// pass through a ring of two stages and serve as keys and as values.
 //
 //   scores      S [16 rows of a warp, columns] = resident [rows, P] . streamed [columns, P]^T
 //   accumulate  O [16 rows of a warp, P]      += weights(S) . streamed [columns, P]
 //
-// A warp owns 16 resident rows. At P = 512 its accumulator would need 256 registers, so two warps share 16 rows: both compute
-// the scores, each accumulates half of the channels.
+// A warp owns 16 resident rows. At P = 512 its accumulator would need 256 registers, so two warps share 16 rows: both
+// compute the scores, each accumulates half of the channels.
 //
 // Rows of a tile lie contiguous; the 16-byte chunk c of row r is stored at chunk c ^ (r % 8). ldmatrix reads one chunk
 // column of 8 consecutive rows at a time, which then fall into 8 different groups of banks.
@@ -23,12 +23,12 @@ struct Tile {
     static constexpr int kPadded = kPadded_;
     static constexpr int kWarps = 8;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;        // warps that share 16 rows
-    static constexpr int kRows = 16 * kWarps / kChannelGroups;           // resident
+    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;                    // warps that share 16 rows
+    static constexpr int kRows = 16 * kWarps / kChannelGroups;                       // resident
     static constexpr int kColumns = kPadded == 512 ? 16 : kPadded == 256 ? 32 : 64;  // streamed
-    static constexpr int kGroupChannels = kPadded / kChannelGroups;      // that a warp accumulates
+    static constexpr int kGroupChannels = kPadded / kChannelGroups;                  // that a warp accumulates
     static constexpr int kStages = 2;
-    static constexpr int kChunks = kPadded / 8;                          // of 16 bytes in a row
+    static constexpr int kChunks = kPadded / 8;  // of 16 bytes in a row
     static constexpr int kResidentBytes = kRows * kPadded * kOperandBytes;
     static constexpr int kStageBytes = kColumns * kPadded * kOperandBytes;
     static constexpr int kTileBytes = kResidentBytes + kStages * kStageBytes;
@@ -68,7 +68,9 @@ struct Tile {
     __device__ static __forceinline__ int offset(int row, int chunk) { return row * kPadded + (chunk ^ (row % 8)) * 8; }
 
     // The same row 2 k chunks further, from the offset of its chunk 0 or 1: a fixed place for each k but for two bits.
-    __device__ static __forceinline__ int further(int offset, int k) { return (offset ^ (16 * (k % 4))) + 64 * (k / 4); }
+    __device__ static __forceinline__ int further(int offset, int k) {
+        return (offset ^ (16 * (k % 4))) + 64 * (k / 4);
+    }
 
     // Starts the copy of rows first .. first + kCount - 1 of source [total, P]; rows beyond it become zeros.
     template <int kCount>
@@ -109,7 +111,8 @@ struct Tile {
         const int b_offset = offset(lane % 16, lane / 16) + channel_group * kGroupChannels;
 #pragma unroll
         for (int k = 0; k < kColumns / 16; k++) {
-            const uint32_t a[4] = {pack<T>(weights[2 * k][0], weights[2 * k][1]), pack<T>(weights[2 * k][2], weights[2 * k][3]),
+            const uint32_t a[4] = {pack<T>(weights[2 * k][0], weights[2 * k][1]),
+                                   pack<T>(weights[2 * k][2], weights[2 * k][3]),
                                    pack<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
                                    pack<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
 #pragma unroll
@@ -123,11 +126,11 @@ struct Tile {
     }
 };
 
-// Runs body(tile, stage) for tiles first .. last - 1 while the next one is copied. load(tile, stage) starts a copy; copies
-// started before the call (the resident tile) belong to the first tile's group.
+// Runs body(tile, stage) for tiles first .. last - 1 while the next one is copied. load(tile, stage) starts a copy;
+// copies started before the call (the resident tile) belong to the first tile's group.
 //
-// One barrier a tile serves both hazards: it comes after each thread's wait for its own copies, so the tile is whole, and
-// after everyone's reading of the other stage, so that may be refilled.
+// One barrier a tile serves both hazards: it comes after each thread's wait for its own copies, so the tile is whole,
+// and after everyone's reading of the other stage, so that may be refilled.
 template <class Tile, class Load, class Body>
 __device__ __forceinline__ void stream_tiles(const Tile &tile, int64_t first, int64_t last, Load &&load, Body &&body) {
     if (first < last) load(first, tile.stage(first));

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(__file__.rsplit("/", 1)[0]))
-import emulated as emulated_build  # noqa: E402
+import emulated as emulated_build
 
-from caco_fast.ops import backends  # noqa: E402
+from caco_fast.ops import backends
 
 
 @pytest.fixture(scope="session")

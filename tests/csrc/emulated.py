@@ -70,7 +70,10 @@ def build_module() -> ModuleType:
     rules = compile_rules(f"{FLAGS} -fvisibility=hidden -ftls-model=initial-exec", "-shared")
     objects = []
     for name in (*sources.KERNELS, sources.BINDINGS, "emulation/bind.cpp"):
-        rules += [f"build {name}.o: compile {sources.ROOT / name}", f"  extra = -DCACO_MODULE=caco_emulated {includes} {defines}"]
+        rules += [
+            f"build {name}.o: compile {sources.ROOT / name}",
+            f"  extra = -DCACO_MODULE=caco_emulated {includes} {defines}",
+        ]
         objects.append(f"{name}.o")
     rules.append("build caco_emulated.so: link " + " ".join(objects))
     path = run_ninja(ROOT / "build" / "emulated", rules, "caco_emulated.so")

@@ -1,4 +1,5 @@
-// Runs the three operations once on emulated kernels and compares them with the formulas in f64; for sanitizers and CTest.
+// Runs the three operations once on emulated kernels and compares them with the formulas in f64; for sanitizers and
+// CTest.
 //
 //     kernels_program R K C bfloat16|float16 [seed [greedy [lazy copies]]]
 //
@@ -23,7 +24,7 @@ struct Problem {
     caco::OperandType type;
     std::vector<float> queries, bank, velocity, row_weight, positive_weight;
     std::vector<int64_t> positive_row, positive_place;  // ascending by bank row
-    std::vector<int64_t> positives;                      // [R, M]
+    std::vector<int64_t> positives;                     // [R, M]
 };
 
 Problem make_problem(int64_t rows, int64_t bank_rows, int channels, caco::OperandType type) {
@@ -64,21 +65,50 @@ Result run(const Problem &p) {
     caco::bank_operand({p.queries.data(), queries.data(), p.rows, p.channels, p.type, false}, target);
     caco::bank_operand({p.bank.data(), unit.data(), p.bank_rows, p.channels, p.type, true}, target);
 
-    Result r{filled_with_nan<float>(2 * p.rows), filled_with_nan<float>(p.rows * p.channels), filled_with_nan<float>(p.rows),
-             p.bank, p.velocity, std::vector<int64_t>(p.rows, -1)};
+    Result r{filled_with_nan<float>(2 * p.rows),
+             filled_with_nan<float>(p.rows * p.channels),
+             filled_with_nan<float>(p.rows),
+             p.bank,
+             p.velocity,
+             std::vector<int64_t>(p.rows, -1)};
     const int64_t attend_bytes = caco::bank_attend_workspace(p.rows, p.bank_rows, p.channels, target);
     std::vector<float> workspace = filled_with_nan<float>(attend_bytes / 4);
-    caco::bank_attend({queries.data(), unit.data(), r.lse.data(), r.mean_row.data(), workspace.data(), p.rows, p.bank_rows,
-                       p.channels, p.type, 2, {kTemperature[0], kTemperature[1]}},
+    caco::bank_attend({queries.data(),
+                       unit.data(),
+                       r.lse.data(),
+                       r.mean_row.data(),
+                       workspace.data(),
+                       p.rows,
+                       p.bank_rows,
+                       p.channels,
+                       p.type,
+                       2,
+                       {kTemperature[0], kTemperature[1]}},
                       target);
     workspace = filled_with_nan<float>(caco::bank_select_workspace(p.rows, p.bank_rows, p.channels, target) / 4);
-    caco::bank_select({queries.data(), unit.data(), p.queries.data(), p.bank.data(), r.index.data(), r.similarity.data(),
-                       workspace.data(), p.rows, p.bank_rows, p.channels, p.type},
+    caco::bank_select({queries.data(), unit.data(), p.queries.data(), p.bank.data(), r.index.data(),
+                       r.similarity.data(), workspace.data(), p.rows, p.bank_rows, p.channels, p.type},
                       target);
     workspace = filled_with_nan<float>(caco::bank_step_workspace(p.rows) / 4);
-    caco::bank_step({r.bank.data(), r.velocity.data(), unit.data(), queries.data(), p.queries.data(), r.lse.data(),
-                     p.row_weight.data(), p.positive_row.data(), p.positive_place.data(), p.positive_weight.data(),
-                     workspace.data(), p.rows, p.bank_rows, p.channels, kPositives, p.type, kTemperature[0], kLr, kMomentum,
+    caco::bank_step({r.bank.data(),
+                     r.velocity.data(),
+                     unit.data(),
+                     queries.data(),
+                     p.queries.data(),
+                     r.lse.data(),
+                     p.row_weight.data(),
+                     p.positive_row.data(),
+                     p.positive_place.data(),
+                     p.positive_weight.data(),
+                     workspace.data(),
+                     p.rows,
+                     p.bank_rows,
+                     p.channels,
+                     kPositives,
+                     p.type,
+                     kTemperature[0],
+                     kLr,
+                     kMomentum,
                      false},
                     target);
     return r;
@@ -117,7 +147,8 @@ Result formulas(const Problem &p) {
             const double probability = std::exp(s[i * K + j] / kTemperature[0] - lse[0]);
             double pull = probability;
             for (int m = 0; m < kPositives; m++) {
-                if (p.positives[i * kPositives + m] == j) pull += p.positive_weight[i * kPositives + m] * (1 - 2 * probability);
+                if (p.positives[i * kPositives + m] == j)
+                    pull += p.positive_weight[i * kPositives + m] * (1 - 2 * probability);
             }
             for (int64_t c = 0; c < C; c++) {
                 mean[c] += probability * unit[j * C + c];
@@ -157,7 +188,8 @@ int main(int argc, char **argv) {
                                          half ? caco::OperandType::kFloat16 : caco::OperandType::kBfloat16);
     try {
         const Result found = run(problem), expected = formulas(problem);
-        const double tolerance = half ? 2e-3 : 1e-2;  // of operands rounded to 2^-11 or 2^-8, in units of the largest value
+        const double tolerance =
+            half ? 2e-3 : 1e-2;  // of operands rounded to 2^-11 or 2^-8, in units of the largest value
         bool good = close("lse", found.lse, expected.lse, tolerance);
         good &= close("mean_row", found.mean_row, expected.mean_row, tolerance);
         good &= close("similarity", found.similarity, expected.similarity, 1e-6);

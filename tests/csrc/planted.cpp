@@ -2,8 +2,8 @@
 //
 //     planted BUG [seed [greedy [lazy copies]]]
 //
-// The kernel sums the columns of tiles that stream through shared memory in two stages. Prints "ok" and the number of bank
-// conflicts, "wrong", or the emulator's error; a sanitizer speaks for itself.
+// The kernel sums the columns of tiles that stream through shared memory in two stages. Prints "ok" and the number of
+// bank conflicts, "wrong", or the emulator's error; a sanitizer speaks for itself.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -39,7 +39,9 @@ void load(const Arguments &a, uint16_t *stage, int tile) {
 
 void kernel(const Arguments &a) {
     auto *stages = reinterpret_cast<uint16_t *>(caco::shared_memory());
-    auto stage = [&](int tile) { return stages + (a.bug == "one stage for two" ? 0 : tile % 2) * kTileRows * kColumns; };
+    auto stage = [&](int tile) {
+        return stages + (a.bug == "one stage for two" ? 0 : tile % 2) * kTileRows * kColumns;
+    };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float sum[4][2] = {};  // of columns 32 warp + 8 matrix + 2 (lane % 4) + {0, 1}, over rows lane / 4 and lane / 4 + 8
     load(a, stage(0), 0);

@@ -10,7 +10,9 @@ LSE_TOLERANCE = 4e-6  # f32 sums, logarithm and scaling; relative to the largest
 TEMPERATURES = (0.1, 0.07)
 
 
-def check_against_rounded_operands(case: Case, temperatures: tuple[float, float], lse, other_lse, mean_row, queries, bank):
+def check_against_rounded_operands(
+    case: Case, temperatures: tuple[float, float], lse, other_lse, mean_row, queries, bank
+):
     """Against f64 on the same rounded operands, where only the rounding of p remains: a bound for every element."""
     rows, unit = rounded(case, queries, bank)
     for t, found in zip(temperatures, (lse, other_lse)):
@@ -82,6 +84,18 @@ def test_attend_of_strided_and_empty_input(cuda_ops):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     lse, mean_row = bank_attend(queries[:0], bank, 0.1, backend="cuda")
     assert lse.shape == (0,) and mean_row.shape == (0, 128)
+
+
+@pytest.mark.parametrize(
+    "bank, error, words",
+    [
+        (torch.ones(3, 64, dtype=torch.float64), TypeError, "found a torch.float64 bank, wanted torch.float32"),
+        (torch.ones(3, 528), ValueError, "found C = 528, wanted at most 512"),
+    ],
+)
+def test_attend_refuses_what_the_kernels_cannot_do(cuda_ops, bank, error, words):
+    with pytest.raises(error, match=words):
+        bank_attend(torch.ones(2, bank.shape[1], dtype=bank.dtype), bank, 0.1, backend="cuda")
 
 
 def test_attend_gradient_is_the_mean_row(cuda_ops):

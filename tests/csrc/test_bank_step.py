@@ -64,7 +64,9 @@ def test_step_with_m_positives(cuda_ops, positives):
 
 @pytest.mark.parametrize("channels", [64, 200, 512])
 def test_step_with_norm_project_gives_unit_rows(cuda_ops, channels):
-    (bank, velocity), (expected, expected_velocity), bound = run(Case(20, 150, channels, torch.float16), 1, project=True)
+    (bank, velocity), (expected, expected_velocity), bound = run(
+        Case(20, 150, channels, torch.float16), 1, project=True
+    )
     assert worst(velocity, expected_velocity, bound) <= 1
     torch.testing.assert_close(bank.double().norm(dim=1), torch.ones(150, dtype=torch.float64), rtol=0, atol=3e-7)
     torch.testing.assert_close(bank.double(), expected, rtol=0, atol=(2 * LR * bound).amax().item())

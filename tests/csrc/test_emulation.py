@@ -1,4 +1,4 @@
-"""The emulation of CUDA on the CPU catches the bugs that it is there to catch; and the real kernels under sanitizers."""
+"""The emulation of CUDA on the CPU catches the bugs that it is there for; and the real kernels under sanitizers."""
 
 import itertools
 import os

@@ -1,5 +1,6 @@
 """The self-test, and the static gate of the compiled module."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,22 @@ def test_compiled_module_is_of_the_present_sources():
 def test_static_gate_finds_a_fault(fault, registers, stack, code):
     kernel = check_sass.Kernel("80", "_ZN4caco4sm8013attend_kernelI13__nv_bfloat16Li256EE", registers, stack, 0, code)
     assert any(fault in text for text in kernel.faults())
+
+
+@pytest.mark.parametrize(
+    "choice, returncode, line",
+    [
+        ("0", 0, "caco_fast: the CUDA backend is left out: CACO_CUDA=0"),
+        ("2", 1, "error: CACO_CUDA: found '2', wanted auto, 0 or 1"),
+    ],
+)
+def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CACO_CUDA": choice},
+    )
+    assert done.returncode == returncode
+    assert [text for text in done.stderr.splitlines() if "CACO_CUDA" in text] == [line]

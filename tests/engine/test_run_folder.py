@@ -39,6 +39,7 @@ def test_start_writes_what_ran(folder: RunFolder) -> None:
 
 def test_new_run_in_a_used_folder_is_refused_with_both_ways_out(folder: RunFolder) -> None:
     folder.start("a: 1\n")
+    folder.metrics.write_text('{"step": 1, "epoch": 0}\n')
     with pytest.raises(UserError, match=r"already holds a run.*--resume auto, or choose another folder"):
         RunFolder(folder.path).start("a: 2\n", resume="never")
     assert folder.config.read_text() == "a: 1\n"

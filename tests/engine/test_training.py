@@ -68,9 +68,16 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
     assert (folder / "checkpoints" / "best.pt").exists()
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "memory"])
-@pytest.mark.parametrize("stop", [3, 5, 8, 10], ids=["initialisation", "its-end", "mid-epoch", "epoch-end"])
-@pytest.mark.parametrize("method", ["caco", "moco"])
+@pytest.mark.parametrize(
+    ("method", "loader", "stop"),
+    [
+        pytest.param("caco", "torchvision", 3, id="caco-torchvision-initialisation"),
+        pytest.param("caco", "torchvision", 5, id="caco-torchvision-its-end"),
+        pytest.param("caco", "memory", 8, id="caco-memory-mid-epoch"),
+        pytest.param("caco", "torchvision", 10, id="caco-torchvision-epoch-end"),
+        pytest.param("moco", "torchvision", 8, id="moco-torchvision-mid-epoch"),
+    ],
+)
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):
     settings = (f"method={method}", f"data.loader={loader}", "trainer.log_every=2")
     train(config(images, *settings), tmp_path / "whole")
