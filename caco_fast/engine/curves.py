@@ -33,7 +33,7 @@ class Panel:
 
 PANELS = (
     Panel("loss", "nats", lambda name: name == "loss", from_zero=False),
-    Panel("probability of the positive", "", lambda name: name == "positive_probability"),
+    Panel("positive probability", "", lambda name: name == "positive_probability"),
     Panel("rows chosen as positives", "perplexity", lambda name: name == "positive_perplexity"),
     Panel("weighted kNN", "per cent", lambda name: name.startswith("knn"), from_zero=False),
     # Rates differ by orders of magnitude (encoder 0.3, bank 3): two scales show the shape of both.

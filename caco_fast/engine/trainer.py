@@ -159,12 +159,12 @@ class Trainer:
         while self.position.step < steps and not self._out_of_steps():
             epoch, first = divmod(self.position.step, per_epoch)
             for batch in self._batches(-1 - epoch, first, min(per_epoch, steps - epoch * per_epoch)):
-                # The schedule's warm-up is much longer than this phase, so the phase has one of its own.
-                warmup = (self.position.step + 1) / steps
+                # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
+                warmup = max((self.position.step + 1) / steps, self.schedule.warmup_at(self.position.step))
                 rates = Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
                 self._step(batch, self.method.prepare, rates)
                 self._after_step(epoch=-1 - epoch, step=self.position.step)
-        if self.position.step == steps:
+        if self.position.step >= steps:
             if steps:
                 self.method.finish_preparation(self.encoders)
                 self.optimizer.state.clear()
@@ -253,7 +253,8 @@ class Trainer:
     def _log(self, values: dict[str, float], epoch: int) -> None:
         shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
         self.progress.step({**shown, "lr": self._rates.lr})
-        values |= self.method.rates(self._rates.warmup)
+        if self.position.phase == TRAINING:
+            values |= self.method.rates(self._rates.warmup)
         values |= {
             "lr": self._rates.lr,
             "key_momentum": self._rates.key_momentum,
