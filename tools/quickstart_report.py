@@ -15,7 +15,7 @@ from caco_fast.benchmarking import ROOT, write_result
 
 RESULT = ROOT / "benchmarks" / "results" / "quickstart_cpu.json"
 ROWS = {"raw": "raw pixels", "random": "random-initialised encoder", "trained": "encoder trained by CaCo"}
-# Points by which the trained encoder must be ahead; rounding differs between processors, and moves accuracies by as much.
+# Points by which the trained encoder must be ahead. Rounding differs between processors, and moves accuracies so much.
 MARGIN = 0.5
 COLUMNS = {"knn_{}": "kNN, k 200", "knn_{}_k20": "kNN, k 20", "linear_{}": "linear probe"}
 
