@@ -35,7 +35,7 @@ def test_the_lightly_loop_runs():
 def test_every_named_file_exists():
     named = re.findall(r"`((?:configs/|tools/|docs/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
     named += re.findall(r"\]\(([\w./-]+)\)", README) + [
-        f"configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)`", README, re.M)
+        f"configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)` \|", README, re.M)
     ]
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
