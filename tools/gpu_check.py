@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu_check"
 SITE = WORK / "site"
 TOTAL_SECONDS = 570
-TESTS_OF_KERNELS = ("tests/ops", "tests/csrc", "tests/bank")
+TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
 OUTPUT_LINES = 40
 # What the build, the tests and caco_fast.data import beside torch, torchvision and numpy.
 PACKAGES = ("setuptools", "pybind11", "ninja", "pytest", "iniconfig", "pluggy", "packaging", "pygments", "pyyaml")
@@ -280,7 +280,7 @@ def kernel_paths() -> list[str]:
 
 
 def paths_run(capability: str, present: list[str]) -> list[str]:
-    """Those that a check on a GPU of this compute capability runs; tests/ops/test_cuda_device.py runs every one."""
+    """Those that a check on a GPU of this compute capability runs; tests/gpu runs every one."""
     return [path for path in present if path == "sm80" and int(capability) >= 80 or path[2:] == capability]
 
 
