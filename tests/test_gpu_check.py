@@ -155,11 +155,14 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 def test_the_result_names_gpu_sources_and_stages_and_a_second_run_adds_to_it(monkeypatch, tmp_path, capsys):
     output = tmp_path / "gpu_check_nvidia_h200.json"
-    fake = [stage("build", "print('built')"), stage("tests", "raise SystemExit(1)")]
+    measure = "from pathlib import Path; Path(%r).write_text('{}')" % str(gpu_check.WORK / "bench_bank_cuda.json")
+    fake = [stage("build", measure), stage("tests", "raise SystemExit(1)")]
     monkeypatch.setattr(gpu_check, "describe_gpu", lambda: {**GPU, "nvcc_path": "nvcc"})
     monkeypatch.setattr(gpu_check, "stages", lambda *arguments: fake)
     monkeypatch.setattr(gpu_check, "kernel_paths", lambda: ["sm70", "sm80"])
     assert gpu_check.main(["--output", str(output), "--commit", "f00"]) == 1
+    assert json.loads(output.read_text())["results"]["benchmark"] == "bench_bank_nvidia_h200.json"
+    assert (tmp_path / "bench_bank_nvidia_h200.json").read_text() == "{}"
     fake[1] = stage("tests", "print('now')")
     assert gpu_check.main(["--output", str(output), "--only", "tests"]) == 0
     found = json.loads(output.read_text())

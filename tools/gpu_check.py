@@ -1,6 +1,7 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
-    python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json
+    python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
+                                                     beside it, bench_bank_<gpu>.json
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
@@ -301,11 +302,14 @@ def check(options: argparse.Namespace) -> int:
         if before["settings"]["csrc_hash"] == present:
             kept = before["results"]["stages"]
 
+    measured = WORK / "bench_bank_cuda.json"
+    measured.unlink(missing_ok=True)
     found = run_stages(todo, options.seconds)
     results: dict[str, Any] = {"stages": {**kept, **found}}
-    measured = WORK / "bench_bank_cuda.json"
-    if "benchmark" in found and measured.exists():
-        results["benchmark"] = json.loads(measured.read_text())["results"]
+    if measured.exists():
+        results["benchmark"] = f"bench_bank_{slug(gpu['gpu'])}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(measured, output.parent / results["benchmark"])
     from caco_fast.benchmarking import write_result
 
     settings = {**gpu, "csrc_hash": present, "paths": paths_run(gpu["capability"], kernel_paths())}
