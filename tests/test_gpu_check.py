@@ -155,7 +155,8 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 def test_the_result_names_gpu_sources_and_stages_and_a_second_run_adds_to_it(monkeypatch, tmp_path, capsys):
     output = tmp_path / "gpu_check_nvidia_h200.json"
-    measure = "from pathlib import Path; Path(%r).write_text('{}')" % str(gpu_check.WORK / "bench_bank_cuda.json")
+    measured = gpu_check.WORK / "bench_bank_cuda.json"
+    measure = f"open({str(measured)!r}, 'w').write('{{}}')"
     fake = [stage("build", measure), stage("tests", "raise SystemExit(1)")]
     monkeypatch.setattr(gpu_check, "describe_gpu", lambda: {**GPU, "nvcc_path": "nvcc"})
     monkeypatch.setattr(gpu_check, "stages", lambda *arguments: fake)
