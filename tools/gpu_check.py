@@ -61,11 +61,6 @@ class Stage:
 
 def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.executable) -> list[Stage]:
     """The stages for a GPU of this architecture ("90"), what matters most first."""
-    source, written = str(ROOT / "tests/csrc/primitives_check.cu"), str(WORK / "emulated.bin")
-    emulated, device = str(WORK / "primitives_emulated"), str(WORK / "primitives_device")
-    common = ("-std=c++20", "-O2", f"-I{ROOT / 'csrc'}")
-    # Hopper's own instructions need the target 90a.
-    target = "90a" if architecture == "90" else architecture
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     some = r"\d+ passed"
     elsewhere = sorted(
@@ -87,11 +82,10 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "primitives",
             "each primitive does on the device what its emulation does",
             60,
-            (
-                ("g++", *common, "-pthread", "-DCACO_EMULATE", "-x", "c++", source, "-o", emulated),
-                (nvcc, *common, f"-gencode=arch=compute_{target},code=sm_{target}", source, "-o", device),
-                (emulated, written),
-                (device, written, "compare"),
+            tuple(
+                command
+                for path in paths_run(architecture, kernel_paths())
+                for command in commands_of_primitives(path, architecture, nvcc)
             ),
         ),
         Stage("tests", "all tests of the operations on a device pass", 110, ((*pytest, *TESTS_OF_KERNELS),), some),
@@ -109,6 +103,21 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
         sanitized("racecheck", "no race in shared memory", r"RACECHECK SUMMARY: 0 hazards"),
         Stage("other tests", "gpu tests of other parts pass", 60, ((*pytest, *elsewhere),), some, proof=False),
     ]
+
+
+def commands_of_primitives(path: str, architecture: str, nvcc: str) -> tuple[tuple[str, ...], ...]:
+    """Build the path's program of primitives for both, let the emulated one write its results, the device compare."""
+    source = str(ROOT / "tests" / "csrc" / f"primitives_check_{path}.cu")
+    emulated, device, written = (str(WORK / f"primitives_{path}_{kind}") for kind in ("emulated", "device", "results"))
+    common = ("-std=c++20", "-O2", f"-I{sources.ROOT}")
+    # Hopper's own instructions need the target 90a.
+    target = "90a" if architecture == "90" else architecture
+    return (
+        ("g++", *common, "-pthread", "-DCACO_EMULATE", "-x", "c++", source, "-o", emulated),
+        (nvcc, *common, f"-gencode=arch=compute_{target},code=sm_{target}", source, "-o", device),
+        (emulated, written),
+        (device, written, "compare"),
+    )
 
 
 def kernel_filter(sanitizer: str) -> str:
@@ -282,7 +291,9 @@ def kernel_paths() -> list[str]:
 
 def paths_run(capability: str, present: list[str]) -> list[str]:
     """Those that a check on a GPU of this compute capability runs; tests/gpu runs every one."""
-    return [path for path in present if path == "sm80" and int(capability) >= 80 or path[2:] == capability]
+    number = int(capability)
+    runs = {"sm70": 70 <= number < 80, "sm80": number >= 80, "sm90": number == 90}
+    return [path for path in present if runs.get(path)]
 
 
 def check(options: argparse.Namespace) -> int:

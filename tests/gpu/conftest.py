@@ -11,7 +11,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
-from caco_fast.ops import backends
+import cases  # noqa: E402
+
+from caco_fast.ops import backends  # noqa: E402
 
 PATHS = ("of this GPU", "sm80")
 
@@ -38,6 +40,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if torch.cuda.get_device_capability() < (8, 0):
             pytest.skip("this GPU is older than sm_80")
         monkeypatch.setattr(module, "serving_path", lambda device: 80 if device.type == "cuda" else 0)
+    takes_bfloat16 = getattr(module.target_for(torch.device("cuda")), "takes_bfloat16", True)
+    monkeypatch.setattr(cases, "with_bfloat16", takes_bfloat16, raising=False)
     torch.use_deterministic_algorithms(True)
     yield module
     torch.use_deterministic_algorithms(False)

@@ -1,12 +1,14 @@
-// Each primitive of csrc/primitives.cuh on random data: the device against its emulation, from one source.
+// A program that runs checks of primitives, on the CPU or on a GPU, and compares the results of the two.
 //
-//     primitives_check FILE            runs all checks, writes their results
-//     primitives_check FILE compare    runs them again and compares with FILE, written by the other build
+//     PROGRAM FILE            runs all checks, writes their results
+//     PROGRAM FILE compare    runs them again and compares with FILE, written by the other build
 //
 // Built by g++ with CACO_EMULATE the program runs on the CPU, built by nvcc on the GPU: the emulated one writes, the
 // other compares. A value passes if it is off by at most what `allowed` says, 0 for primitives that move or round
-// bits; NaN equals NaN. Prints a line per check and returns 0, 1 (a difference) or 2 (it could not run). To add a
-// primitive: a kernel, and a check that appends to `checks`.
+// bits; NaN equals NaN. Prints a line per check and returns 0, 1 (a difference) or 2 (it could not run).
+//
+// To add a primitive: a kernel, and a check that appends to `checks`. A program defines run_all().
+#pragma once
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -18,6 +20,8 @@
 #include "primitives.cuh"
 #include "rows.cuh"
 
+void run_all();
+
 namespace {
 
 using caco::bf16;
@@ -26,8 +30,8 @@ using Words = std::vector<uint32_t>;
 
 struct Check {
     std::string name;
-    bool as_float;          // else compared bit by bit
-    Words found;
+    bool as_float;               // else compared bit by bit
+    Words found;                 // of this run
     std::vector<float> allowed;  // one per word, or none: 0
 };
 std::vector<Check> checks;
@@ -143,104 +147,6 @@ void check_exp2() {
     checks.push_back(check);
 }
 
-template <class T>
-__global__ void mma_kernel(const uint32_t *in, uint32_t *out) {  // a warp per block; in: a, b, d of each lane
-    const int lane = threadIdx.x;
-    const uint32_t *mine = in + (blockIdx.x * 32 + lane) * 10;
-    const uint32_t a[4] = {mine[0], mine[1], mine[2], mine[3]};
-    float d[4];
-    memcpy(d, mine + 6, 16);
-    caco::mma_m16n8k16<T>(d, a, mine[4], mine[5]);
-    memcpy(out + (blockIdx.x * 32 + lane) * 4, d, 16);
-}
-
-// |d| + |a| |b| of every output, as large as the sum of what is added can get.
-template <class T>
-void check_mma(const char *type) {
-    constexpr int kBlocks = 256;
-    const bool half = std::is_same_v<T, fp16>;
-    const std::vector<float> values = random_floats(kBlocks * 32 * 16, 3, 10);
-    Words input(kBlocks * 32 * 10), magnitudes(kBlocks * 32 * 10);
-    auto rounded = [&](float value) -> uint32_t {  // towards zero, to what both types hold
-        const uint32_t bits = std::bit_cast<uint32_t>(value) & (half ? 0xFFFFE000u : 0xFFFF0000u);
-        if (!half) return bits >> 16;
-        const int exponent = int(bits >> 23 & 0xFF) - 112;
-        return exponent <= 0 ? 0 : (bits >> 16 & 0x8000) | uint32_t(exponent) << 10 | (bits >> 13 & 0x3FF);
-    };
-    for (size_t lane = 0; lane < size_t(kBlocks) * 32; lane++) {
-        const float *mine = values.data() + lane * 16;
-        for (int r = 0; r < 6; r++) input[lane * 10 + r] = rounded(mine[2 * r]) | rounded(mine[2 * r + 1]) << 16;
-        for (int e = 0; e < 4; e++) input[lane * 10 + 6 + e] = std::bit_cast<uint32_t>(mine[12 + e]);
-        for (int r = 0; r < 6; r++) magnitudes[lane * 10 + r] = input[lane * 10 + r] & 0x7FFF7FFFu;
-        for (int e = 0; e < 4; e++) magnitudes[lane * 10 + 6 + e] = input[lane * 10 + 6 + e] & 0x7FFFFFFFu;
-    }
-    Check check{std::string("mma_m16n8k16 ") + type, true,
-                run("mma", mma_kernel<T>, kBlocks, 32, 0, input, kBlocks * 32 * 4), {}};
-    // Products are exact, sums in f32 in any order and with bits cut off: 17 terms, each cut at an ulp or two of the largest.
-    for (uint32_t word : run("mma", mma_kernel<T>, kBlocks, 32, 0, magnitudes, kBlocks * 32 * 4))
-        check.allowed.push_back(std::bit_cast<float>(word) * 0x1p-18f);
-    checks.push_back(check);
-}
-
-// 64 rows of 16 bytes by cp.async, some of them filled with zeros, then four matrices from rows chosen at random.
-template <bool kTranspose>
-__global__ void ldmatrix_kernel(const uint32_t *in, uint32_t *out) {
-    const int lane = threadIdx.x;
-    const uint32_t *mine = in + blockIdx.x * (32 + 256);  // 32 choices of a row, then the rows
-    char *memory = caco::shared_memory();
-    for (int i = 0; i < 2; i++) {
-        const int row = lane + 32 * i;
-        caco::copy_async_16(memory + 16 * row, mine + 32 + 4 * row, row % 5 != 3);
-    }
-    caco::copy_async_commit();
-    caco::copy_async_wait<0>();
-    __syncthreads();
-    uint32_t registers[4];
-    caco::ldmatrix_x4<kTranspose>(registers, memory + 16 * (mine[lane] % 64));
-    for (int m = 0; m < 4; m++) out[(blockIdx.x * 32 + lane) * 4 + m] = registers[m];
-}
-
-template <bool kTranspose>
-void check_ldmatrix(const char *name) {
-    constexpr int kBlocks = 128;
-    const Words input = random_words(kBlocks * 288, 4);
-    checks.push_back(
-        {name, false, run("ldmatrix", ldmatrix_kernel<kTranspose>, kBlocks, 32, 1024, input, kBlocks * 128), {}});
-}
-
-// Two groups of copies: after wait<1> the first has landed, after wait<0> both; invalid ones are zeros.
-__global__ void copy_kernel(const uint32_t *in, uint32_t *out) {
-    const int threads = blockDim.x, thread = threadIdx.x;
-    const uint32_t *mine = in + blockIdx.x * threads * 8;
-    uint32_t *memory = reinterpret_cast<uint32_t *>(caco::shared_memory());
-    for (int group = 0; group < 2; group++) {
-        const int place = group * threads + thread;
-        caco::copy_async_16(memory + 4 * place, mine + 4 * place, (thread + group) % 7 != 0);
-        caco::copy_async_commit();
-    }
-    uint32_t *result = out + blockIdx.x * (threads * 8 + 1);
-    caco::copy_async_wait<1>();
-    for (int i = 0; i < 4; i++) result[4 * thread + i] = memory[4 * thread + i];  // by the thread that copied it
-    caco::copy_async_wait<0>();
-    __syncthreads();
-    const int other = threads + (thread + 37) % threads;
-    for (int i = 0; i < 4; i++) result[4 * (threads + thread) + i] = memory[4 * other + i];
-    if (thread != 0) return;
-#ifdef CACO_EMULATE
-    result[8 * threads] = reinterpret_cast<uintptr_t>(memory) % 1024;
-#else
-    result[8 * threads] = __cvta_generic_to_shared(memory) % 1024;
-#endif
-}
-
-void check_copy() {
-    constexpr int kBlocks = 64, kThreads = 128;
-    const Words input = random_words(kBlocks * kThreads * 8, 5);
-    checks.push_back({"cp.async: copy, zero fill, groups, alignment", false,
-                      run("copy", copy_kernel, kBlocks, kThreads, kThreads * 32, input, kBlocks * (kThreads * 8 + 1)),
-                      {}});
-}
-
 __global__ void warp_kernel(const uint32_t *in, uint32_t *out) {
     const int lane = threadIdx.x;
     const uint32_t word = in[blockIdx.x * 32 + lane];
@@ -263,15 +169,11 @@ void check_warp() {
                       run("warp", warp_kernel, kBlocks, 32, 0, random_words(kBlocks * 32, 6), kBlocks * 256), {}});
 }
 
-void run_all() {
+// What every path uses.
+void check_common() {
     check_rounding<bf16>("bf16");
     check_rounding<fp16>("fp16");
     check_exp2();
-    check_copy();
-    check_ldmatrix<false>("ldmatrix.x4");
-    check_ldmatrix<true>("ldmatrix.x4.trans");
-    check_mma<bf16>("bf16");
-    check_mma<fp16>("fp16");
     check_warp();
 }
 
