@@ -11,9 +11,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
-import cases  # noqa: E402
+import cases
 
-from caco_fast.ops import backends  # noqa: E402
+from caco_fast.ops import backends
 
 PATHS = ("of this GPU", "sm80")
 
