@@ -219,19 +219,19 @@ def test_rows_beyond_2_to_the_31_elements_are_found_and_stepped(device):
     generator = torch.Generator(device).manual_seed(0)
     bank = torch.randn(bank_rows, channels, device=device, generator=generator)
     places = torch.arange(bank_rows - rows, bank_rows, device=device)
-    queries = torch.nn.functional.normalize(bank[places], dim=1)
+    queries = torch.nn.functional.normalize(bank[-rows:], dim=1)
     index, similarity = bank_select(queries, bank, "cuda")
     assert torch.equal(index, places)
     torch.testing.assert_close(similarity, torch.ones_like(similarity), rtol=0, atol=1e-6)
     lse, _ = bank_attend(queries, bank, 0.02, "cuda")
-    before, velocity = bank[places].clone(), torch.zeros_like(bank)
+    before, velocity = bank[-rows:].clone(), torch.zeros_like(bank)
     row_weight = torch.full((rows,), 1 / rows, device=device)
     # With p about 0 the positive alone pulls, and its tangent vanishes: only momentum moves the row.
-    velocity[places] = 1.0
+    velocity[-rows:] = 1.0
     bank_step_(
         bank, velocity, queries, lse + 50, temperature=0.1, lr=0.5, momentum=0.5, row_weight=row_weight, backend="cuda"
     )  # fmt: skip
-    torch.testing.assert_close(bank[places], before - 0.25, rtol=0, atol=1e-3)
+    torch.testing.assert_close(bank[-rows:], before - 0.25, rtol=0, atol=1e-3)
     assert torch.linalg.vector_norm(velocity[: bank_rows - rows], ord=torch.inf) < 1e-3
     del bank, velocity
     gc.collect()
