@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(caco::kWarpgroupThreads, 1)
 template <class Shape>
 Words run_product(const Words &input) {
     const Buffer in(input), out(Words(Shape::kOutputs, 0xFFFFFFFFu));
-    const auto type = std::is_same_v<typename Shape::T, bf16> ? caco::OperandType::kBfloat16 : caco::OperandType::kFloat16;
+    using Type = caco::OperandType;
+    const Type type = std::is_same_v<typename Shape::T, bf16> ? Type::kBfloat16 : Type::kFloat16;
     const uint32_t *b = in.data + Shape::kWordsA;
     caco::launch("product", product_kernel<Shape>, dim3(1), caco::kWarpgroupThreads, Shape::kSharedBytes, nullptr,
                  caco::make_tensor_map(in.data, Shape::kRowsA, Shape::kChannels, type, kRows),
@@ -126,7 +127,8 @@ void check_product(const char *type) {
     const Words input = random_pairs<typename Shape::T>(Shape::kWords, 7);
     Words magnitudes = input;
     for (uint32_t &word : magnitudes) word &= 0x7FFF7FFFu;
-    const std::string name = std::string(type) + " n " + std::to_string(Shape::kColumns) + " P " + std::to_string(Shape::kChannels);
+    const std::string name =
+        std::string(type) + " n " + std::to_string(Shape::kColumns) + " P " + std::to_string(Shape::kChannels);
     const Words found = run_product<Shape>(input), largest = run_product<Shape>(magnitudes);
     const auto split = found.begin() + Shape::kSlabWords;
     checks.push_back({"TMA, mbarrier, swizzle " + name, false, Words(found.begin(), split), {}});
