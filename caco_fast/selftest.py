@@ -1,6 +1,6 @@
 """Checks the compiled kernels on the GPU of this machine against the formulas in f64.
 
-    python -m caco_fast.selftest [--device cuda:0]
+    python -m caco_fast.selftest [--device cuda:0] [--small]
 
 Prints one line per operation and shape: the largest error as a share of what the rounding of the operands allows.
 Returns 0 if all hold, 1 if one does not, 2 if there is nothing to test: no compiled kernels, no GPU, or none for it.
@@ -143,7 +143,9 @@ def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = SMALL +
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco_fast.selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", help="the GPU to test, such as cuda:1")
-    device = torch.device(parser.parse_args(arguments).device)
+    parser.add_argument("--small", action="store_true", help="small shapes only, for compute-sanitizer")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
     kernels = backends.cuda_backend()
     if kernels is None:
         reason = "the kernels are not compiled; run `python setup.py build_ext` on a machine with nvcc"
@@ -154,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason:
         print(f"error: nothing to test: {reason}", file=sys.stderr)
         return 2
-    passed = run(device)
+    passed = run(device, SMALL if options.small else SMALL + LARGE)
     if not passed:
         print("error: a kernel gives wrong results on this GPU; please report the lines above", file=sys.stderr)
         return 1

@@ -1,14 +1,14 @@
 """Time and memory of the bank operations: attend at two temperatures, select, step, and the three as one training step.
 
-    python tools/bench_bank.py [--device cpu] [--rows 512] [--bank-rows 65536] [--channels 256] [--threads 1]
+    python tools/bench_bank.py [--rows 512] [--bank-rows 65536] [--channels 256] [--threads 1]     on the CPU
+    python tools/bench_bank.py --device cuda [--sizes 2048,65536,256 ...] [--seconds 100]        see bench_bank_gpu.py
     python tools/bench_bank.py --table benchmarks/results/bench_bank_cpu.json      # the result as Markdown
 
 The yardstick is a dense eager step with the passes of the released algorithm: normalise the bank, similarities [R, K],
 softmax at both temperatures, coefficients [R, K], gradient [K, C], tangent, momentum, update.
 
-Extra memory is the peak above what the process held before the step. On the CPU every variant runs in a process of its
-own and the kernel's high-water mark of resident memory is read, so that what libraries allocate counts too; on a GPU it
-is the peak of torch's allocator.
+Extra memory is the peak above what the process held before the step: every variant runs in a process of its own and the
+system's high-water mark of resident memory is read, so that what libraries allocate counts too.
 
 Legend: R query and key rows, K bank rows, C channels.
 """
@@ -18,107 +18,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import bench_bank_gpu
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from bank_steps import BANK_TEMPERATURE, DENSE, PARTS, TEMPERATURE, Inputs, make_step
 
-from caco_fast.benchmarking import ROOT, seconds, spread, synchronize, write_result
+from caco_fast.benchmarking import ROOT, seconds, spread, write_result
 from caco_fast.errors import UserError
-from caco_fast.ops import bank_attend, bank_select, bank_step_
-from caco_fast.ops.backends import cuda_backend
 
-TEMPERATURE, BANK_TEMPERATURE, LR, MOMENTUM = 0.08, 0.1, 3.0, 0.9
-PARTS = ("attend", "select", "step")
-DENSE = "dense eager"
 RESET_PEAK = Path("/proc/self/clear_refs")
 
 
-class Inputs:
-    def __init__(self, rows: int, bank_rows: int, channels: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def unit(count: int) -> Tensor:
-            return normalize(torch.randn(count, channels, generator=generator), dim=1).to(device)
-
-        self.queries, self.keys = unit(rows), unit(rows)  # [R, C]
-        self.bank, self.velocity = unit(bank_rows), torch.zeros(bank_rows, channels, device=device)  # [K, C]
-        self.row_weight = torch.full((rows,), 2 / rows, device=device)  # [R], two views of R / 2 images
-
-
-Step = Iterator[tuple[str, Callable[[], None]]]
-
-
-def dense_step(inputs: Inputs) -> Step:
-    """The three parts in plain eager torch; similarities of attend are kept for the step, as the released code does."""
-    queries, keys, bank, velocity = inputs.queries, inputs.keys, inputs.bank, inputs.velocity
-    rows = torch.arange(len(queries), device=queries.device)
-    kept: dict[str, Tensor] = {}
-
-    def attend() -> None:
-        kept["unit"] = normalize(bank, dim=1)  # [K, C]
-        kept["similarity"] = queries @ kept["unit"].T  # [R, K]
-        torch.logsumexp(kept["similarity"] / TEMPERATURE, dim=1)
-        # What autograd does with the loss: softmax [R, K] and a product with the bank.
-        torch.softmax(kept["similarity"] / TEMPERATURE, dim=1) @ kept["unit"]
-
-    def select() -> None:
-        kept["positive"] = (keys @ normalize(bank, dim=1).T).argmax(dim=1)  # [R]
-
-    def step() -> None:
-        p = torch.softmax(kept["similarity"] / BANK_TEMPERATURE, dim=1)  # [R, K]
-        positive = kept["positive"]
-        p[rows, positive] = 1 - p[rows, positive]
-        pull = p * inputs.row_weight.unsqueeze(1)  # [R, K]
-        along = (pull * kept["similarity"]).sum(dim=0)  # [K]
-        tangent = pull.T @ queries - along.unsqueeze(1) * kept["unit"]  # [K, C]
-        gradient = -tangent / bank.norm(dim=1, keepdim=True) / BANK_TEMPERATURE
-        velocity.mul_(MOMENTUM).add_(gradient)
-        bank.sub_(LR * velocity)
-
-    yield from zip(PARTS, (attend, select, step))
-
-
-def operations_step(inputs: Inputs, backend: str, dtype: torch.dtype) -> Step:
-    """The same through the bank operations, rows in the given dtype, bank in f32."""
-    queries, keys = inputs.queries.to(dtype), inputs.keys.to(dtype)
-    kept: dict[str, Tensor] = {}
-
-    def attend() -> None:
-        (_, kept["lse"]), _ = bank_attend(queries, inputs.bank, (TEMPERATURE, BANK_TEMPERATURE), backend)
-
-    def select() -> None:
-        kept["positive"], _ = bank_select(keys, inputs.bank, backend)
-
-    def step() -> None:
-        bank_step_(
-            inputs.bank,
-            inputs.velocity,
-            queries,
-            kept["lse"],
-            temperature=BANK_TEMPERATURE,
-            lr=LR,
-            momentum=MOMENTUM,
-            row_weight=inputs.row_weight,
-            positives=kept["positive"].unsqueeze(1),
-            backend=backend,
-        )
-
-    yield from zip(PARTS, (attend, select, step))
-
-
-def make_step(variant: str, inputs: Inputs) -> Step:
-    if variant == DENSE:
-        return dense_step(inputs)
-    backend, dtype = variant.split()
-    return operations_step(inputs, backend, getattr(torch, dtype))
-
-
-def measure_times(
-    variants: list[str], inputs: Inputs, repeats: int, device: str
-) -> dict[str, dict[str, dict[str, float]]]:
+def measure_times(variants: list[str], inputs: Inputs, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds of each part, of the whole step, and of processor time in it, summed over threads.
 
     Variants take turns, so that a disturbance meets all of them; processor time hardly feels a shared machine.
@@ -127,7 +39,7 @@ def measure_times(
     for repeat in range(repeats + 1):
         for variant in variants:
             start = time.process_time()
-            times = {part: 1000 * seconds(work, device) for part, work in make_step(variant, inputs)}
+            times = {part: 1000 * seconds(work) for part, work in make_step(variant, inputs)}
             processor = 1000 * (time.process_time() - start)
             # The first round warms up.
             if repeat > 0:
@@ -136,23 +48,16 @@ def measure_times(
     return {variant: {part: spread(values, 3) for part, values in parts.items()} for variant, parts in samples.items()}
 
 
-def extra_memory(variant: str, sizes: tuple[int, int, int], device: str) -> int:
+def extra_memory(variant: str, sizes: tuple[int, int, int]) -> int:
     """Peak bytes of one step above what was there before it, in this process."""
-    for _, work in make_step(variant, Inputs(8, 64, sizes[2], device)):
+    for _, work in make_step(variant, Inputs(8, 64, sizes[2], "cpu")):
         work()  # Libraries load and set up here.
-    inputs = Inputs(*sizes, device)
-    steps = list(make_step(variant, inputs))
-    synchronize(device)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        RESET_PEAK.write_text("5")  # Sets the high-water mark back to what is resident now.
-        before = resident_bytes("VmRSS")
+    steps = list(make_step(variant, Inputs(*sizes, "cpu")))
+    RESET_PEAK.write_text("5")  # Sets the high-water mark back to what is resident now.
+    before = resident_bytes("VmRSS")
     for _, work in steps:
         work()
-    synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) if device != "cpu" else resident_bytes("VmHWM")) - before
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:
@@ -162,7 +67,7 @@ def resident_bytes(field: str) -> int:
 
 def measure_memory(variant: str, options: argparse.Namespace) -> int:
     sizes = ["--rows", options.rows, "--bank-rows", options.bank_rows, "--channels", options.channels]
-    command = [sys.executable, __file__, "--memory-of", variant, "--device", options.device, *sizes]
+    command = [sys.executable, __file__, "--memory-of", variant, *sizes]
     command += ["--threads", torch.get_num_threads()]
     answer = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if answer.returncode != 0:
@@ -173,11 +78,12 @@ def measure_memory(variant: str, options: argparse.Namespace) -> int:
 def table(record: dict) -> str:
     """The result as a Markdown table."""
     settings, results, machine = record["settings"], record["results"], record["machine"]
+    if settings["device"] != "cpu":
+        return bench_bank_gpu.table(record)
     yardstick = results[DENSE]
     lines = [
         f"R {settings['rows']}, K {settings['bank_rows']}, C {settings['channels']}, {settings['device']}: "
-        f"{machine['cpu'] if settings['device'] == 'cpu' else machine['gpus'][0]}, {machine['torch_threads']} threads, "
-        f"torch {record['versions']['torch']}",
+        f"{machine['cpu']}, {machine['torch_threads']} threads, torch {record['versions']['torch']}",
         "",
         "| variant | attend ms | select ms | step ms | whole step, ms (p20-p80) | faster | extra MiB | of the memory |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -196,6 +102,8 @@ def table(record: dict) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--sizes", nargs="+", metavar="R,K,C", help="on a GPU; by default those of bench_bank_gpu.py")
+    parser.add_argument("--seconds", type=float, default=300, help="on a GPU: begin no further size after this time")
     parser.add_argument("--rows", type=int, default=512, help="R, query rows and as many key rows")
     parser.add_argument("--bank-rows", type=int, default=65536, help="K")
     parser.add_argument("--channels", type=int, default=256, help="C")
@@ -222,22 +130,22 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(json.loads(options.table.read_text())))
         return
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: torch finds no CUDA GPU here, use --device cpu")
-    if device.type == "cpu" and not RESET_PEAK.exists():
+    output = options.output or ROOT / "benchmarks" / "results" / f"bench_bank_{device.type}.json"
+    if device.type != "cpu":
+        record = bench_bank_gpu.measure(options.device, options.sizes, options.dtype, options.seconds, output)
+        print(table(record))
+        print(f"\nwritten to {output}")
+        return
+    if not RESET_PEAK.exists():
         raise UserError(f"--device cpu: peak memory is read from Linux's /proc, found no {RESET_PEAK} here")
     torch.set_num_threads(options.threads)
     sizes = (options.rows, options.bank_rows, options.channels)
     if options.memory_of:
-        print(extra_memory(options.memory_of, sizes, options.device))
+        print(extra_memory(options.memory_of, sizes))
         return
 
-    backends = ["tiled"]
-    kernels = cuda_backend()
-    if kernels is not None and kernels.available(device):
-        backends.append("cuda")
-    variants = [DENSE, *(f"{backend} {dtype}" for backend in backends for dtype in options.dtype)]
-    times = measure_times(variants, Inputs(*sizes, options.device), options.repeats, options.device)
+    variants = [DENSE, *(f"tiled {dtype}" for dtype in options.dtype)]
+    times = measure_times(variants, Inputs(*sizes, "cpu"), options.repeats)
     flop = 10 * options.rows * options.bank_rows * options.channels
     results = {
         variant: {
@@ -255,11 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
         "repeats": options.repeats,
         "temperatures": [TEMPERATURE, BANK_TEMPERATURE],
         "flop": "10 R K C counted for all variants",
-        "extra_bytes": "torch allocator peak"
-        if device.type == "cuda"
-        else "peak resident memory in a process of its own",
+        "extra_bytes": "peak resident memory in a process of its own",
     }
-    output = options.output or ROOT / "benchmarks" / "results" / f"bench_bank_{device.type}.json"
     path = write_result(output, settings=settings, results=results)
     print(table(json.loads(path.read_text())))
     print(f"\nwritten to {path}")
