@@ -10,7 +10,7 @@
 // Those of mma.m8n8k4: lanes q 4 .. q 4 + 3 and 16 more are quadpair q (0..3) and do a product of their own. In it
 //   A [8, 4], B [4, 8] by columns   the lane holds row (column) lane % 4 + 4 (lane / 16), its four elements in order
 //   B [4, 8] by rows                row lane % 4, columns 4 (lane / 16) + {0..3}
-//   D [8, 8]                        d[i]: row (lane & 1) + (i & 2) + 4 (lane / 16), column (lane & 2) + (i & 1) + (i & 4)
+//   D [8, 8]                        d[i]: row (lane & 1) + (i & 2) + 4 (lane / 16), column (lane & 2) + (i & 5)
 #pragma once
 #include <cstdint>
 #ifndef __CUDACC_RTC__

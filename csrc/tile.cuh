@@ -15,7 +15,8 @@
 // column of 8 consecutive rows falls into 8 different groups of banks.
 //
 // Instructions (sm80/tile.cuh, sm70/tile.cuh) have: kCompiled, kWarps, kStages, columns(P), kMostTileBytes, kMostBytes;
-// the places of a lane's elements (half_row, row_of, pair, channel, kRowLane); CopyResident, stream, scores, accumulate.
+// the places of a lane's elements (half_row, row_of, pair, channel, kRowLane); CopyResident, stream, scores and
+// accumulate.
 #pragma once
 #include "rows.cuh"
 

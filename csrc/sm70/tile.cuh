@@ -2,8 +2,8 @@
 //
 // mma.m8n8k4 does four products [8, 4] x [4, 8] at once, one per "quadpair" of lanes (primitives.cuh). A warp arranges
 // them as a 2 x 2 of quadpairs, [16, 4] x [4, 16]: bit 3 of the lane says which 8 of the 16 rows, bit 2 which 8 of the
-// 16 columns. Which ones those are is free, and chosen so that the 8 lanes of a phase of a 16-byte read touch 8 different
-// groups of banks: rows (or columns) 4 x bit + {0..3, 8..11}.
+// 16 columns. Which ones those are is free, and chosen so that no two of the 8 lanes of a phase of a 16-byte read touch
+// different rows of one group of banks: rows (or columns) 4 x bit + {0..3, 8..11}.
 //
 // The next tile is read into registers while the present one is worked on, and stored when all warps are done with it:
 // registers are the second buffer. So two blocks fit a V100 multiprocessor, and one a Turing one (64 KB).

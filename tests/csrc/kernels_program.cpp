@@ -180,7 +180,10 @@ bool close(const char *name, const std::vector<float> &found, const std::vector<
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc < 6) return std::printf("usage: %s PATH R K C bfloat16|float16 [seed [greedy [lazy copies]]]\n", argv[0]), 2;
+    if (argc < 6) {
+        std::printf("usage: %s PATH R K C bfloat16|float16 [seed [greedy [lazy copies]]]\n", argv[0]);
+        return 2;
+    }
     const auto path = static_cast<caco::Path>(std::atoi(argv[1]));
     const bool half = std::string(argv[5]) == "float16";
     auto option = [&](int at, int otherwise) { return at < argc ? std::atoi(argv[at]) : otherwise; };
