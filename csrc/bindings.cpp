@@ -65,7 +65,6 @@ PYBIND11_MODULE(CACO_MODULE, m) {
                  return caco::Target{static_cast<caco::Path>(path), device, multiprocessors, at<void>(stream)};
              }),
              "path"_a, "device"_a, "multiprocessors"_a, "stream"_a)
-        .def_property_readonly("path", [](const caco::Target &target) { return static_cast<int>(target.path); })
         .def_property_readonly("takes_bfloat16",
                                [](const caco::Target &target) { return caco::takes_bfloat16(target.path); });
 

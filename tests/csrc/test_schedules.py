@@ -37,18 +37,16 @@ def expected() -> dict[tuple[int, int], list[torch.Tensor]]:
 
 @pytest.mark.parametrize("channels", [64, 512])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(f"{k}={int(v)}" for k, v in s.items()))
-def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, expected, channels, schedule):
-    key = cuda_ops.target_for(torch.device("cpu")).path, channels
-    if key not in expected:
-        expected[key] = run_all(channels)
+def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, path, expected, channels, schedule):
+    if (path, channels) not in expected:
+        expected[path, channels] = run_all(channels)
     emulated.set_schedule(**schedule)
-    for found, wanted in zip(run_all(channels), expected[key], strict=True):
+    for found, wanted in zip(run_all(channels), expected[path, channels], strict=True):
         assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
-def test_any_split_of_the_bank_merges_to_the_same_result(cuda_ops, emulated, monkeypatch, multiprocessors):
-    path = cuda_ops.target_for(torch.device("cpu")).path
+def test_any_split_of_the_bank_merges_to_the_same_result(cuda_ops, emulated, path, monkeypatch, multiprocessors):
     monkeypatch.setattr(cuda_ops, "target_for", lambda device: emulated.Target(path, 0, multiprocessors, 0))
     case = Case(9, 1100, 64, torch.bfloat16)
     queries, bank = case.make()
