@@ -55,7 +55,8 @@ def make_problem(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     near = min(rows, bank_rows)
     bank[:near] += 20 * queries[:near]  # some rows much more similar than all others, as in training
     queries, bank = queries.to(device, dtype), bank.to(device)
-    operand = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    kernels = backends.cuda_backend()
+    operand = kernels.operand_dtype(queries, kernels.target_for(device))
     unit = torch.nn.functional.normalize(bank.double(), dim=1)
     return Problem(queries, bank, queries.to(operand).double(), unit.to(operand).double(), unit, ROUNDING[operand])
 

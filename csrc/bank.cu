@@ -6,19 +6,28 @@
 #include <string>
 
 #include "stages.h"
+#include "sm70/path.h"
 #include "sm80/path.h"
 
 namespace caco {
 namespace {
 
 // Adding a path: its folder with a path.h like sm80's, a value of Path, and a case here.
-template <class Sm80>
-auto on_path(Path path, Sm80 &&sm80) {
+template <class Sm70, class Sm80>
+auto on_path(Path path, Sm70 &&sm70, Sm80 &&sm80) {
     switch (path) {
+        case Path::kSm70:
+            return sm70();
         case Path::kSm80:
             return sm80();
     }
     throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
+}
+
+void check_type(OperandType type, Path path) {
+    if (type == OperandType::kBfloat16 && !takes_bfloat16(path)) {
+        throw std::invalid_argument("caco: found bfloat16 operands, wanted float16: this GPU has no others");
+    }
 }
 
 }  // namespace
@@ -28,24 +37,29 @@ int path_serving(int major, int minor) {
     std::istringstream arches(CACO_ARCHES);
     for (std::string arch; std::getline(arches, arch, ';');) {
         const int number = std::stoi(arch);
-        if (number >= 80 && number / 10 == major && number % 10 <= minor) return static_cast<int>(Path::kSm80);
+        if (number / 10 != major || number % 10 > minor) continue;
+        if (number >= 80) return static_cast<int>(Path::kSm80);
+        if (number >= 70) return static_cast<int>(Path::kSm70);
     }
     return 0;
 }
 
 SharedBytes shared_bytes(int channels, Path path) {
-    return on_path(path, [&] { return sm80::shared_bytes(channels); });
+    return on_path(
+        path, [&] { return sm70::shared_bytes(channels); }, [&] { return sm80::shared_bytes(channels); });
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split =
-        on_path(target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split = on_path(
+        target.path, [&] { return sm70::attend_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
     return attend_workspace(rows, channels, split.splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split =
-        on_path(target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split = on_path(
+        target.path, [&] { return sm70::select_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
     return select_workspace(rows, split.splits);
 }
 
@@ -53,17 +67,23 @@ int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
 
 void bank_attend(const AttendParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_attend(params, target); });
+    check_type(params.type, target.path);
+    on_path(
+        target.path, [&] { sm70::bank_attend(params, target); }, [&] { sm80::bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_select(params, target); });
+    check_type(params.type, target.path);
+    on_path(
+        target.path, [&] { sm70::bank_select(params, target); }, [&] { sm80::bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_step(params, target); });
+    check_type(params.type, target.path);
+    on_path(
+        target.path, [&] { sm70::bank_step(params, target); }, [&] { sm80::bank_step(params, target); });
 }
 
 }  // namespace caco

@@ -64,7 +64,9 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         .def(py::init([](int path, int device, int multiprocessors, Address stream) {
                  return caco::Target{static_cast<caco::Path>(path), device, multiprocessors, at<void>(stream)};
              }),
-             "path"_a, "device"_a, "multiprocessors"_a, "stream"_a);
+             "path"_a, "device"_a, "multiprocessors"_a, "stream"_a)
+        .def_property_readonly("takes_bfloat16",
+                               [](const caco::Target &target) { return caco::takes_bfloat16(target.path); });
 
     m.def(
         "bank_operand",

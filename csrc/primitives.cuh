@@ -6,10 +6,17 @@
 //   B [16, 8]   b0: (pair, group), b1: (pair + 8, group)
 //   D [16, 8]   d[0], d[1]: (group, pair), (group, pair + 1);  d[2], d[3]: the same of row group + 8
 // where a register of A or B holds the named element in its low half and its neighbour along k in its high half.
+//
+// Those of mma.m8n8k4: lanes q 4 .. q 4 + 3 and 16 more are quadpair q (0..3) and do a product of their own. In it
+//   A [8, 4], B [4, 8] by columns   the lane holds row (column) lane % 4 + 4 (lane / 16), its four elements in order
+//   B [4, 8] by rows                row lane % 4, columns 4 (lane / 16) + {0..3}
+//   D [8, 8]                        d[i]: row (lane & 1) + (i & 2) + 4 (lane / 16), column (lane & 2) + (i & 5)
 #pragma once
 #include <cstdint>
+#ifndef __CUDACC_RTC__
 #include <stdexcept>
 #include <string>
+#endif
 #include <type_traits>
 #ifdef CACO_EMULATE
 #include "emulation/cuda.h"
@@ -23,6 +30,13 @@ namespace caco {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
+
+// The architecture that is being compiled for, 800 for sm_80; 0 on the host and in emulation.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__;
+#else
+constexpr int kArch = 0;
+#endif
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -159,6 +173,81 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void
 #endif
 }
 
+enum LayoutOfB { kColumnsOfB, kRowsOfB };
+
+// d += a b for the four [8, 4] x [4, 8] products of a warp's quadpairs in fp16, accumulated in f32. d0 holds the
+// registers 0..3 of D, d1 4..7. All 32 lanes take part.
+template <LayoutOfB kLayout>
+__device__ __forceinline__ void mma_m8n8k4(float (&d0)[4], float (&d1)[4], uint32_t a0, uint32_t a1, uint32_t b0,
+                                           uint32_t b1) {
+#ifdef CACO_EMULATE
+    struct In {
+        float *d[2];
+        uint32_t a[2], b[2];
+    } in{{d0, d1}, {a0, a1}, {b0, b1}};
+    int none;
+    emu::collective(kFullWarp, "mma.m8n8k4", in, none, [](auto lanes, auto) {
+        emu::count(emu::counters.matrix_products);
+        auto value = [](const uint32_t *registers, int i) {
+            return emu::half_to_float(registers[i / 2] >> (16 * (i % 2)) & 0xFFFF);
+        };
+        for (int quadpair = 0; quadpair < 4; quadpair++) {
+            float a[8][4], b[4][8];
+            for (int member = 0; member < 8; member++) {
+                const In &lane = *lanes[4 * quadpair + member % 4 + member / 4 * 16];
+                for (int i = 0; i < 4; i++) {
+                    a[member][i] = value(lane.a, i);
+                    if (kLayout == kColumnsOfB) b[i][member] = value(lane.b, i);
+                    else b[member % 4][member / 4 * 4 + i] = value(lane.b, i);
+                }
+            }
+            for (int member = 0; member < 8; member++) {
+                const In &lane = *lanes[4 * quadpair + member % 4 + member / 4 * 16];
+                for (int i = 0; i < 8; i++) {
+                    const int row = (member & 1) + (i & 2) + (member & 4);
+                    const int column = (member & 2) + (i & 1) + (i & 4);
+                    for (int k = 0; k < 4; k++) lane.d[i / 4][i % 4] += a[row][k] * b[k][column];
+                }
+            }
+        }
+    });
+#else
+#define CACO_MMA(layout)                                                                                         \
+    asm volatile("mma.sync.aligned.m8n8k4.row." layout                                                           \
+                 ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"    \
+                 : "+f"(d0[0]), "+f"(d0[1]), "+f"(d0[2]), "+f"(d0[3]), "+f"(d1[0]), "+f"(d1[1]), "+f"(d1[2]),    \
+                   "+f"(d1[3])                                                                                   \
+                 : "r"(a0), "r"(a1), "r"(b0), "r"(b1))
+    if constexpr (kLayout == kColumnsOfB) CACO_MMA("col");
+    else CACO_MMA("row");
+#undef CACO_MMA
+#endif
+}
+
+// 16 bytes of shared memory, by all 32 lanes. The device serves 8 lanes at a time.
+__device__ __forceinline__ void load_shared_16(uint32_t (&registers)[4], const void *from) {
+#ifdef CACO_EMULATE
+    if (reinterpret_cast<uintptr_t>(from) % 16) emu::fail("16-byte load: misaligned address");
+    int none;
+    emu::collective(kFullWarp, "16-byte load", from, none, [](auto lanes, auto) {
+        emu::count(emu::counters.matrix_loads);
+        for (int phase = 0; phase < 32; phase += 8) {
+            for (int i = phase; i < phase + 8; i++) {
+                for (int j = phase; j < i; j++) {  // lanes that read the same bytes do not conflict
+                    const auto one = reinterpret_cast<uintptr_t>(*lanes[i]) / 16;
+                    const auto two = reinterpret_cast<uintptr_t>(*lanes[j]) / 16;
+                    if (one != two && one % 8 == two % 8) emu::count(emu::counters.bank_conflicts);
+                }
+            }
+        }
+    });
+    for (int i = 0; i < 4; i++) registers[i] = static_cast<const uint32_t *>(from)[i];
+#else
+    const uint4 words = *static_cast<const uint4 *>(from);
+    registers[0] = words.x, registers[1] = words.y, registers[2] = words.z, registers[3] = words.w;
+#endif
+}
+
 // 16 bytes from global to shared memory, in the background; zeros when not valid, and then `from` is not read.
 __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool valid) {
 #ifdef CACO_EMULATE
@@ -203,7 +292,7 @@ __device__ __forceinline__ char *shared_memory() {
 // While it lives, this thread's kernels go to `device`; then back to the device before.
 class DeviceScope {
    public:
-#ifdef CACO_EMULATE
+#if defined(CACO_EMULATE) || defined(__CUDACC_RTC__)
     explicit DeviceScope(int) {}
 #else
     explicit DeviceScope(int device) {
@@ -225,6 +314,8 @@ void launch(const char *name, Kernel kernel, dim3 grid, int threads, int shared_
 #ifdef CACO_EMULATE
     (void)name, (void)stream;
     emu::launch(grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });
+#elif defined(__CUDACC_RTC__)  // NVRTC compiles the kernels, for tools/check_sm70.py, and launches nothing
+    (void)name, (void)kernel;
 #else
     cudaError_t status = cudaSuccess;
     if (shared_bytes > 48 * 1024) {  // more than this must be asked for

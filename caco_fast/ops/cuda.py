@@ -1,8 +1,9 @@
 """The bank operations on the compiled kernels of csrc/, for `backend="cuda"` and for `auto` on a GPU that they serve.
 
-Products run in fp16 for fp16 rows and in bf16 for all others, accumulated in f32; bank and velocity stay f32. The
-similarity that `select` returns, and the choice between rows that rounding leaves in question, are f32. Queries in fp16
-must be shorter than 6e4. Calls only enqueue work on the current stream: they may be captured in a CUDA graph.
+Products run in fp16 for fp16 rows and in bf16 for all others, on GPUs of sm_70 to 75 in fp16 for all, accumulated in
+f32; bank and velocity stay f32. The similarity that `select` returns, and the choice between rows that rounding leaves
+in question, are f32. Queries that enter products in fp16 must be shorter than 6e4. Calls only enqueue work on the
+current stream: they may be captured in a CUDA graph.
 
 Memory beside the results (P: C rounded up to 64, 128, 256 or 512), from torch's allocator:
     operand copy of the bank  2 K P bytes for each operand type in use; kept until the bank is freed, or `forget`
@@ -44,8 +45,11 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the kernels run on CUDA GPUs, found {device}"
     major, minor = torch.cuda.get_device_capability(device)
-    name, built = torch.cuda.get_device_name(device), ";".join(kernels.arches)
-    return f"{name} is sm_{major}{minor}, built for {built}: rebuild with CACO_ARCHES={major}{minor}"
+    gpu = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
+    if major < 7:
+        return f"{gpu}, the kernels need sm_70 or later"
+    needed = " and nvcc 12, as CUDA 13 has no sm_70" if (major, minor) < (7, 5) else ""
+    return f"{gpu}, built for {';'.join(kernels.arches)}: rebuild with CACO_ARCHES={major}{minor}{needed}"
 
 
 def target_for(device: torch.device) -> kernels.Target:
@@ -109,8 +113,8 @@ def attend(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Te
     lse = bank.new_empty((len(temperatures), rows))
     mean_row = bank.new_empty((rows, channels))
     if rows > 0:
-        dtype = operand_dtype(queries)
         target = target_for(bank.device)
+        dtype = operand_dtype(queries, target)
         query_operand = make_operand(queries.float().contiguous(), dtype, normalise=False, target=target)
         bank_operand = unit_operand(bank, dtype, target)
         workspace = scratch(kernels.bank_attend_workspace(rows, bank_rows, channels, target), bank)
@@ -137,8 +141,8 @@ def select(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.empty(rows, dtype=torch.int64, device=bank.device)
     similarity = bank.new_empty(rows)
     if rows > 0:
-        dtype = operand_dtype(keys)
         target = target_for(bank.device)
+        dtype = operand_dtype(keys, target)
         exact_keys, exact_bank = keys.float().contiguous(), bank.contiguous()
         key_operand = make_operand(exact_keys, dtype, normalise=False, target=target)
         bank_operand = unit_operand(bank, dtype, target)
@@ -179,8 +183,8 @@ def step_(
     many = 0 if positives is None or rows == 0 else positives.shape[1]
     if many > kernels.max_positives:
         raise ValueError(f"bank_step_: positives: found M = {many}, wanted at most {kernels.max_positives}")
-    dtype = operand_dtype(queries)
     target = target_for(bank.device)
+    dtype = operand_dtype(queries, target)
     exact_queries = queries.float().contiguous()
     exact_bank, exact_velocity = bank.contiguous(), velocity.contiguous()
     query_operand = make_operand(exact_queries, dtype, normalise=False, target=target)
@@ -235,8 +239,9 @@ def check_bank(op: str, bank: Tensor) -> None:
         raise ValueError(f"{op}: backend 'cuda': found K = {rows}, wanted below 2^31")
 
 
-def operand_dtype(rows: Tensor) -> torch.dtype:
-    return torch.float16 if rows.dtype == torch.float16 else torch.bfloat16
+def operand_dtype(rows: Tensor, target: kernels.Target) -> torch.dtype:
+    """What the matrix products of these rows take; fp16 for all rows where the path has no bf16."""
+    return torch.float16 if rows.dtype == torch.float16 or not target.takes_bfloat16 else torch.bfloat16
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The families of kernels, as csrc/bank.h numbers them.
+PATHS = (70, 80)
+
 # Relative distance of neighbouring values just above 1: rounding to nearest is off by at most half of it.
 SPACING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+# Whether the path under test has bf16 operands; set by the fixture `cuda_ops`.
+with_bfloat16 = True
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Case:
 
     @property
     def operand(self) -> torch.dtype:
-        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+        return torch.float16 if self.dtype == torch.float16 or not with_bfloat16 else torch.bfloat16
 
     def make(self, seed: int = 0) -> tuple[Tensor, Tensor]:  # [R, C] in dtype, [K, C] f32
         generator = torch.Generator().manual_seed(seed)

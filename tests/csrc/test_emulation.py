@@ -9,6 +9,7 @@ from pathlib import Path
 
 import emulated as emulated_build
 import pytest
+from cases import PATHS
 
 HERE = Path(__file__).parent
 SCHEDULES = [f"{seed} {greedy} {lazy}" for seed, greedy, lazy in itertools.product((0, 5), (0, 1), (0, 1))]
@@ -62,9 +63,11 @@ def test_a_planted_bug_is_caught(bug, sanitizer, words):
     assert any(re.search(words, text) for text in found), found[0]
 
 
+@pytest.mark.parametrize("kernel_path", PATHS)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("shape", ["37 70 64 float16", "3 45 256 bfloat16", "5 37 512 bfloat16", "3 80 144 float16"])
-def test_kernels_under_a_sanitizer(sanitizer, shape):
+def test_kernels_under_a_sanitizer(sanitizer, shape, kernel_path):
     """Once in thread order with late copies, and once in shuffled, greedy order with early ones."""
     for schedule in ("0 0 1", "5 1 0"):
-        assert output_of("kernels_program.cpp", sanitizer, *shape.split(), *schedule.split()) == "ok\n"
+        arguments = (*shape.split(), *schedule.split(), str(kernel_path))
+        assert output_of("kernels_program.cpp", sanitizer, *arguments) == "ok\n"

@@ -13,6 +13,7 @@ from caco_fast import selftest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import check_sass  # noqa: E402
+import check_sm70  # noqa: E402
 
 
 def test_selftest_passes_on_emulated_kernels(cuda_ops, capsys):
@@ -55,6 +56,53 @@ def test_compiled_kernels_pass_the_static_gate():
     assert {f"sm_{kernel.arch} {kernel.name}": kernel.faults() for kernel in kernels if kernel.faults()} == {}
 
 
+def test_sm70_kernels_pass_the_static_gate():
+    """Compiled by NVRTC and ptxas 12: no spills or local memory, and mma.m8n8k4 in every tile kernel."""
+    if reason := check_sm70.missing():
+        pytest.skip(reason)
+    kernels = check_sm70.read_kernels(check_sm70.packages())
+    assert sum("sm70" in kernel.symbol for kernel in kernels) == 3 * 4
+    assert {kernel.name: kernel.faults() for kernel in kernels if kernel.faults()} == {}
+
+
+@pytest.mark.parametrize(
+    "fault, registers, spills, uses_mma",
+    [("8 bytes of stack", 40, 8, True), ("256 registers", 256, 0, True), ("no mma.m8n8k4", 40, 0, False)],
+)
+def test_sm70_gate_finds_a_fault(fault, registers, spills, uses_mma):
+    kernel = check_sm70.Kernel("_ZN4caco13attend_kernelINS_4TileINS_4sm70Li256E", registers, spills, uses_mma)
+    assert len(kernel.faults()) == 1 and fault in kernel.faults()[0]
+
+
+@pytest.mark.parametrize("gpu, path", [((7, 0), 70), ((7, 5), 70), ((8, 6), 80), ((6, 1), 0), ((9, 0), 0)])
+def test_a_gpu_is_served_by_the_path_compiled_for_it(emulated, gpu, path):
+    assert emulated.arches == ["70", "80"]
+    assert emulated.path_serving(*gpu) == path
+
+
+@pytest.mark.parametrize(
+    "gpu, words",
+    [
+        ((7, 0), "V is sm_70, built for 70;80: rebuild with CACO_ARCHES=70 and nvcc 12, as CUDA 13 has no sm_70"),
+        ((7, 5), "V is sm_75, built for 70;80: rebuild with CACO_ARCHES=75"),
+        ((6, 1), "V is sm_61, the kernels need sm_70 or later"),
+    ],
+)
+def test_a_gpu_without_kernels_is_told_what_to_do(cuda_ops, monkeypatch, gpu, words):
+    monkeypatch.setattr(cuda_ops, "available", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V")
+    assert cuda_ops.why_not(torch.device("cuda")) == words
+
+
+def test_bfloat16_operands_are_refused_where_there_are_none(emulated):
+    with pytest.raises(ValueError, match="found bfloat16 operands, wanted float16"):
+        emulated.bank_attend(
+            emulated.Target(70, 0, 3, 0), queries=0, bank=0, lse=0, mean_row=0, workspace=0, rows=1, bank_rows=1,
+            channels=64, type="bfloat16", temperatures=[0.1],
+        )  # fmt: skip
+
+
 def test_compiled_module_is_of_the_present_sources():
     """A stale build would make the gate above say nothing about this tree."""
     module = check_sass.find_module()
@@ -78,7 +126,8 @@ def test_compiled_module_is_of_the_present_sources():
     ],
 )
 def test_static_gate_finds_a_fault(fault, registers, stack, code):
-    kernel = check_sass.Kernel("80", "_ZN4caco4sm8013attend_kernelI13__nv_bfloat16Li256EE", registers, stack, 0, code)
+    symbol = "_ZN4caco13attend_kernelINS_4TileINS_4sm8012InstructionsE13__nv_bfloat16Li256EEEEEvPK"
+    kernel = check_sass.Kernel("80", symbol, registers, stack, 0, code)
     assert any(fault in text for text in kernel.faults())
 
 
