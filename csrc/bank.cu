@@ -7,63 +7,78 @@
 
 #include "stages.h"
 #include "sm80/path.h"
+#include "sm90/path.h"
 
 namespace caco {
 namespace {
 
-// Adding a path: its folder with a path.h like sm80's, a value of Path, and a case here.
-template <class Sm80>
-auto on_path(Path path, Sm80 &&sm80) {
+// Adding a path: its folder with a path.h like the others', a value of Path, and a case here.
+template <class Sm80, class Sm90>
+auto on_path(Path path, Sm80 &&sm80, Sm90 &&sm90) {
     switch (path) {
         case Path::kSm80:
             return sm80();
+        case Path::kSm90:
+            return sm90();
     }
     throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
 }
 
+Split attend_split(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
+    return on_path(
+        target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm90::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+}
+
 }  // namespace
 
-// Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller.
+// Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller; that for sm_90a, on
+// sm_90 only. On sm_90a, operations that the sm90 path does not have run sm80's kernels, compiled for it too.
 int path_serving(int major, int minor) {
     std::istringstream arches(CACO_ARCHES);
+    int path = 0;
     for (std::string arch; std::getline(arches, arch, ';');) {
+        if (arch == "90a") {
+            if (major == 9 && minor == 0) return static_cast<int>(Path::kSm90);
+            continue;
+        }
         const int number = std::stoi(arch);
-        if (number >= 80 && number / 10 == major && number % 10 <= minor) return static_cast<int>(Path::kSm80);
+        if (number >= 80 && number / 10 == major && number % 10 <= minor) path = static_cast<int>(Path::kSm80);
     }
-    return 0;
+    return path;
 }
 
 SharedBytes shared_bytes(int channels, Path path) {
-    return on_path(path, [&] { return sm80::shared_bytes(channels); });
+    const SharedBytes sm80 = sm80::shared_bytes(channels);
+    return on_path(
+        path, [&] { return sm80; },
+        [&] { return SharedBytes{sm90::shared_bytes(channels).attend, sm80.select, sm80.step}; });
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split =
-        on_path(target.path, [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
-    return attend_workspace(rows, channels, split.splits);
+    return attend_workspace(rows, channels, attend_split(rows, bank_rows, channels, target).splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split =
-        on_path(target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
-    return select_workspace(rows, split.splits);
+    return select_workspace(rows, sm80::select_split(rows, bank_rows, channels, target.multiprocessors).splits);
 }
 
 int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
 
 void bank_attend(const AttendParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_attend(params, target); });
+    on_path(
+        target.path, [&] { sm80::bank_attend(params, target); }, [&] { sm90::bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_select(params, target); });
+    sm80::bank_select(params, target);
 }
 
 void bank_step(const StepParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    on_path(target.path, [&] { sm80::bank_step(params, target); });
+    sm80::bank_step(params, target);
 }
 
 }  // namespace caco

@@ -14,7 +14,7 @@ namespace caco {
 enum class OperandType : int { kBfloat16 = 0, kFloat16 = 1 };
 
 // Which family of kernels runs; each lives in its own folder.
-enum class Path : int { kSm80 = 80 };
+enum class Path : int { kSm80 = 80, kSm90 = 90 };
 
 constexpr int kMaxChannels = 512;
 constexpr int kMaxPositives = 8;

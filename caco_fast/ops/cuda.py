@@ -45,7 +45,8 @@ def why_not(device: torch.device) -> str | None:
         return f"the kernels run on CUDA GPUs, found {device}"
     major, minor = torch.cuda.get_device_capability(device)
     name, built = torch.cuda.get_device_name(device), ";".join(kernels.arches)
-    return f"{name} is sm_{major}{minor}, built for {built}: rebuild with CACO_ARCHES={major}{minor}"
+    wanted = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    return f"{name} is sm_{major}{minor}, built for {built}: rebuild with CACO_ARCHES={wanted}"
 
 
 def target_for(device: torch.device) -> kernels.Target:

@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(__file__.rsplit("/", 1)[0]))
 import emulated as emulated_build
+from cases import PATHS
 
 from caco_fast.ops import backends
 
@@ -22,8 +23,14 @@ def emulated() -> ModuleType:
     return emulated_build.build_module()
 
 
+@pytest.fixture(params=PATHS, ids=lambda path: f"sm{path}")
+def path(request: pytest.FixtureRequest) -> int:
+    """The kernel path that the operations of `cuda_ops` run on."""
+    return request.param
+
+
 @pytest.fixture
-def cuda_ops(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def cuda_ops(emulated: ModuleType, path: int, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """caco_fast.ops.cuda over the emulated kernels, answering `backend="cuda"` for CPU tensors.
 
     The emulated GPU has three multiprocessors, so that a bank of a few hundred rows is already split. Memory from
@@ -34,7 +41,7 @@ def cuda_ops(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
     monkeypatch.delitem(sys.modules, "caco_fast.ops.cuda", raising=False)
     module = importlib.import_module("caco_fast.ops.cuda")
     monkeypatch.setattr(module, "available", lambda device: True)
-    monkeypatch.setattr(module, "target_for", lambda device: emulated.Target(80, 0, 3, 0))
+    monkeypatch.setattr(module, "target_for", lambda device: emulated.Target(path, 0, 3, 0))
     backends.cuda_backend.cache_clear()
     emulated.set_schedule()
     emulated.take_counters()

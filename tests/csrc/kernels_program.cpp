@@ -1,7 +1,7 @@
 // Runs the three operations once on emulated kernels and compares them with the formulas in f64; for sanitizers and
 // CTest.
 //
-//     kernels_program R K C bfloat16|float16 [seed [greedy [lazy copies]]]
+//     kernels_program R K C bfloat16|float16 [seed [greedy [lazy copies [path]]]]
 //
 // Prints "ok", or what is wrong, and returns 0 or 1. Legend: R rows, K bank rows, C channels, M = 2 positives.
 #include <cmath>
@@ -58,8 +58,8 @@ std::vector<T> filled_with_nan(int64_t count) {
     return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN());
 }
 
-Result run(const Problem &p) {
-    const caco::Target target{caco::Path::kSm80, 0, 3, nullptr};
+Result run(const Problem &p, caco::Path path) {
+    const caco::Target target{path, 0, 3, nullptr};
     const int64_t padded = caco::padded_channels(p.channels);
     std::vector<uint16_t> queries(p.rows * padded, 0xFFFF), unit(p.bank_rows * padded, 0xFFFF);
     caco::bank_operand({p.queries.data(), queries.data(), p.rows, p.channels, p.type, false}, target);
@@ -180,14 +180,14 @@ bool close(const char *name, const std::vector<float> &found, const std::vector<
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc < 5) return std::printf("usage: %s R K C bfloat16|float16 [seed [greedy [lazy copies]]]\n", argv[0]), 2;
+    if (argc < 5) return std::printf("usage: %s R K C bfloat16|float16 [seed [greedy [lazy copies [path]]]]\n", argv[0]), 2;
     const bool half = std::string(argv[4]) == "float16";
     auto option = [&](int at, int otherwise) { return at < argc ? std::atoi(argv[at]) : otherwise; };
     emu::schedule = {unsigned(option(5, 0)), option(6, 0) != 0, option(7, 1) != 0, 2};
     const Problem problem = make_problem(std::atoll(argv[1]), std::atoll(argv[2]), std::atoi(argv[3]),
                                          half ? caco::OperandType::kFloat16 : caco::OperandType::kBfloat16);
     try {
-        const Result found = run(problem), expected = formulas(problem);
+        const Result found = run(problem, static_cast<caco::Path>(option(8, 80))), expected = formulas(problem);
         const double tolerance =
             half ? 2e-3 : 1e-2;  // of operands rounded to 2^-11 or 2^-8, in units of the largest value
         bool good = close("lse", found.lse, expected.lse, tolerance);

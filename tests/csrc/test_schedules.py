@@ -31,23 +31,23 @@ def run_all(channels: int) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[int, list[torch.Tensor]]:
+def expected() -> dict[tuple[int, int], list[torch.Tensor]]:
     return {}
 
 
 @pytest.mark.parametrize("channels", [64, 512])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(f"{k}={int(v)}" for k, v in s.items()))
-def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, expected, channels, schedule):
-    if channels not in expected:
-        expected[channels] = run_all(channels)
+def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, path, expected, channels, schedule):
+    if (path, channels) not in expected:
+        expected[path, channels] = run_all(channels)
     emulated.set_schedule(**schedule)
-    for found, wanted in zip(run_all(channels), expected[channels], strict=True):
+    for found, wanted in zip(run_all(channels), expected[path, channels], strict=True):
         assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
-def test_any_split_of_the_bank_merges_to_the_same_result(cuda_ops, emulated, monkeypatch, multiprocessors):
-    monkeypatch.setattr(cuda_ops, "target_for", lambda device: emulated.Target(80, 0, multiprocessors, 0))
+def test_any_split_of_the_bank_merges_to_the_same_result(cuda_ops, emulated, path, monkeypatch, multiprocessors):
+    monkeypatch.setattr(cuda_ops, "target_for", lambda device: emulated.Target(path, 0, multiprocessors, 0))
     queries, bank = Case(9, 1100, 64, torch.bfloat16).make()
     low_unit = unit_rows(bank)[0].float().bfloat16().double()
     lse, mean_row = bank_attend(queries, bank, 0.1, backend="cuda")

@@ -69,16 +69,20 @@ def test_compiled_module_is_of_the_present_sources():
 
 
 @pytest.mark.parametrize(
-    "fault, registers, stack, code",
+    "fault, arch, registers, stack, code",
     [
-        ("stack 8 B", 40, 8, ["HMMA.16816.F32 R0"]),
-        ("1 local loads", 40, 0, ["LDL R1, [R2]", "HMMA.16816.F32 R0"]),
-        ("no HMMA.16816", 40, 0, ["FFMA R1"]),
-        ("no machine code", 40, 0, []),
+        ("stack 8 B", "80", 40, 8, ["HMMA.16816.F32 R0"]),
+        ("1 local loads", "80", 40, 0, ["LDL R1, [R2]", "HMMA.16816.F32 R0"]),
+        ("no HMMA.16816", "80", 40, 0, ["FFMA R1"]),
+        ("no machine code", "80", 40, 0, []),
+        ("one by one", "90", 40, 0, 2 * ["HGMMA.64x96x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]),
+        ("no HGMMA", "90", 40, 0, ["HMMA.16816.F32 R0"]),
+        ("1 local loads", "90", 40, 0, ["STL [R2], R1", "HGMMA.64x96x16.F32.BF16 R24"]),
     ],
 )
-def test_static_gate_finds_a_fault(fault, registers, stack, code):
-    kernel = check_sass.Kernel("80", "_ZN4caco4sm8013attend_kernelI13__nv_bfloat16Li256EE", registers, stack, 0, code)
+def test_static_gate_finds_a_fault(fault, arch, registers, stack, code):
+    symbol = f"_ZN4caco4sm{arch}13attend_kernelI13__nv_bfloat16Li256EE"
+    kernel = check_sass.Kernel(arch, symbol, registers, stack, 0, code)
     assert any(fault in text for text in kernel.faults())
 
 
