@@ -49,10 +49,8 @@ int path_serving(int major, int minor) {
 }
 
 SharedBytes shared_bytes(int channels, Path path) {
-    const SharedBytes sm80 = sm80::shared_bytes(channels);
     return on_path(
-        path, [&] { return sm80; },
-        [&] { return SharedBytes{sm90::shared_bytes(channels).attend, sm80.select, sm80.step}; });
+        path, [&] { return sm80::shared_bytes(channels); }, [&] { return sm90::shared_bytes(channels); });
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
@@ -60,7 +58,10 @@ int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, con
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    return select_workspace(rows, sm80::select_split(rows, bank_rows, channels, target.multiprocessors).splits);
+    const Split split = on_path(
+        target.path, [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm90::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    return select_workspace(rows, split.splits);
 }
 
 int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
@@ -73,7 +74,8 @@ void bank_attend(const AttendParams &params, const Target &target) {
 
 void bank_select(const SelectParams &params, const Target &target) {
     const DeviceScope scope(target.device);
-    sm80::bank_select(params, target);
+    on_path(
+        target.path, [&] { sm80::bank_select(params, target); }, [&] { sm90::bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {

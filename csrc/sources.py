@@ -13,6 +13,7 @@ KERNELS = (
     "sm80/bank_select.cu",
     "sm80/bank_step.cu",
     "sm90/bank_attend.cu",
+    "sm90/bank_select.cu",
 )
 # Machine code for sm_XY also runs on later minor numbers: 80 serves 86 and 89, 100 serves 103, 120 serves 121. That for
 # sm_90a runs on sm_90 only.

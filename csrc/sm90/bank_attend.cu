@@ -13,6 +13,7 @@
 //            4 R P splits of partial sums, which the merge reads again.
 // Flop       4 R K P (6 R K P at P = 512, where both warpgroups compute the scores of the same rows).
 // Limits     K < 2^31; C <= 512.
+#include "../sm80/path.h"
 #include "tile.cuh"
 
 namespace caco::sm90 {
@@ -28,7 +29,7 @@ struct Softmax {
     float sum0[2] = {0.f, 0.f}, sum1[2] = {0.f, 0.f};  // over this lane's columns
 
     // Scores become 2^14 p, sums grow. Returns whether the maximum of a row of this warp has grown; what was summed up
-    // before is then to be multiplied by `shrink`.
+    // before is then to be multiplied by `shrink`. hold() keeps the compiler from moving instructions across it.
     template <class Hold>
     __device__ __forceinline__ bool update(typename Tile::Scores &s, float (&shrink)[2], Hold &&hold) {
         float larger[2];
@@ -45,12 +46,9 @@ struct Softmax {
         const bool grown = __any_sync(kFullWarp, larger[0] > maximum[0] || larger[1] > maximum[1]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // without a branch: products are under way, and they would be waited for
-            // Where nothing but -inf (NaN scores) has been seen, the difference would be NaN.
-            shrink[half] = larger[half] > maximum[half] ? fast_exp2((maximum[half] - larger[half]) * scale0) : 1.f;
+            shrink[half] = fast_exp2((maximum[half] - larger[half]) * scale0);
             sum0[half] *= shrink[half];
-            if (kTwoTemperatures) {
-                sum1[half] *= larger[half] > maximum[half] ? fast_exp2((maximum[half] - larger[half]) * scale1) : 1.f;
-            }
+            if (kTwoTemperatures) sum1[half] *= fast_exp2((maximum[half] - larger[half]) * scale1);
             maximum[half] = larger[half];
         }
         if (kTwoTemperatures) {
@@ -85,19 +83,6 @@ struct Softmax {
     }
 };
 
-// Rows of the bank's last tile beyond the bank are zeros and no candidates. `columns`: how many of this tile are of the bank.
-template <class Tile>
-__device__ __forceinline__ void mask(const Tile &tile, typename Tile::Scores &s, int64_t columns) {
-    if (columns >= Tile::kColumns) return;
-#pragma unroll
-    for (int n = 0; n < Tile::kColumns / 8; n++) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            if (tile.column(n, e) >= columns) s[n][e] = s[n][e + 2] = -INFINITY;
-        }
-    }
-}
-
 #endif
 
 template <class Tile, bool kTwoTemperatures>
@@ -117,7 +102,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
     if (threadIdx.x < kWarpgroupThreads) {
         give_registers_back<kProducerRegisters>();
-        if (threadIdx.x == 0) tile.produce(&queries, first_row, &bank, first_tile, tiles);
+        if (threadIdx.x == 0) tile.template produce<true>(&queries, first_row, &bank, first_tile, tiles);
     } else {
         take_registers<kComputeRegisters>();
         typename Tile::Accumulator o;
@@ -128,6 +113,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         Softmax<Tile, kTwoTemperatures> softmax{scale0, scale1};
         Turn<Tile::kStages> turn;
         float shrink[2];
+        // A barrier that has completed: no wait, but a loop, over which ptxas moves no wait for a product.
         auto hold = [&] { mbarrier_wait(tile.full(turn.stage), turn.parity); };
 
         mbarrier_wait(tile.resident_full(), 0);
@@ -200,8 +186,11 @@ Split attend_split(int64_t rows, int64_t bank_rows, int channels, int multiproce
 }
 
 SharedBytes shared_bytes(int channels) {
-    SharedBytes bytes{};
-    for_padded_channels(channels, [&](auto padded) { bytes.attend = Tile<bf16, padded()>::kSharedBytes; });
+    SharedBytes bytes = sm80::shared_bytes(channels);  // of the step, and of select at P = 512
+    for_padded_channels(channels, [&](auto padded) {
+        bytes.attend = Tile<bf16, padded()>::kSharedBytes;
+        if (padded() <= 256) bytes.select = bytes.attend;
+    });
     return bytes;
 }
 

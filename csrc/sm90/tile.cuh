@@ -83,8 +83,9 @@ struct Tile {
         __syncthreads();
     }
 
-    // The producer's whole work, by one thread: the resident rows, then the `tiles` tiles from first_tile on, the
-    // last one first.
+    // The producer's whole work, by one thread: the resident rows, then the `tiles` tiles from first_tile on, in
+    // ascending or descending order.
+    template <bool kDescending>
     __device__ __forceinline__ void produce(const TensorMap *resident_map, int64_t first_row,
                                             const TensorMap *streamed_map, int64_t first_tile, int tiles) const {
         mbarrier_arrive_expect(resident_full(), kResidentBytes);
@@ -98,10 +99,10 @@ struct Tile {
             const int at = t % kStages;
             mbarrier_wait(empty(at), (t / kStages & 1) ^ 1);
             mbarrier_arrive_expect(full(at), kStageBytes);
+            const int row = int((first_tile + (kDescending ? tiles - 1 - t : t)) * kColumns);
 #pragma unroll 1
             for (int slab = 0; slab < kSlabs; slab++) {
-                tma_load(stage(at) + slab * kStageSlabBytes, streamed_map, slab * kSlabChannels,
-                         int((first_tile + tiles - 1 - t) * kColumns), full(at));
+                tma_load(stage(at) + slab * kStageSlabBytes, streamed_map, slab * kSlabChannels, row, full(at));
             }
         }
     }
@@ -154,6 +155,19 @@ __device__ __forceinline__ void set_zero(float (&fragments)[kFragments][4]) {
     for (auto &fragment : fragments) {
 #pragma unroll
         for (float &value : fragment) value = 0.f;
+    }
+}
+
+// Rows of the bank's last tile beyond the bank are zeros and no candidates. `columns`: how many of this tile are of the bank.
+template <class Tile>
+__device__ __forceinline__ void mask(const Tile &tile, typename Tile::Scores &s, int64_t columns) {
+    if (columns >= Tile::kColumns) return;
+#pragma unroll
+    for (int n = 0; n < Tile::kColumns / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (tile.column(n, e) >= columns) s[n][e] = s[n][e + 2] = -INFINITY;
+        }
     }
 }
 
