@@ -5,8 +5,8 @@
 //   row 16 w + l / 4 + 8 (e / 2), column 8 j + 2 (l % 4) + e % 2,
 // and of an A [64, 16] operand in registers what mma.m16n8k16 would have it hold of rows 16 w .. 16 w + 15.
 //
-// Operands in shared memory stand in slabs of 64 elements (128 bytes) a row, rows one after another, a slab at a multiple
-// of 1024 bytes, its 16-byte chunks swizzled: chunk c of row r at c ^ (r % 8). TMA writes them so.
+// Operands in shared memory stand in slabs of 64 elements (128 bytes) a row, rows one after another, a slab at a
+// multiple of 1024 bytes, its 16-byte chunks swizzled: chunk c of row r at c ^ (r % 8). TMA writes them so.
 #pragma once
 #include "bank.h"
 #include "primitives.cuh"
@@ -52,7 +52,8 @@ inline TensorMap make_tensor_map(const void *rows, int64_t count, int padded, Op
         const cudaError_t status =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
-        const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
         if (status != cudaSuccess || found != cudaDriverEntryPointSuccess || function == nullptr) {
             throw std::runtime_error(std::string("cuTensorMapEncodeTiled: ") + cudaGetErrorString(status));
@@ -135,8 +136,8 @@ __device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int cha
     emu::bulk_copy(to, *map, channel, row, barrier);
 #else
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-            "r"(shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(shared_address(to)),
         "l"(map), "r"(channel), "r"(row), "r"(shared_address(barrier))
         : "memory");
 #endif
@@ -162,14 +163,15 @@ __device__ __forceinline__ void take_registers() {
 using Operand = uint32_t;
 constexpr uint64_t kOperandLayout = uint64_t(1) << 62 | uint64_t(8 * kSlabRowBytes >> 4) << 32;  // 128-byte swizzle
 
-// `slab_bytes`: from one slab to the next, used only where the operand's rows or columns (not k) run over several slabs;
-// groups of 8 rows always follow each other.
+// `slab_bytes`: from one slab to the next, used only where the operand's rows or columns (not k) run over several
+// slabs; groups of 8 rows always follow each other.
 __device__ __forceinline__ Operand swizzled_operand(const void *start, int slab_bytes) {
 #ifdef CACO_EMULATE
     return uint32_t(emu::shared_offset(start)) >> 4 | uint32_t(slab_bytes) >> 4 << 16;
 #else
     Operand operand = shared_address(start) >> 4 | uint32_t(slab_bytes) >> 4 << 16;
-    asm volatile("" : "+r"(operand));  // else the compiler keeps all that follow from it in registers, and spills others
+    // Else the compiler keeps all that follow from it in registers, and spills others.
+    asm volatile("" : "+r"(operand));
     return operand;
 #endif
 }
@@ -195,8 +197,8 @@ __device__ __forceinline__ void wgmma_commit() {
 
 #define CACO_F4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 
-// Waits until at most kGroups committed groups are under way. `d`: the accumulator that is complete after it; the compiler
-// may not move its use before the wait.
+// Waits until at most kGroups committed groups are under way. `d`: the accumulator that is complete after it; the
+// compiler may not move its use before the wait.
 template <int kGroups, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&d)[kCount][4]) {
 #ifdef CACO_EMULATE
@@ -273,8 +275,8 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, O
 #endif
 }
 
-// d [64, n] += a b for 16 streamed rows of n channels: a [64, 16] in registers, b [16, n] in shared memory with channels
-// contiguous.
+// d [64, n] += a b for 16 streamed rows of n channels: a [64, 16] in registers, b [16, n] in shared memory with
+// channels contiguous.
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_accumulate(float (&d)[kCount][4], const uint32_t *a, Operand b) {
     constexpr int kChannels = 8 * kCount;

@@ -1,11 +1,13 @@
 // Hopper's asynchronous units: mbarriers, bulk tensor copies (TMA) and warpgroup matrix products.
 //
-// A product runs when a thread waits for its group, and not before all others wait too. A bulk copy lands at once,
-// or, with lazy copies, when a thread waits on its mbarrier and cannot go on without it. Accumulators, and A operands in registers, are read and
-// written through pointers to the threads' arrays, which must therefore outlive the product, as registers do.
+// A product runs when a thread waits for its group, and not before all others wait too. A bulk copy lands at once, or,
+// with lazy copies, when a thread waits on its mbarrier and cannot go on without it. Accumulators, and A operands in
+// registers, are read and written through pointers to the threads' arrays, which must therefore outlive the product, as
+// registers do.
 //
-// Stricter than the device: a thread fences before the first product after each wait; a phase of an mbarrier gets exactly
-// the bytes that were expected for it, and is told of them before the copy starts.
+// Stricter than the device: a thread fences before the first product after each wait; a phase of an mbarrier gets
+// exactly the bytes that were expected for it, and is told of them before the copy starts. Not seen: an mbarrier made
+// for fewer arrivals than it gets, a missing proxy fence, registers beyond setmaxnreg.
 #pragma once
 #include <map>
 
@@ -170,8 +172,8 @@ inline ptrdiff_t operand_offset(uint64_t d, int mn, int k, bool mn_contiguous) {
     return swizzle_128(offset);
 }
 
-// Elements (mn, k) of an operand with 16 along k into values[mn][16]; counts conflicts of the 8 rows of 16 bytes that one
-// access takes.
+// Elements (mn, k) of an operand with 16 along k into values[mn][16]; counts conflicts of the 8 rows of 16 bytes that
+// one access takes.
 inline void read_operand(const Product &p, uint64_t descriptor, int mn_count, bool mn_contiguous, float *values) {
     for (int mn = 0; mn < mn_count; mn++) {
         for (int k = 0; k < 16; k++) {

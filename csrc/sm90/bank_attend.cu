@@ -4,9 +4,9 @@
 //            bank in tiles of kColumns rows, keys and values at once.
 // Overlap    the scores of a tile and the second product of the tile before are both started, then the softmax of this
 //            tile runs while the second product is under way. The two computing warpgroups are independent, so one's
-//            softmax also runs beside the other's products. While products are under way there must be no branch, or the
-//            compiler waits for them there: so a run goes from its last tile, the only one that may be ragged, to its
-//            first.
+//            softmax also runs beside the other's products. While products are under way there must be no branch, or
+//            the compiler waits for them there: so a run goes from its last tile, the only one that may be ragged, to
+//            its first.
 // Softmax    as on sm80: a running maximum per row, rescaling skipped by a warp-uniform branch once it has settled; p
 //            enters the second product as 2^14 p in operand type; the sum is of the unrounded p.
 // Bytes      reads 2 K P per row tile (from the L2 cache when several blocks share a split) and 2 R P; writes
@@ -45,7 +45,7 @@ struct Softmax {
         }
         const bool grown = __any_sync(kFullWarp, larger[0] > maximum[0] || larger[1] > maximum[1]);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {  // without a branch: products are under way, and they would be waited for
+        for (int half = 0; half < 2; half++) {  // without a branch: products under way would be waited for
             shrink[half] = fast_exp2((maximum[half] - larger[half]) * scale0);
             sum0[half] *= shrink[half];
             if (kTwoTemperatures) sum1[half] *= fast_exp2((maximum[half] - larger[half]) * scale1);

@@ -1,10 +1,10 @@
 // bank_select on wgmma and TMA: index_i = argmax_j k_i . u_j, ties to the lowest index.
 //
-// Tile map   as attend's, with keys for queries, and ascending tiles. Each of the four lanes of a row keeps the best two of
-//            the columns that it sees; settle_select compares those that rounding leaves in question in f32. The contract
-//            is that of sm80/bank_select.cu.
-// Overlap    one computing warpgroup compares while the other one's products are under way; comparing takes about a third
-//            of the products' time.
+// Tile map   as attend's, with keys for queries, and ascending tiles. Each of the four lanes of a row keeps the best
+//            two of the columns that it sees; settle_select compares those that rounding leaves in question in f32. The
+//            contract is that of sm80/bank_select.cu.
+// Overlap    one computing warpgroup compares while the other one's products are under way. By instruction counts,
+//            comparing should take about a third of the products' time (not measured).
 // Bytes      reads 2 K P per row tile and 2 R P; writes 64 R splits bytes of candidates.
 // Flop       2 R K P. Limits: K < 2^31; C <= 256, above it sm80's kernel runs.
 #include "../sm80/path.h"

@@ -64,7 +64,8 @@ struct Tile {
     __device__ __forceinline__ Mbarrier *empty(int at) const { return barriers() + kStages + at; }
     __device__ __forceinline__ Mbarrier *resident_full() const { return barriers() + 2 * kStages; }
 
-    // The resident rows of this thread's two halves of a fragment; column and channel of element e (0 or 1) of fragment n.
+    // The resident rows of this thread's two halves of a fragment; column and channel of element e (0 or 1) of
+    // fragment n.
     __device__ __forceinline__ int row(int half) const { return 64 * row_group + 16 * warp + lane / 4 + 8 * half; }
     __device__ __forceinline__ int column(int n, int e) const { return 8 * n + 2 * (lane % 4) + e; }
     __device__ __forceinline__ int channel(int n, int e) const { return channel_group * kGroupChannels + column(n, e); }
@@ -114,7 +115,8 @@ struct Tile {
 
     // Starts the products; one group.
     __device__ __forceinline__ void scores(Scores &s, const char *streamed) const {
-        const Operand a = swizzled_operand(memory + 64 * kSlabRowBytes * row_group, 0), b = swizzled_operand(streamed, 0);
+        const Operand a = swizzled_operand(memory + 64 * kSlabRowBytes * row_group, 0);
+        const Operand b = swizzled_operand(streamed, 0);
 #pragma unroll
         for (int k = 0; k < kPadded / 16; k++) {
             const int slab = k / 4, within = k % 4 * 32;  // 16 channels are 32 bytes of a slab's row
@@ -141,7 +143,10 @@ struct Tile {
 #pragma unroll
         for (int k = 0; k < kColumns / 16; k++) {
 #pragma unroll
-            for (int r = 0; r < 4; r++) weights[k][r] = pack<T>(s[2 * k + r / 2][r % 2 * 2], s[2 * k + r / 2][r % 2 * 2 + 1]);
+            for (int r = 0; r < 4; r++) {
+                const auto &fragment = s[2 * k + r / 2];
+                weights[k][r] = pack<T>(fragment[r % 2 * 2], fragment[r % 2 * 2 + 1]);
+            }
         }
     }
 
@@ -158,7 +163,8 @@ __device__ __forceinline__ void set_zero(float (&fragments)[kFragments][4]) {
     }
 }
 
-// Rows of the bank's last tile beyond the bank are zeros and no candidates. `columns`: how many of this tile are of the bank.
+// Rows of the bank's last tile beyond the bank are zeros and no candidates. `columns`: how many of this tile are of
+// the bank.
 template <class Tile>
 __device__ __forceinline__ void mask(const Tile &tile, typename Tile::Scores &s, int64_t columns) {
     if (columns >= Tile::kColumns) return;

@@ -89,7 +89,10 @@ def build_program(source: Path, sanitizer: str = "", kernels: bool = True) -> Pa
     objects = [f"{source.name}.o"]
     rules.append(f"build {source.name}.o: compile {source}")
     for name in sources.KERNELS if kernels else ():
-        rules += [f"build {name}.o: compile {sources.ROOT / name}", "  extra = " + shlex.quote('-DCACO_ARCHES="80;90a"')]
+        rules += [
+            f"build {name}.o: compile {sources.ROOT / name}",
+            "  extra = " + shlex.quote('-DCACO_ARCHES="80;90a"'),
+        ]
         objects.append(f"{name}.o")
     rules.append(f"build {source.stem}: link " + " ".join(objects))
     return run_ninja(ROOT / "build" / "emulated" / f"{source.stem}-{sanitizer or 'plain'}", rules, source.stem)

@@ -101,4 +101,5 @@ def test_a_bug_planted_on_sm90_is_caught(bug, words):
 def test_kernels_under_a_sanitizer(sanitizer, shape, kernel_path):
     """Once in thread order with late copies, and once in shuffled, greedy order with early ones."""
     for schedule in ("0 0 1", "5 1 0"):
-        assert output_of("kernels_program.cpp", sanitizer, *shape.split(), *schedule.split(), str(kernel_path)) == "ok\n"
+        arguments = (*shape.split(), *schedule.split(), str(kernel_path))
+        assert output_of("kernels_program.cpp", sanitizer, *arguments) == "ok\n"
