@@ -3,7 +3,7 @@
     python setup.py build_ext        in place, incremental, by ninja
 
 CACO_CUDA    auto (default): build the CUDA module if nvcc is found; 1: fail if it is not; 0: leave it out
-CACO_ARCHES  compute capabilities, "80;90"; by default those of csrc/sources.py that this nvcc knows
+CACO_ARCHES  compute capabilities, "80;90a"; by default those of csrc/sources.py that this nvcc knows
 CUDA_HOME    where to look for bin/nvcc first; then CUDA_PATH, /usr/local/cuda and PATH
 
 The module is built and imported without torch, GPU or driver: it takes addresses and links the static CUDA runtime.
@@ -42,7 +42,8 @@ def wanted_arches(nvcc: str) -> list[str]:
     if named := os.environ.get("CACO_ARCHES"):
         return named.replace(",", ";").split(";")
     known = output_of(nvcc, "--list-gpu-arch").split()
-    return [arch for arch in sources.ARCHES if f"compute_{arch}" in known]
+    # nvcc lists no compute_90a, but has it wherever it has compute_90.
+    return [arch for arch in sources.ARCHES if f"compute_{arch.rstrip('a')}" in known]
 
 
 def define(name: str, value: str) -> str:
@@ -60,10 +61,14 @@ def ninja_rules(nvcc: str, module: Path) -> str:
     bindings = f"{includes} -DCACO_MODULE=_C {define('CACO_SOURCE_HASH', sources.content_hash())} " + define(
         "CACO_COMPILER", f"nvcc {release}"
     )
-    gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches)
+
+    def gencode(source: str) -> str:
+        wanted = sources.arches_of(source, arches)
+        return "  gencode = " + " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted)
+
     lines = [
         "rule cuda",
-        f"  command = {nvcc} {NVCC_FLAGS} {gencode} {of_arches} -MD -MF $out.d -c $in -o $out",
+        f"  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule cxx",
@@ -72,7 +77,7 @@ def ninja_rules(nvcc: str, module: Path) -> str:
         "  deps = gcc",
         "rule link",
         f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
-        *(f"build {name}.o: cuda {sources.ROOT / name}" for name in sources.KERNELS),
+        *(f"build {name}.o: cuda {sources.ROOT / name}\n{gencode(name)}" for name in sources.KERNELS),
         f"build {sources.BINDINGS}.o: cxx {sources.ROOT / sources.BINDINGS}",
         f"build {module}: link " + " ".join(f"{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)),
     ]

@@ -8,18 +8,21 @@
 #include "stages.h"
 #include "sm70/path.h"
 #include "sm80/path.h"
+#include "sm90/path.h"
 
 namespace caco {
 namespace {
 
-// Adding a path: its folder with a path.h like sm80's, a value of Path, and a case here.
-template <class Sm70, class Sm80>
-auto on_path(Path path, Sm70 &&sm70, Sm80 &&sm80) {
+// Adding a path: its folder with a path.h like the others', a value of Path, and a case here.
+template <class Sm70, class Sm80, class Sm90>
+auto on_path(Path path, Sm70 &&sm70, Sm80 &&sm80, Sm90 &&sm90) {
     switch (path) {
         case Path::kSm70:
             return sm70();
         case Path::kSm80:
             return sm80();
+        case Path::kSm90:
+            return sm90();
     }
     throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
 }
@@ -30,36 +33,48 @@ void check_type(OperandType type, Path path) {
     }
 }
 
+Split attend_split(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
+    return on_path(
+        target.path, [&] { return sm70::attend_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm90::attend_split(rows, bank_rows, channels, target.multiprocessors); });
+}
+
 }  // namespace
 
-// Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller.
+// Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller; that for sm_90a, on
+// sm_90 only. On sm_90a, operations that the sm90 path does not have run sm80's kernels, compiled for it too.
 int path_serving(int major, int minor) {
     std::istringstream arches(CACO_ARCHES);
+    int path = 0;
     for (std::string arch; std::getline(arches, arch, ';');) {
+        if (arch == "90a") {
+            if (major == 9 && minor == 0) return static_cast<int>(Path::kSm90);
+            continue;
+        }
         const int number = std::stoi(arch);
         if (number / 10 != major || number % 10 > minor) continue;
-        if (number >= 80) return static_cast<int>(Path::kSm80);
-        if (number >= 70) return static_cast<int>(Path::kSm70);
+        if (number >= 80) path = static_cast<int>(Path::kSm80);
+        else if (number >= 70) path = static_cast<int>(Path::kSm70);
     }
-    return 0;
+    return path;
 }
 
 SharedBytes shared_bytes(int channels, Path path) {
     return on_path(
-        path, [&] { return sm70::shared_bytes(channels); }, [&] { return sm80::shared_bytes(channels); });
+        path, [&] { return sm70::shared_bytes(channels); }, [&] { return sm80::shared_bytes(channels); },
+        [&] { return sm90::shared_bytes(channels); });
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(
-        target.path, [&] { return sm70::attend_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); });
-    return attend_workspace(rows, channels, split.splits);
+    return attend_workspace(rows, channels, attend_split(rows, bank_rows, channels, target).splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
     const Split split = on_path(
         target.path, [&] { return sm70::select_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); });
+        [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); },
+        [&] { return sm90::select_split(rows, bank_rows, channels, target.multiprocessors); });
     return select_workspace(rows, split.splits);
 }
 
@@ -69,21 +84,24 @@ void bank_attend(const AttendParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
     on_path(
-        target.path, [&] { sm70::bank_attend(params, target); }, [&] { sm80::bank_attend(params, target); });
+        target.path, [&] { sm70::bank_attend(params, target); }, [&] { sm80::bank_attend(params, target); },
+        [&] { sm90::bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
     on_path(
-        target.path, [&] { sm70::bank_select(params, target); }, [&] { sm80::bank_select(params, target); });
+        target.path, [&] { sm70::bank_select(params, target); }, [&] { sm80::bank_select(params, target); },
+        [&] { sm90::bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
     on_path(
-        target.path, [&] { sm70::bank_step(params, target); }, [&] { sm80::bank_step(params, target); });
+        target.path, [&] { sm70::bank_step(params, target); }, [&] { sm80::bank_step(params, target); },
+        [&] { sm80::bank_step(params, target); });
 }
 
 }  // namespace caco

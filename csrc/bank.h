@@ -14,7 +14,7 @@ namespace caco {
 enum class OperandType : int { kBfloat16 = 0, kFloat16 = 1 };
 
 // Which family of kernels runs; each lives in its own folder.
-enum class Path : int { kSm70 = 70, kSm80 = 80 };
+enum class Path : int { kSm70 = 70, kSm80 = 80, kSm90 = 90 };
 
 // The other paths take both operand types; this one throws std::invalid_argument on bfloat16.
 constexpr bool takes_bfloat16(Path path) { return path != Path::kSm70; }

@@ -15,10 +15,22 @@ KERNELS = (
     "sm80/bank_attend.cu",
     "sm80/bank_select.cu",
     "sm80/bank_step.cu",
+    "sm90/bank_attend.cu",
+    "sm90/bank_select.cu",
 )
 # Machine code for sm_XY also runs on later minor numbers: 70 serves 72 and 75, 80 serves 86 and 89, 100 serves 103, 120
-# serves 121. nvcc 13 does not know 70.
-ARCHES = ("70", "80", "90", "100", "120")
+# serves 121. That for sm_90a runs on sm_90 only. nvcc 13 does not know 70.
+ARCHES = ("70", "80", "90a", "100", "120")
+# Sources whose kernels need one architecture's own instructions; elsewhere their kernels are empty.
+ONLY_FOR = {"sm90/": "90a"}
+
+
+def arches_of(source: str, arches: list[str]) -> list[str]:
+    """Those of `arches` that a source is worth compiling for; one at least, for its launchers."""
+    for folder, arch in ONLY_FOR.items():
+        if source.startswith(folder):
+            return [arch] if arch in arches else arches[:1]
+    return arches
 
 
 def content_hash() -> str:

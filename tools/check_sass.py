@@ -19,10 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A kernel of sm80's tile loops, and what its machine code must contain: HMMA.16816 is mma.m16n8k16 of fp16 or bf16.
-# tools/check_sm70.py looks at sm70's.
-MATRIX_KERNELS = re.compile(r"(?=.*sm80).*(attend|select|step)_kernel")
-MATRIX_INSTRUCTION = re.compile(r"\bHMMA\.16816")
+# The path of a kernel of the tile loops, and what its machine code must contain: HMMA.884 is mma.m8n8k4 (which
+# tools/check_sm70.py looks at, where nvcc has no sm_70), HMMA.16816 is mma.m16n8k16 of fp16 or bf16, HGMMA is wgmma.
+MATRIX_KERNELS = re.compile(r"(?=.*?\d(sm70|sm80|sm90)\d).*(attend|select|step)_kernel")
+MATRIX_INSTRUCTION = {"sm70": "HMMA.884", "sm80": "HMMA.16816", "sm90": "HGMMA"}
+# Paths whose kernels are empty but on one architecture.
+ONLY_ON = {"sm90": "90a"}
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 MOST_REGISTERS = 255
 
@@ -41,7 +43,13 @@ class Kernel:
         kernel = re.search(r"\d+([a-z_]+_kernel)", self.symbol).group(1)
         operand = "bf16" if "__nv_bfloat16" in self.symbol else "fp16" if "__half" in self.symbol else ""
         padded = re.search(r"Li(\d+)E", self.symbol)
-        return f"{kernel.removesuffix('_kernel'):<10} {operand:<5} {padded.group(1) if padded else '':>4}"
+        title = f"{kernel.removesuffix('_kernel')} {self.path}{' 2t' if 'Lb1E' in self.symbol else ''}"
+        return f"{title:<14} {operand:<5} {padded.group(1) if padded else '':>4}"
+
+    @property
+    def path(self) -> str:
+        found = MATRIX_KERNELS.search(self.symbol)
+        return found.group(1) if found else ""
 
     def faults(self) -> list[str]:
         code = "\n".join(self.code)
@@ -54,8 +62,10 @@ class Kernel:
             faults.append(f"{self.registers} registers")
         if not code:
             faults.append("no machine code found")
-        elif MATRIX_KERNELS.search(self.symbol) and not MATRIX_INSTRUCTION.search(code):
-            faults.append("no HMMA.16816")
+        elif self.path and not re.search(rf"\b{re.escape(MATRIX_INSTRUCTION[self.path])}\b", code):
+            faults.append(f"no {MATRIX_INSTRUCTION[self.path]}")
+        elif 4 * code.count("WARPGROUP.DEPBAR") > len(re.findall(r"\bHGMMA\b", code)) > 0:
+            faults.append("wgmma waited for one by one: ptxas has serialised them, see its messages C7510 to C7518")
         return faults
 
 
@@ -92,9 +102,11 @@ def read_kernels(module: Path) -> list[Kernel]:
     tool = find_tool("cuobjdump")
     kernels: dict[tuple[str, str], Kernel] = {}
     arch = symbol = ""
+    named: dict[str, str] = {}  # the listing of machine code calls sm_90a sm_90
     for line in dump(tool, "-res-usage", module).splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found.group(1)
+            named[re.match(r"\d+", arch).group()] = arch
         elif found := re.match(r"\s*Function (\S+):", line):
             symbol = found.group(1)
         elif "REG:" in line:
@@ -102,14 +114,18 @@ def read_kernels(module: Path) -> list[Kernel]:
             kernels[arch, symbol] = Kernel(arch, symbol, usage["REG"], usage["STACK"], usage["LOCAL"])
     code: list[str] = []
     for line in dump(tool, "-sass", module).splitlines():
-        if found := re.match(r"\s*code for sm_(\w+)", line):
-            arch = found.group(1)
+        if found := re.match(r"\s*code for sm_(\d+)", line):
+            arch = named[found.group(1)]
         elif found := re.match(r"\s*Function : (\S+)", line):
             code = kernels[arch, found.group(1)].code
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(found.group(1))
-    compiled = [kernel for kernel in kernels.values() if is_compiled(kernel.symbol, kernel.arch)]
-    return sorted(compiled, key=lambda kernel: (int(re.match(r"\d+", kernel.arch).group()), kernel.name))
+    present = [
+        kernel
+        for kernel in kernels.values()
+        if ONLY_ON.get(kernel.path, kernel.arch) == kernel.arch and is_compiled(kernel.symbol, kernel.arch)
+    ]
+    return sorted(present, key=lambda kernel: (int(re.match(r"\d+", kernel.arch).group()), kernel.name))
 
 
 def print_table(kernels: list[Kernel], module: Path) -> None:
@@ -120,10 +136,10 @@ def print_table(kernels: list[Kernel], module: Path) -> None:
     arches = list(dict.fromkeys(kernel.arch for kernel in kernels))
     registers = {(kernel.name, kernel.arch): kernel.registers for kernel in kernels}
     columns = "".join(f"{'sm_' + arch:>8}" for arch in arches)
-    print(f"{'kernel':<10} {'type':<5} {'P':>4}  {columns}{'shared':>9}")
-    for name in dict.fromkeys(kernel.name for kernel in kernels):
+    print(f"{'kernel':<14} {'type':<5} {'P':>4}  {columns}{'shared':>9}")
+    for name, path in dict.fromkeys((kernel.name, kernel.path) for kernel in kernels):
         op, padded = name.split()[0], name.split()[-1]
-        shared = compiled.shared_bytes(int(padded), 80).get(op, "") if padded.isdigit() else ""
+        shared = compiled.shared_bytes(int(padded), int(path[2:])).get(op, "") if path else ""
         print(f"{name}  " + "".join(f"{registers.get((name, arch), '-'):>8}" for arch in arches) + f"{shared:>9}")
 
 
@@ -150,7 +166,7 @@ def main() -> int:
     broken = [(kernel, kernel.faults()) for kernel in kernels if kernel.faults()]
     for kernel, faults in broken:
         print(f"sm_{kernel.arch} {kernel.name}: {'; '.join(faults)}")
-    print(f"{len(kernels)} kernels, {len(broken)} that break a rule (stack, spills, local memory, no HMMA.16816)")
+    print(f"{len(kernels)} kernels, {len(broken)} that break a rule (stack, spills, local memory, matrix instruction)")
     return 1 if broken or not kernels else 0
 
 

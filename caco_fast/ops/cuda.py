@@ -49,7 +49,8 @@ def why_not(device: torch.device) -> str | None:
     if major < 7:
         return f"{gpu}, the kernels need sm_70 or later"
     needed = " and nvcc 12, as CUDA 13 has no sm_70" if (major, minor) < (7, 5) else ""
-    return f"{gpu}, built for {';'.join(kernels.arches)}: rebuild with CACO_ARCHES={major}{minor}{needed}"
+    wanted = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    return f"{gpu}, built for {';'.join(kernels.arches)}: rebuild with CACO_ARCHES={wanted}{needed}"
 
 
 def target_for(device: torch.device) -> kernels.Target:

@@ -22,6 +22,7 @@ void bind_emulation(py::module_ &m) {
         take("matrix_loads", emu::counters.matrix_loads);
         take("bank_conflicts", emu::counters.bank_conflicts);
         take("async_copies", emu::counters.async_copies);
+        take("bulk_copies", emu::counters.bulk_copies);
         take("barriers", emu::counters.barriers);
         return counts;
     });

@@ -11,6 +11,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define threadIdx (emu::self->index)
 #define blockIdx (emu::block->index)

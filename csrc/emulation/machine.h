@@ -4,7 +4,7 @@
 // end. Which fiber runs next is the schedule, a setting: a kernel must give the same result under each.
 //   order       seed 0: ascending thread index; 1: descending; above: shuffled anew in every pass
 //   warps       pass: every warp advances in turn; greedy: a warp runs on until it waits for another warp
-//   async copy  eager: cp.async copies at once (shows a buffer refilled too early);
+//   async copy  eager: cp.async and TMA copy at once (shows a buffer refilled too early);
 //               lazy: only at the wait that promises it (shows a missing wait)
 // Shared memory starts as 0xFF, a NaN in every float type. Errors (diverged warp, misaligned copy, deadlock, ...) end
 // the launch with std::runtime_error that names block and thread. Not seen here: faults in the device's asm bodies,
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <stdexcept>
@@ -39,7 +40,7 @@ inline Schedule schedule;
 
 // What a launch did; reset by the tests. `bank_conflicts` counts 16-byte rows of one ldmatrix phase that share a bank.
 struct Counters {
-    std::atomic<long> launches, matrix_products, matrix_loads, bank_conflicts, async_copies, barriers;
+    std::atomic<long> launches, matrix_products, matrix_loads, bank_conflicts, async_copies, bulk_copies, barriers;
 };
 inline Counters counters;
 
@@ -77,6 +78,8 @@ struct Thread {
     bool runnable() const { return !done && !(waits_on && *waits_on == seen); }
 };
 
+struct Hopper;  // mbarriers, bulk copies and warpgroups: hopper.h
+
 struct Block {
     dim3 index, threads_shape, grid_shape;
     int live = 0;
@@ -88,6 +91,9 @@ struct Block {
     HomeStack home;
     const std::function<void()> *kernel = nullptr;
     std::string error;
+    int giving_way = 0;  // threads
+    uint32_t standstills = 0;
+    std::shared_ptr<Hopper> hopper;  // made when first used
 };
 
 inline thread_local Block *block = nullptr;
@@ -106,6 +112,15 @@ inline void wait_for(const uint32_t &generation, uint32_t seen, const char *wher
         self->waits_on = &generation, self->seen = seen, self->where = where;
     }
     self->fiber.leave(block->home, false);
+}
+
+// Until no thread can go on that does not give way.
+inline void give_way(const char *where) {
+    {
+        Bookkeeping own;
+        block->giving_way++;
+    }
+    wait_for(block->standstills, block->standstills, where);
 }
 
 // Every lane of `mask` brings `in` and `out`; the last to arrive runs combine(in[32], out[32]) for all. Orders no
@@ -267,7 +282,9 @@ inline void run_block(Block &b) {
         Bookkeeping own;
         std::mt19937 random(schedule.seed + 977 * b.index.x + b.index.y);
         while (b.live > 0 && b.error.empty()) {
-            if (!run_pass(b, random) && b.error.empty()) b.error = describe_deadlock(b);
+            if (run_pass(b, random) || !b.error.empty()) continue;
+            if (b.giving_way == 0) b.error = describe_deadlock(b);
+            b.giving_way = 0, b.standstills++;
         }
     }
     order_acquire(&b);

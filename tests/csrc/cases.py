@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # The families of kernels, as csrc/bank.h numbers them.
-PATHS = (70, 80)
+PATHS = (70, 80, 90)
 
 # Relative distance of neighbouring values just above 1: rounding to nearest is off by at most half of it.
 SPACING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

@@ -65,7 +65,7 @@ def build_module() -> ModuleType:
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     defines = " ".join(
         shlex.quote(f'-D{name}="{value}"')
-        for name, value in (("CACO_SOURCE_HASH", ""), ("CACO_COMPILER", "g++, emulated"), ("CACO_ARCHES", "70;80"))
+        for name, value in (("CACO_SOURCE_HASH", ""), ("CACO_COMPILER", "g++, emulated"), ("CACO_ARCHES", "70;80;90a"))
     )
     rules = compile_rules(f"{FLAGS} -fvisibility=hidden -ftls-model=initial-exec", "-shared")
     objects = []
@@ -89,7 +89,10 @@ def build_program(source: Path, sanitizer: str = "", kernels: bool = True) -> Pa
     objects = [f"{source.name}.o"]
     rules.append(f"build {source.name}.o: compile {source}")
     for name in sources.KERNELS if kernels else ():
-        rules += [f"build {name}.o: compile {sources.ROOT / name}", "  extra = " + shlex.quote('-DCACO_ARCHES="70;80"')]
+        rules += [
+            f"build {name}.o: compile {sources.ROOT / name}",
+            "  extra = " + shlex.quote('-DCACO_ARCHES="70;80;90a"'),
+        ]
         objects.append(f"{name}.o")
     rules.append(f"build {source.stem}: link " + " ".join(objects))
     return run_ninja(ROOT / "build" / "emulated" / f"{source.stem}-{sanitizer or 'plain'}", rules, source.stem)

@@ -63,6 +63,38 @@ def test_a_planted_bug_is_caught(bug, sanitizer, words):
     assert any(re.search(words, text) for text in found), found[0]
 
 
+PLANTED_SM90 = [
+    ("missing wait for full", "wrong|error: mbarrier: more arrivals"),
+    ("missing wait for empty", "wrong|error: mbarrier: more arrivals"),
+    ("wrong parity", "error: (deadlock: .*mbarrier wait|mbarrier: more arrivals)"),
+    ("uninitialised mbarrier", "error: mbarrier: not initialised"),
+    ("too many bytes", "error: deadlock: .*mbarrier wait"),
+    ("too few bytes", "error: mbarrier: more bytes than expected"),
+    ("wrong box", "error: deadlock: .*mbarrier wait"),
+    ("missing swizzle", "wrong"),
+    ("misaligned destination", "error: TMA: the swizzle wants a destination"),
+    ("missing wait for products", "wrong"),
+    ("missing commit", "wrong"),
+    ("missing fence", "error: wgmma without wgmma.fence"),
+    ("weights written too early", "wrong"),
+    ("released too early", "wrong"),
+    ("diverged warpgroup", "error: deadlock: .*wgmma"),
+    ("operand beyond its slab", "error: wgmma: operand beyond shared memory"),
+]
+
+
+@pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
+def test_without_a_bug_nothing_is_reported_on_sm90(sanitizer):
+    for schedule in SCHEDULES:
+        assert output_of("planted_sm90.cpp", sanitizer, "none", *schedule.split()) == "ok, 0 conflicts\n"
+
+
+@pytest.mark.parametrize("bug, words", PLANTED_SM90, ids=[bug for bug, _ in PLANTED_SM90])
+def test_a_bug_planted_on_sm90_is_caught(bug, words):
+    found = [output_of("planted_sm90.cpp", "", bug, *schedule.split()) for schedule in SCHEDULES]
+    assert any(re.search(words, text) for text in found), found[0]
+
+
 @pytest.mark.parametrize("kernel_path", PATHS)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("shape", ["37 70 64 float16", "3 45 256 bfloat16", "5 37 512 bfloat16", "3 80 144 float16"])

@@ -74,17 +74,17 @@ def test_sm70_gate_finds_a_fault(fault, registers, spills, uses_mma):
     assert len(kernel.faults()) == 1 and fault in kernel.faults()[0]
 
 
-@pytest.mark.parametrize("gpu, path", [((7, 0), 70), ((7, 5), 70), ((8, 6), 80), ((6, 1), 0), ((9, 0), 0)])
+@pytest.mark.parametrize("gpu, path", [((7, 0), 70), ((7, 5), 70), ((8, 6), 80), ((6, 1), 0), ((9, 0), 90)])
 def test_a_gpu_is_served_by_the_path_compiled_for_it(emulated, gpu, path):
-    assert emulated.arches == ["70", "80"]
+    assert emulated.arches == ["70", "80", "90a"]
     assert emulated.path_serving(*gpu) == path
 
 
 @pytest.mark.parametrize(
     "gpu, words",
     [
-        ((7, 0), "V is sm_70, built for 70;80: rebuild with CACO_ARCHES=70 and nvcc 12, as CUDA 13 has no sm_70"),
-        ((7, 5), "V is sm_75, built for 70;80: rebuild with CACO_ARCHES=75"),
+        ((7, 0), "V is sm_70, built for 70;80;90a: rebuild with CACO_ARCHES=70 and nvcc 12, as CUDA 13 has no sm_70"),
+        ((7, 5), "V is sm_75, built for 70;80;90a: rebuild with CACO_ARCHES=75"),
         ((6, 1), "V is sm_61, the kernels need sm_70 or later"),
     ],
 )
@@ -117,17 +117,23 @@ def test_compiled_module_is_of_the_present_sources():
 
 
 @pytest.mark.parametrize(
-    "fault, registers, stack, code",
+    "fault, arch, registers, stack, code",
     [
-        ("stack 8 B", 40, 8, ["HMMA.16816.F32 R0"]),
-        ("1 local loads", 40, 0, ["LDL R1, [R2]", "HMMA.16816.F32 R0"]),
-        ("no HMMA.16816", 40, 0, ["FFMA R1"]),
-        ("no machine code", 40, 0, []),
+        ("stack 8 B", "80", 40, 8, ["HMMA.16816.F32 R0"]),
+        ("1 local loads", "80", 40, 0, ["LDL R1, [R2]", "HMMA.16816.F32 R0"]),
+        ("no HMMA.16816", "80", 40, 0, ["FFMA R1"]),
+        ("no machine code", "80", 40, 0, []),
+        ("one by one", "90", 40, 0, 2 * ["HGMMA.64x96x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]),
+        ("no HGMMA", "90", 40, 0, ["HMMA.16816.F32 R0"]),
+        ("1 local loads", "90", 40, 0, ["STL [R2], R1", "HGMMA.64x96x16.F32.BF16 R24"]),
     ],
 )
-def test_static_gate_finds_a_fault(fault, registers, stack, code):
-    symbol = "_ZN4caco13attend_kernelINS_4TileINS_4sm8012InstructionsE13__nv_bfloat16Li256EEEEEvPK"
-    kernel = check_sass.Kernel("80", symbol, registers, stack, 0, code)
+def test_static_gate_finds_a_fault(fault, arch, registers, stack, code):
+    symbol = {
+        "80": "_ZN4caco13attend_kernelINS_4TileINS_4sm8012InstructionsE13__nv_bfloat16Li256EEEEEvPK",
+        "90": "_ZN4caco4sm9013attend_kernelINS0_4TileI13__nv_bfloat16Li256EEELb0EEEv",
+    }[arch]
+    kernel = check_sass.Kernel(arch, symbol, registers, stack, 0, code)
     assert any(fault in text for text in kernel.faults())
 
 

@@ -1,0 +1,190 @@
+// The tile loop's building blocks for wgmma with TMA (H100, H200).
+//
+// Both products run on the same two tiles, as on sm80: a resident tile, and streamed tiles that pass through a ring and
+// serve as keys and as values. Three warpgroups: one thread of the first starts all copies; the other two compute.
+//
+//   scores      S [64 rows of a warpgroup, columns] = resident [rows, P] . streamed [columns, P]^T
+//   accumulate  O [64 rows of a warpgroup, P]      += weights(S) . streamed [columns, P]
+//
+// A computing warpgroup owns 64 resident rows. At P = 512 its accumulator would need 256 registers, so the two share 64
+// rows: both compute the scores, each accumulates half of the channels.
+//
+// Ring       full[stage] completes when the stage's bytes have landed, empty[stage] when every computing warp has read
+//            it. The producer waits for empty, the others for full, each with the parity of its own round.
+#pragma once
+#include "../primitives_sm90.cuh"
+#include "../rows.cuh"
+#include "path.h"
+
+namespace caco::sm90 {
+
+// Of the 512 registers that a multiprocessor has for each of 128 threads, after setmaxnreg.
+constexpr int kProducerRegisters = 24, kComputeRegisters = 240;
+constexpr int kComputeWarpgroups = 2;
+static_assert(kProducerRegisters + kComputeWarpgroups * kComputeRegisters <= 512);
+
+template <class T_, int kPadded_>
+struct Tile {
+    using T = T_;
+    static constexpr int kPadded = kPadded_;
+    static constexpr int kThreads = kWarpgroupThreads * (1 + kComputeWarpgroups);
+    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;  // warpgroups that share 64 rows
+    static constexpr int kRows = 64 * kComputeWarpgroups / kChannelGroups;
+    static constexpr int kColumns = kPadded == 512 ? 64 : kPadded == 256 ? 96 : 128;
+    static constexpr int kStages = kPadded == 512 ? 2 : kPadded == 256 ? 3 : 4;
+    static constexpr int kGroupChannels = kPadded / kChannelGroups;
+    static constexpr int kSlabs = kPadded / kSlabChannels;
+    static constexpr int kResidentSlabBytes = kRows * kSlabRowBytes, kStageSlabBytes = kColumns * kSlabRowBytes;
+    static constexpr int kResidentBytes = kSlabs * kResidentSlabBytes, kStageBytes = kSlabs * kStageSlabBytes;
+    static constexpr int kTileBytes = kResidentBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes = kTileBytes + (1 + 2 * kStages) * int(sizeof(Mbarrier));
+
+    static_assert(kStageSlabBytes % 1024 == 0 && kResidentSlabBytes % 1024 == 0, "the swizzle repeats every 8 rows");
+    static_assert(kRows <= 256 && kColumns <= 256, "a TMA box has at most 256 rows");
+    static_assert(kSharedBytes <= 227 * 1024, "sm_90 has 227 KB per block");
+
+    using Scores = float[kColumns / 8][4];          // as wgmma lays out D [64, kColumns]
+    using Weights = uint32_t[kColumns / 16][4];   // as A [64, 16] operands
+    using Accumulator = float[kGroupChannels / 8][4];
+
+    char *memory;  // resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers
+    int lane, warp, row_group, channel_group;  // of a computing warpgroup
+
+    __device__ __forceinline__ explicit Tile(char *memory) : memory(memory) {
+        // From lane 0, so that the compiler knows it to be the same in the whole warp.
+        const int group = __shfl_sync(kFullWarp, int(threadIdx.x) / kWarpgroupThreads - 1, 0);
+        lane = threadIdx.x % 32;
+        warp = threadIdx.x / 32 % 4;
+        row_group = group / kChannelGroups;
+        channel_group = group % kChannelGroups;
+    }
+
+    __device__ __forceinline__ char *stage(int at) const { return memory + kResidentBytes + at * kStageBytes; }
+    __device__ __forceinline__ Mbarrier *full(int at) const { return barriers() + at; }
+    __device__ __forceinline__ Mbarrier *empty(int at) const { return barriers() + kStages + at; }
+    __device__ __forceinline__ Mbarrier *resident_full() const { return barriers() + 2 * kStages; }
+
+    // The resident rows of this thread's two halves of a fragment; column and channel of element e (0 or 1) of
+    // fragment n.
+    __device__ __forceinline__ int row(int half) const { return 64 * row_group + 16 * warp + lane / 4 + 8 * half; }
+    __device__ __forceinline__ int column(int n, int e) const { return 8 * n + 2 * (lane % 4) + e; }
+    __device__ __forceinline__ int channel(int n, int e) const { return channel_group * kGroupChannels + column(n, e); }
+
+#ifdef CACO_SM90A
+    // By the whole block, before anything else.
+    __device__ __forceinline__ void start() const {
+        if (threadIdx.x == 0) {
+            for (int at = 0; at < kStages; at++) {
+                mbarrier_init(full(at), 1);
+                mbarrier_init(empty(at), 4 * kComputeWarpgroups);
+            }
+            mbarrier_init(resident_full(), 1);
+            mbarrier_init_fence();
+        }
+        __syncthreads();
+    }
+
+    // The producer's whole work, by one thread: the resident rows, then the `tiles` tiles from first_tile on, in
+    // ascending or descending order.
+    template <bool kDescending>
+    __device__ __forceinline__ void produce(const TensorMap *resident_map, int64_t first_row,
+                                            const TensorMap *streamed_map, int64_t first_tile, int tiles) const {
+        mbarrier_arrive_expect(resident_full(), kResidentBytes);
+#pragma unroll 1  // the producer has few registers
+        for (int slab = 0; slab < kSlabs; slab++) {
+            tma_load(memory + slab * kResidentSlabBytes, resident_map, slab * kSlabChannels, int(first_row),
+                     resident_full());
+        }
+#pragma unroll 1
+        for (int t = 0; t < tiles; t++) {
+            const int at = t % kStages;
+            mbarrier_wait(empty(at), (t / kStages & 1) ^ 1);
+            mbarrier_arrive_expect(full(at), kStageBytes);
+            const int row = int((first_tile + (kDescending ? tiles - 1 - t : t)) * kColumns);
+#pragma unroll 1
+            for (int slab = 0; slab < kSlabs; slab++) {
+                tma_load(stage(at) + slab * kStageSlabBytes, streamed_map, slab * kSlabChannels, row, full(at));
+            }
+        }
+    }
+
+    // This warp has read the stage: its products are complete.
+    __device__ __forceinline__ void release(int at) const {
+        if (lane == 0) mbarrier_arrive(empty(at));
+    }
+
+    // Starts the products; one group.
+    __device__ __forceinline__ void scores(Scores &s, const char *streamed) const {
+        const Operand a = swizzled_operand(memory + 64 * kSlabRowBytes * row_group, 0);
+        const Operand b = swizzled_operand(streamed, 0);
+#pragma unroll
+        for (int k = 0; k < kPadded / 16; k++) {
+            const int slab = k / 4, within = k % 4 * 32;  // 16 channels are 32 bytes of a slab's row
+            wgmma_scores<T>(s, further_by(a, slab * kResidentSlabBytes + within),
+                            further_by(b, slab * kStageSlabBytes + within), k > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Starts the products; one group. `weights` must stay as they are until it is waited for.
+    __device__ __forceinline__ void accumulate(Accumulator &o, const Weights &weights, const char *streamed) const {
+        constexpr int kGroupBytes = kGroupChannels / kSlabChannels * kStageSlabBytes;
+        const Operand b = swizzled_operand(streamed + channel_group * kGroupBytes, kStageSlabBytes);
+#pragma unroll
+        for (int k = 0; k < kColumns / 16; k++) {
+            wgmma_accumulate<T>(o, weights[k], further_by(b, 16 * k * kSlabRowBytes));
+        }
+        wgmma_commit();
+    }
+#endif
+
+    // The layout of a score fragment is that of an A operand, so the weights go from registers to registers.
+    __device__ static __forceinline__ void pack_weights(Weights &weights, const Scores &s) {
+#pragma unroll
+        for (int k = 0; k < kColumns / 16; k++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const auto &fragment = s[2 * k + r / 2];
+                weights[k][r] = pack<T>(fragment[r % 2 * 2], fragment[r % 2 * 2 + 1]);
+            }
+        }
+    }
+
+   private:
+    __device__ __forceinline__ Mbarrier *barriers() const { return reinterpret_cast<Mbarrier *>(memory + kTileBytes); }
+};
+
+template <int kFragments>
+__device__ __forceinline__ void set_zero(float (&fragments)[kFragments][4]) {
+#pragma unroll
+    for (auto &fragment : fragments) {
+#pragma unroll
+        for (float &value : fragment) value = 0.f;
+    }
+}
+
+// Rows of the bank's last tile beyond the bank are zeros and no candidates. `columns`: how many of this tile are of
+// the bank.
+template <class Tile>
+__device__ __forceinline__ void mask(const Tile &tile, typename Tile::Scores &s, int64_t columns) {
+    if (columns >= Tile::kColumns) return;
+#pragma unroll
+    for (int n = 0; n < Tile::kColumns / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (tile.column(n, e) >= columns) s[n][e] = s[n][e + 2] = -INFINITY;
+        }
+    }
+}
+
+// A computing warpgroup's place in the ring.
+template <int kStages>
+struct Turn {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+}  // namespace caco::sm90

@@ -1,0 +1,131 @@
+// A small kernel on Hopper's asynchronous units with one bug of choice, to show that the emulation catches it.
+//
+//     planted_sm90 BUG [seed [greedy [lazy copies]]]
+//
+// O = sum over tiles (Q W^T) W, where the tiles of W stream through shared memory in two stages: one thread copies, a
+// warpgroup multiplies. Prints "ok" and the number of bank conflicts, "wrong", or the emulator's error.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "primitives_sm90.cuh"
+
+namespace {
+
+using caco::bf16;
+
+constexpr int kRows = 64, kColumns = 64, kChannels = 64, kTiles = 5, kStages = 2, kBlocks = 2;
+constexpr int kSlabBytes = kColumns * caco::kSlabRowBytes;
+constexpr int kSharedBytes = kSlabBytes * (1 + kStages) + 8 * (1 + 2 * kStages);
+
+struct Arguments {
+    std::string bug;
+    caco::TensorMap queries, bank;
+    float *sums;  // [kRows, kChannels]
+};
+
+void kernel(const Arguments &a) {
+    auto bug = [&](const char *name) { return a.bug == name; };
+    char *memory = caco::shared_memory();
+    auto *full = reinterpret_cast<caco::Mbarrier *>(memory + kSlabBytes * (1 + kStages));
+    auto *empty = full + kStages, *resident = empty + kStages;
+    auto stage = [&](int t) { return memory + kSlabBytes * (1 + t % kStages); };
+    if (threadIdx.x == 0) {
+        for (int at = 0; at < kStages; at++) {
+            if (!(bug("uninitialised mbarrier") && at == 1)) caco::mbarrier_init(full + at, 1);
+            caco::mbarrier_init(empty + at, 4);
+        }
+        caco::mbarrier_init(resident, 1);
+        caco::mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= caco::kWarpgroupThreads) {
+        if (threadIdx.x != caco::kWarpgroupThreads) return;
+        caco::mbarrier_arrive_expect(resident, kSlabBytes);
+        caco::tma_load(memory, &a.queries, 0, 0, resident);
+        for (int t = 0; t < kTiles; t++) {
+            if (!bug("missing wait for empty")) caco::mbarrier_wait(empty + t % kStages, (t / kStages & 1) ^ 1);
+            const int bytes = kSlabBytes + (bug("too many bytes") ? 16 : bug("too few bytes") ? -16 : 0);
+            caco::mbarrier_arrive_expect(full + t % kStages, bytes);
+            char *to = stage(t) + (bug("misaligned destination") ? 128 : 0);
+            caco::tma_load(to, &a.bank, 0, t * kColumns, full + t % kStages);
+        }
+        return;
+    }
+    float s[kColumns / 8][4] = {}, o[kChannels / 8][4] = {};
+    uint32_t weights[kColumns / 16][4];
+    caco::mbarrier_wait(resident, 0);
+    for (int t = 0; t < kTiles; t++) {
+        const unsigned parity = bug("wrong parity") ? t & 1 : t / kStages & 1;
+        if (!bug("missing wait for full")) caco::mbarrier_wait(full + t % kStages, parity);
+        if (!bug("missing fence")) caco::wgmma_fence();
+        if (bug("diverged warpgroup") && threadIdx.x / 32 == 2) continue;
+        const caco::Operand rows = caco::swizzled_operand(memory, 0), streamed = caco::swizzled_operand(stage(t), 0);
+        for (int k = 0; k < kChannels / 16; k++) {
+            const int bytes = 32 * k + (bug("operand beyond its slab") && k == 3 ? kSharedBytes : 0);
+            caco::wgmma_scores<bf16>(s, caco::further_by(rows, 32 * k), caco::further_by(streamed, bytes), k > 0);
+        }
+        if (!bug("missing commit")) caco::wgmma_commit();
+        if (!bug("missing wait for products")) caco::wgmma_wait<0>(s);
+        for (int k = 0; k < kColumns / 16; k++) {
+            for (int r = 0; r < 4; r++) {
+                weights[k][r] = caco::pack<bf16>(s[2 * k + r / 2][r % 2 * 2], s[2 * k + r / 2][r % 2 * 2 + 1]);
+            }
+        }
+        caco::wgmma_fence();
+        for (int k = 0; k < kColumns / 16; k++) {
+            caco::wgmma_accumulate<bf16>(o, weights[k], caco::further_by(streamed, 16 * k * caco::kSlabRowBytes));
+        }
+        caco::wgmma_commit();
+        if (bug("weights written too early")) weights[1][2] = 0;
+        if (bug("released too early") && threadIdx.x % 32 == 0) caco::mbarrier_arrive(empty + t % kStages);
+        caco::wgmma_wait<0>(o);
+        if (!bug("released too early") && threadIdx.x % 32 == 0) caco::mbarrier_arrive(empty + t % kStages);
+    }
+    if (blockIdx.x != 0) return;
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    for (int n = 0; n < kChannels / 8; n++) {
+        for (int e = 0; e < 4; e++) {
+            a.sums[(row + e / 2 * 8) * kChannels + 8 * n + threadIdx.x % 4 * 2 + e % 2] = o[n][e];
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    auto option = [&](int at, int otherwise) { return at < argc ? std::atoi(argv[at]) : otherwise; };
+    emu::schedule = {unsigned(option(2, 0)), option(3, 0) != 0, option(4, 1) != 0, 2};
+    const std::string bug = argc > 1 ? argv[1] : "none";
+    // A query has one channel that is not zero, so every score is a small integer and all is exact in bf16.
+    std::vector<uint16_t> queries(kRows * kChannels), bank;
+    std::vector<float> expected(kRows * kChannels), sums(kRows * kChannels, NAN);
+    auto channel = [](int row) { return row * 5 % kChannels; };
+    auto value = [](int column, int c) { return float((column * 7 + c * 3) % 11); };
+    for (int row = 0; row < kRows; row++) queries[row * kChannels + channel(row)] = emu::float_to_bfloat16(2);
+    for (int column = 0; column < kTiles * kColumns; column++) {
+        for (int c = 0; c < kChannels; c++) {
+            bank.push_back(emu::float_to_bfloat16(value(column, c)));
+            for (int row = 0; row < kRows; row++) {
+                expected[row * kChannels + c] += 2 * value(column, channel(row)) * value(column, c);
+            }
+        }
+    }
+    auto map = [&](const std::vector<uint16_t> &rows, int box_rows) {
+        return caco::make_tensor_map(rows.data(), rows.size() / kChannels, kChannels, caco::OperandType::kBfloat16,
+                                     box_rows);
+    };
+    Arguments arguments{bug, map(queries, kRows), map(bank, kColumns), sums.data()};
+    if (bug == "missing swizzle") arguments.bank.swizzled = false;
+    if (bug == "wrong box") arguments.bank.box_rows = kColumns / 2;
+    try {
+        caco::launch("planted", kernel, dim3(kBlocks), 2 * caco::kWarpgroupThreads, kSharedBytes, nullptr, arguments);
+    } catch (const std::exception &error) {
+        std::printf("error: %s\n", error.what());
+        return 1;
+    }
+    const bool good = sums == expected;
+    std::printf("%s, %ld conflicts\n", good ? "ok" : "wrong", emu::counters.bank_conflicts.load());
+    return good ? 0 : 1;
+}
