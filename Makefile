@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 .PHONY: quickstart test setup build clean
 
 quickstart: build
-	@echo "[3/3] training on the embedded Fashion-MNIST subset, about 4 minutes on two cores; run folder $(RUN)"
+	@echo "[3/3] training on the embedded Fashion-MNIST subset, two to four minutes; a run in $(RUN) is gone on with"
 	$(PY) tools/train.py --config configs/quickstart.yaml --resume auto run.folder=$(RUN)
 
 test: build
@@ -30,9 +30,10 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	@echo "[1/3] environment in $(VENV): torch is some 3 GB to fetch the first time"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is wanted, PYTHON=python3.12 names one")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -q --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --disable-pip-version-check -q $(TORCH)
+	$(PY) -m pip install --disable-pip-version-check $(TORCH)
 	$(PY) -m pip install --disable-pip-version-check -q ninja "pybind11>=2.13"
 	$(PY) -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[dev]"
 	@touch $(READY)

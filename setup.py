@@ -52,7 +52,10 @@ def define(name: str, value: str) -> str:
 
 def ninja_rules(nvcc: str, module: Path) -> str:
     """The build in ninja's language: one object per source, linked by nvcc."""
-    import pybind11  # here, so that an installation without nvcc does not need it
+    try:
+        import pybind11  # here, so that an installation without nvcc does not need it
+    except ImportError:
+        raise SystemExit("error: pybind11 not found; pip install pybind11 ninja") from None
 
     arches = wanted_arches(nvcc)
     release = output_of(nvcc, "--version").split("release ")[1].split(",")[0]

@@ -29,7 +29,7 @@ class Config:
 
     method: str = setting("caco", "caco or moco; the section of that name configures it")
     data: DataConfig = section(DataConfig, "images and their loader")
-    views: list[ViewConfig] = setting([ViewConfig()], "how views of an image are drawn; caco: two large ones first")
+    views: list[ViewConfig] = setting([ViewConfig(count=2)], "how views are drawn; caco: two large ones first")
     backbone: BackboneConfig = section(BackboneConfig, "the encoder that is kept")
     projector: ProjectorConfig = section(ProjectorConfig, "the head that is trained with it")
     caco: CaCoConfig = section(CaCoConfig, "the learnable bank")
@@ -159,7 +159,8 @@ def _override(tree: DictConfig, override: str) -> None:
     try:
         # OmegaConf reads `key=` as null; here it empties a string.
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"] if value else ""
-        OmegaConf.update(tree, key, parsed, merge=True)
+        # An empty mapping empties what is there; every other one is merged into it.
+        OmegaConf.update(tree, key, parsed, merge=parsed != {})
     except OmegaConfBaseException as error:
         raise UserError(f"argument '{override}': {_explain(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:

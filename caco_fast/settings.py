@@ -4,6 +4,8 @@ import copy
 from dataclasses import field
 from typing import Any
 
+from caco_fast.errors import UserError
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and the line that `--print-config` shows beside it.
@@ -18,3 +20,9 @@ def setting(default: Any, help: str) -> Any:
 def section(kind: type, help: str) -> Any:
     """A dataclass field that holds another component's settings at their defaults."""
     return field(default_factory=kind, metadata={"help": help})
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raises UserError where a setting is too small."""
+    if value < least:
+        raise UserError(f"{name}: must be at least {least}, found {value}")

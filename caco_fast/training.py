@@ -12,15 +12,15 @@ from caco_fast.data import build_eval_loader, build_source, build_train_loader
 from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.launch import launched
-from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler
 from caco_fast.engine.progress import Progress, log_to_console, table
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import Trainer
+from caco_fast.engine.trainer import TRAINING, Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS
-from caco_fast.models import EncoderPair, build_encoder_pair, synchronise_batch_norm
+from caco_fast.models import Encoder, EncoderPair, build_encoder_pair, synchronise_batch_norm
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 log = logging.getLogger("caco_fast.training")
@@ -49,6 +49,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     """
     with launched(config.trainer) as device:
         log_to_console()
+        config.checkpoint.validate()
         run = RunFolder(folder)
         store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
         # Rank 0 decides, because the others may see the folder later.
@@ -67,8 +68,8 @@ def build_trainer(
     """Every component of a run, from its own section of the configuration. `resume_at`: where its metrics go on."""
     if config.method not in METHODS:
         raise UserError(f"method: found '{config.method}', want one of {', '.join(METHODS)}")
-    if config.trainer.epochs < 1 or config.trainer.batch_size < 1 or config.trainer.log_every < 1:
-        raise UserError("trainer: epochs, batch_size and log_every must be at least 1")
+    config.trainer.validate()
+    config.checkpoint.validate()
     config.evaluation.validate()
     torch.manual_seed(config.trainer.seed)
     encoders = _build_encoders(config, device)
@@ -123,11 +124,8 @@ def _run(
     trainer = build_trainer(config, run, store, device, state["position"]["total_steps"] if state else None)
     try:
         evaluator = trainer.evaluator
-        if evaluator is not None and config.evaluation.baselines and "knn_random" not in run.read_summary():
-            log.info("scoring raw pixels and the encoder before training")
-            # Before the checkpoint is loaded, so that the encoder is the random-initialised one also in a resumed run.
-            run.summary(_named("raw", evaluator.raw_scores()))
-            run.summary(_named("random", evaluator.scores(trainer.encoders.query)))
+        if evaluator is not None and config.evaluation.baselines:
+            _score_baselines(config, run, evaluator, trainer.encoders.query)
         if state is not None:
             _report_changes(config, state["config"])
             trainer.load_state_dict(state, str(checkpoint))
@@ -142,6 +140,21 @@ def _run(
         trainer.close()
 
 
+def _score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Encoder) -> None:
+    """Raw pixels and the encoder as it was drawn, unless the summary has them for these very settings.
+
+    Before a checkpoint is loaded, so that the encoder is the random-initialised one in a resumed run too.
+    """
+    asked = {"k": list(config.evaluation.k), "share": config.evaluation.train_share, "seed": config.trainer.seed}
+    # Rank 0 decides, because the others may see the folder later.
+    if broadcast_object(run.read_summary().get("baselines") == asked):
+        return
+    log.info("scoring raw pixels (a linear probe of them takes some 20 s)")
+    raw = _named("raw", evaluator.raw_scores())
+    log.info("scoring the random-initialised encoder")
+    run.summary(raw | _named("random", evaluator.scores(encoder)) | {"baselines": asked})
+
+
 def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
     """The figures of the run as it now stands: summary.json, curves.png and, where it is evaluated, a table."""
     at = trainer.position
@@ -149,9 +162,11 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         "finished": trainer.finished,
         "steps": at.total_steps,
         "train_seconds": round(at.train_seconds, 1),
-        "pairs_per_second": round(at.total_steps * config.trainer.batch_size / max(at.train_seconds, 1e-9), 1),
+        "initialisation_steps": at.total_steps - at.step if at.phase == TRAINING else at.total_steps,
+        # Of the present phase: a step of the initialisation does half the work of one of training.
+        "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
     }
-    values |= {f"positive_probability_{when}": value for when, value in trainer.positive_probability.items()}
+    values |= trainer.positives
     values["bad_images"] = len(trainer.loader.bad_images)
     if trainer.evaluator is not None:
         values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
@@ -161,7 +176,8 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         # Here, because matplotlib takes a second to import and the other ranks don't need it.
         from caco_fast.engine.curves import draw_curves
 
-        draw_curves(run.path)
+        if read_metrics(run.path):
+            draw_curves(run.path)
         _show(config, run, summary)
     barrier()
     return summary
@@ -183,7 +199,9 @@ def _show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
         start, end = summary["positive_probability_start"], summary["positive_probability_end"]
         log.info("mean probability of the chosen positive: %.4f at the start, %.4f at the end", start, end)
     pairs, seconds = summary["pairs_per_second"], summary["train_seconds"]
-    log.info("%s pairs/s over %.0f s of training (%d steps)", f"{pairs:,.0f}", seconds, summary["steps"])
+    first = summary["initialisation_steps"]
+    steps = summary["steps"]
+    log.info("%d steps in %.0f s, of which %d fill the bank; %s pairs/s", steps, seconds, first, f"{pairs:,.0f}")
     log.info("everything is in %s: summary.json, curves.png, metrics.jsonl, config.yaml, checkpoints/", run.path)
 
 
@@ -224,7 +242,12 @@ def _build_evaluator(config: Config, device: torch.device) -> Evaluator | None:
 
 def _report_changes(config: Config, before: str) -> None:
     """Names each setting that differs from those the checkpoint was made with."""
-    then, now = settings_of(from_yaml(before)), settings_of(config)
+    try:
+        then = settings_of(from_yaml(before))
+    except UserError as error:
+        log.warning("the checkpoint's settings can't be compared with the present ones: %s", error)
+        return
+    now = settings_of(config)
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             log.warning("resuming with another %s: %s, was %s", key, now.get(key), then.get(key))

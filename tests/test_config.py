@@ -220,3 +220,9 @@ def test_a_mutable_default_is_copied_for_every_instance() -> None:
 
     Mine().items.append(2)
     assert Mine().items == [1]
+
+
+def test_an_empty_mapping_clears_the_options_of_a_file():
+    quickstart = next(path for path in CONFIGS if path.stem == "quickstart")
+    config = load_config(quickstart, ["backbone.name=vit_tiny_patch16_224", "backbone.options={}"])
+    assert config.backbone.options == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -28,9 +29,9 @@ def build_source(config: DataConfig, split: str) -> Source:
     if config.source == "embedded":
         source: Source = fashion_mnist(split)
     elif config.source == "cifar10":
-        source = cifar10(config.path, split)
+        source = cifar10(os.path.expanduser(config.path), split)
     else:
-        source = FolderSource(config.path, split)
+        source = FolderSource(os.path.expanduser(config.path), split)
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and len(values) != source.channels:

@@ -101,8 +101,11 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
             scale.tick_params(axis="y", colors=colour)
             scale.spines["top"].set_visible(False)
     if len(series) == 1 and not panel.own_scales:
-        values = next(iter(series.values()))[1]
-        axes.set_title(f"{_figure(values[0])} \u2192 {_figure(values[-1])}", loc="right", fontsize=10, color="#555555")
+        steps, values = next(iter(series.values()))
+        # Loss and probability mean something else in the initialisation; what is compared begins after it.
+        trained = [value for step, value in zip(steps, values) if initialised is None or step > initialised] or values
+        ends = f"{_figure(trained[0])} \u2192 {_figure(trained[-1])}"
+        axes.set_title(ends, loc="right", fontsize=10, color="#555555")
     elif not two_scales:
         for line, (_, values) in zip(drawn, series.values()):
             line.set_label(f"{line.get_label()}: {_figure(values[-1])}")

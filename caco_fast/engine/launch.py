@@ -17,6 +17,7 @@ from caco_fast.errors import UserError
 @contextmanager
 def launched(config: TrainerConfig) -> Iterator[torch.device]:
     """Joins the process group where torchrun started one, and leaves it at the end; gives this rank's device."""
+    config.validate()
     device = _device(config.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // local_ranks))

@@ -52,7 +52,9 @@ class RunFolder:
         """
         if rank() != 0:
             return
-        if resume == "never" and self.holds_run():
+        # Going on from elsewhere would cut the metrics and prune the checkpoints of the run that is here.
+        foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
+        if (resume == "never" or foreign) and self.holds_run():
             raise UserError(
                 f"run folder {self.path} already holds a run: go on with it by --resume auto, or choose another folder"
             )

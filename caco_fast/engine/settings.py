@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from caco_fast.settings import setting
+from caco_fast.settings import require_at_least, setting
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,20 @@ class TrainerConfig:
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
 
+    def validate(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
+            require_at_least(f"trainer.{name}", getattr(self, name), least)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_epochs: int = setting(1, "epochs between two checkpoints; 0: none at the end of epochs")
+    every_epochs: int = setting(1, "epochs between two checkpoints; those with kNN have one anyway; 0: only those")
     every_steps: int = setting(0, "steps between two checkpoints, within an epoch too; 0: none by steps")
     keep: int = setting(3, "newest checkpoints kept beside best.pt")
+
+    def validate(self) -> None:
+        for name, least in (("every_epochs", 0), ("every_steps", 0), ("keep", 1)):
+            require_at_least(f"checkpoint.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)

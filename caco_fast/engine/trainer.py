@@ -47,6 +47,7 @@ class Position:
     step: int = 0
     total_steps: int = 0
     epochs_ended: int = 0
+    phase_seconds: float = 0.0
     train_seconds: float = 0.0
 
 
@@ -119,8 +120,8 @@ class Trainer:
         self.interrupt = Interrupt()
         self.position = Position()
         self._interval = Interval()
-        # Mean probability of the chosen positive in the first and the last log line of the training phase.
-        self.positive_probability: dict[str, float] = {}
+        # Of the chosen positives in the first and the last log line of the training phase, for the summary.
+        self.positives: dict[str, float] = {}
         self._rates = Rates(0.0, 0.0, 0.0)
         self._mark = 0.0
         self._saved: tuple[int, int] | None = None
@@ -168,7 +169,7 @@ class Trainer:
             if steps:
                 self.method.finish_preparation(self.encoders)
                 self.optimizer.state.clear()
-            self.position.phase, self.position.step = TRAINING, 0
+            self.position.phase, self.position.step, self.position.phase_seconds = TRAINING, 0, 0.0
             self._interval.clear()
 
     def _train(self) -> None:
@@ -229,6 +230,7 @@ class Trainer:
             values = self._interval.means()
         now = time.perf_counter()
         self._interval.seconds += now - self._mark
+        self.position.phase_seconds += now - self._mark
         self.position.train_seconds += now - self._mark
         if values is not None:
             self._log(values, epoch)
@@ -263,8 +265,10 @@ class Trainer:
         }
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
         if epoch >= 0 and "positive_probability" in values:
-            self.positive_probability.setdefault("start", values["positive_probability"])
-            self.positive_probability["end"] = values["positive_probability"]
+            self.positives.setdefault("positive_probability_start", values["positive_probability"])
+            self.positives["positive_probability_end"] = values["positive_probability"]
+            if "positive_perplexity" in values:
+                self.positives["positive_perplexity_end"] = values["positive_perplexity"]
         self._interval.clear()
 
     def _end_epoch(self, epochs_done: int) -> None:
@@ -278,7 +282,7 @@ class Trainer:
             log.info("epoch %d/%d: %s", epochs_done, self.config.epochs, found)
         self.position.epochs_ended = epochs_done
         every = self.checkpoint.every_epochs
-        if last or (every and epochs_done % every == 0):
+        if last or scores or (every and epochs_done % every == 0):
             self._save(score=next(iter(scores.values()), None))
 
     def _require_finite(self, step: int) -> None:
@@ -331,7 +335,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "random": random_state.capture_ranks(),
             "interval": asdict(self._interval),
-            "positive_probability": dict(self.positive_probability),
+            "positives": dict(self.positives),
         }
 
     def load_state_dict(self, state: dict[str, Any], name: str) -> None:
@@ -359,11 +363,14 @@ class Trainer:
             try:
                 target.load_state_dict(state[part])
             except (RuntimeError, ValueError, KeyError, UserError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{name} does not fit this configuration ({part}): {reason}") from None
+                reason = " ".join(str(error).split())[:160]
+                raise UserError(
+                    f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
+                    "or the settings it was made with, which stand in config.yaml there"
+                ) from None
         random_state.restore_ranks(state["random"])
         self._interval = Interval(**state["interval"])
         self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}
-        self.positive_probability = dict(state["positive_probability"])
+        self.positives = dict(state["positives"])
         self.position = position
         self._saved = (position.total_steps, position.epochs_ended)

@@ -16,7 +16,7 @@ from caco_fast.evaluate.features import extract_features
 from caco_fast.evaluate.knn import knn_accuracy
 from caco_fast.evaluate.linear_probe import linear_probe
 from caco_fast.models import Encoder
-from caco_fast.settings import setting
+from caco_fast.settings import require_at_least, setting
 
 EvalBatches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
@@ -39,6 +39,10 @@ class EvaluationConfig:
     def validate(self) -> None:
         if not self.k or min(self.k) < 1:
             raise UserError(f"evaluation.k: want a list of numbers of at least 1, found {list(self.k)}")
+        if len(set(self.k)) < len(self.k):
+            raise UserError(f"evaluation.k: want every number once, found {list(self.k)}")
+        require_at_least("evaluation.every_epochs", self.every_epochs, 0)
+        require_at_least("evaluation.batch_size", self.batch_size, 1)
         if not 0 < self.train_share <= 1:
             raise UserError(f"evaluation.train_share: must lie in (0, 1], found {self.train_share}")
         if not self.temperature > 0:

@@ -47,7 +47,7 @@ class Method(nn.Module, ABC):
         """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1]."""
 
     def rates(self, warmup: float) -> dict[str, float]:
-        """The rates of `update` at this warm-up, for the log."""
+        """The rates of `update` at this warm-up, and what else is read on log steps only."""
         return {}
 
     def preparation_steps(self, batch_size: int) -> int:

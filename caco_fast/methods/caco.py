@@ -184,7 +184,7 @@ class CaCo(Method):
 
     def update(self, warmup: float) -> None:
         if self._keys is None:
-            self.bank.step(self.rates(warmup)["bank_lr"])
+            self.bank.step(self.config.bank_lr * warmup)
             return
         # The batch that reaches the last row ends there: the bank fills once, then goes on as a queue from row 0.
         next_row = self.bank.fill(self._keys, int(self.next_row))
@@ -192,7 +192,7 @@ class CaCo(Method):
         self._keys = None
 
     def rates(self, warmup: float) -> dict[str, float]:
-        return {"bank_lr": self.config.bank_lr * warmup}
+        return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}
 
     def preparation_steps(self, batch_size: int) -> int:
         until_full = -(-self.config.bank_size // batch_size)

@@ -88,7 +88,9 @@ def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, 
     whole, parts = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
     for state in (whole, parts):
         # The clock is the one thing that may differ.
-        del state["position"]["train_seconds"], state["interval"]["seconds"], state["config"]
+        for clock in ("train_seconds", "phase_seconds"):
+            del state["position"][clock]
+        del state["interval"]["seconds"], state["config"]
     assert_same(parts, whole)
 
 
@@ -198,3 +200,42 @@ def test_an_epoch_whose_end_was_missed_is_ended_on_resume(images, tmp_path, monk
             train(config(images, "checkpoint.every_steps=5"), tmp_path / "run")
     train(config(images, "checkpoint.every_steps=5"), tmp_path / "run", "auto")
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "knn_3" in line] == [10, 15]
+
+
+def test_a_checkpoint_from_elsewhere_does_not_cut_the_run_that_is_there(images, tmp_path):
+    train(config(images, "trainer.max_steps=7"), tmp_path / "other")
+    train(config(images), tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    elsewhere = CheckpointStore(tmp_path / "other" / "checkpoints").latest()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config(images), tmp_path / "run", str(elsewhere))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert train(config(images), tmp_path / "new", str(elsewhere))["finished"]
+
+
+def test_every_knn_has_its_checkpoint_so_that_the_best_is_kept(images, tmp_path):
+    train(config(images, "checkpoint.every_epochs=0"), tmp_path / "run")
+    scores = {line["step"]: line["knn_3"] for line in read_metrics(tmp_path / "run") if "knn_3" in line}
+    step, score = CheckpointStore(tmp_path / "run" / "checkpoints").best()
+    assert score == max(scores.values()) and scores[step] == score
+
+
+def test_a_run_shorter_than_a_log_interval_ends_well(images, tmp_path):
+    summary = train(config(images, "trainer.max_steps=2", "trainer.log_every=10"), tmp_path / "run")
+    assert summary["steps"] == 2 and not summary["finished"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["evaluation.k=[3, 3]", "checkpoint.keep=0", "trainer.cpu_threads=-1", "trainer.batch_size=1"]
+)
+def test_a_setting_out_of_range_is_named(images, tmp_path, setting):
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        train(config(images, setting), tmp_path / "run")
+
+
+def test_baselines_are_scored_anew_for_other_neighbours(images, tmp_path):
+    train(config(images, "evaluation.baselines=true", "trainer.max_steps=1"), tmp_path / "run")
+    summary = train(
+        config(images, "evaluation.baselines=true", "trainer.max_steps=2", "evaluation.k=[1]"), tmp_path / "run", "auto"
+    )
+    assert summary["baselines"]["k"] == [1]
