@@ -3,7 +3,6 @@
 Legend: K bank rows, C channels.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from caco_fast.errors import UserError
+from caco_fast.host import available_bytes
 
 # How torch words a refused allocation on the CPU, which is a plain RuntimeError there.
 REFUSALS = ("can't allocate memory", "not enough memory")
@@ -42,21 +42,6 @@ def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in REFUSALS):
             raise UserError(f"{message} that torch could get: {advice}") from None
         raise
-
-
-def available_bytes() -> int | None:
-    """Main memory that can still be had, None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def check_loaded_shape(state: Mapping[str, Any], key: str, buffer: Tensor, what: str) -> None:

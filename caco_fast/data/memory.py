@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from caco_fast.data.reading import BadImages
 from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import BadImageError, Source
 from caco_fast.errors import UserError
+from caco_fast.host import available_bytes
 
 # The rest is for the training itself.
 _MEMORY_SHARE = 0.5
@@ -151,8 +151,4 @@ def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on the device, in bytes; None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
+    return available_bytes()
