@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -76,13 +77,12 @@ class FolderSource:
 
     def image(self, index: int) -> Image.Image:
         """The decoded image as RGB, its EXIF orientation ignored as the published recipes do."""
-        path = self.root / os.fsdecode(self._raw_name(index))
-        # PIL raises nearly any exception on damaged files; only its work on this one file stands inside the try.
+        return decode(self._path(index))
+
+    def encoded(self, index: int) -> bytes:
         try:
-            with Image.open(path, formats=_FORMATS) as image:
-                image.load()
-                return _as_rgb(image)
-        except Exception as error:
+            return self._path(index).read_bytes()
+        except OSError as error:
             raise BadImageError(f"{type(error).__name__}: {error}") from error
 
     def label(self, index: int) -> int:
@@ -91,8 +91,22 @@ class FolderSource:
     def name(self, index: int) -> str:
         return str(self.root / self._raw_name(index).decode("utf-8", "backslashreplace"))
 
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self._raw_name(index))
+
     def _raw_name(self, index: int) -> bytes:
         return self._names[self._ends[index - 1] if index else 0 : self._ends[index]]
+
+
+def decode(file: Path | BinaryIO) -> Image.Image:
+    """A file's image as RGB, its EXIF orientation ignored; BadImageError where PIL can't decode it."""
+    # PIL raises nearly any exception on damaged files; only its work on this one file stands inside the try.
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            image.load()
+            return _as_rgb(image)
+    except Exception as error:
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _split_folder(path: Path, split: str) -> Path:

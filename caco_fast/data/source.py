@@ -5,6 +5,7 @@ Legend: N images, h x w pixels, ch channels.
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ class Source(Protocol):
         """A PIL image (mode RGB or L) or a uint8 array [h, w, ch]; BadImageError where it can't be read."""
         ...
 
+    def encoded(self, index: int) -> bytes:
+        """The image file's bytes, undecoded and unchecked (JPEG, PNG, ...); BadImageError where they can't be read."""
+        ...
+
     def label(self, index: int) -> int: ...
 
     def name(self, index: int) -> str:
@@ -63,6 +68,11 @@ class ArraySource:
 
     def image(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def encoded(self, index: int) -> bytes:
+        file = io.BytesIO()
+        as_pil(self.images[index]).save(file, "PNG")
+        return file.getvalue()
 
     def label(self, index: int) -> int:
         return int(self.labels[index])

@@ -203,3 +203,14 @@ def test_a_folder_that_may_not_be_read_is_one_clear_line(tmp_path: Path) -> None
     finally:
         os.seteuid(os.getuid())
         closed.chmod(0o700)
+
+
+def test_encoded_is_the_file_and_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(folder / "a.png")
+    source = FolderSource(str(tmp_path))
+    assert source.encoded(0) == (folder / "a.png").read_bytes()
+    (folder / "a.png").unlink()
+    with pytest.raises(BadImageError, match="FileNotFoundError"):
+        source.encoded(0)
