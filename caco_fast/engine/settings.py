@@ -15,10 +15,13 @@ class TrainerConfig:
     cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
+    deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")
+    collective_timeout: int = setting(600, "seconds that a rank waits for the others before the run ends (status 75)")
 
     def validate(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
+        require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
 
 
 @dataclass(frozen=True)

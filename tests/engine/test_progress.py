@@ -63,7 +63,7 @@ def test_phase_before_the_epochs_has_its_name(screen: io.StringIO) -> None:
     with progress:
         progress.start_phase("initialisation", 30, first_step=19)
         progress.step(VALUES)
-    assert re.fullmatch(rf"initialisation step 20/30 \| {LINE}\n", screen.getvalue())
+    assert re.fullmatch(rf"initialisation step 20/30 \| {LINE} of the initialisation\n", screen.getvalue())
 
 
 def test_rate_and_eta(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from caco_fast.errors import UserError
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[RunFolder]:
     made = RunFolder(tmp_path / "runs" / "one")
+    made.claim()
     yield made
     made.close()
 
@@ -41,13 +42,12 @@ def test_new_run_in_a_used_folder_is_refused_with_both_ways_out(folder: RunFolde
     folder.start("a: 1\n")
     folder.metrics.write_text('{"step": 1, "epoch": 0}\n')
     with pytest.raises(UserError, match=r"already holds a run.*--resume auto, or choose another folder"):
-        RunFolder(folder.path).start("a: 2\n", resume="never")
+        RunFolder(folder.path).claim(resume="never")
     assert folder.config.read_text() == "a: 1\n"
 
 
 def test_new_run_in_an_empty_folder_is_fine(folder: RunFolder) -> None:
-    folder.path.mkdir(parents=True)
-    folder.start("a: 1\n", resume="never")
+    folder.claim(resume="never")
 
 
 def test_resume_adds_an_entry_and_goes_on_in_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +80,7 @@ def test_summary_merges(folder: RunFolder) -> None:
 def test_path_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run can't be written: Not a directory"):
-        RunFolder(tmp_path / "file" / "run").start("")
+        RunFolder(tmp_path / "file" / "run").claim()
 
 
 def test_close_ends_the_log(folder: RunFolder) -> None:
