@@ -4,6 +4,8 @@
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,7 +32,8 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
     timeout = timedelta(seconds=max(1, config.collective_timeout))
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:
+        store = _room_of_this_start(store, rank, ranks, timeout)
+    except (dist.DistError, TimeoutError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(f"the ranks did not meet at {place} ({' '.join(str(error).split())[:120]})") from None
     with one_voice(dist.PrefixStore("one voice", store), rank, ranks):
@@ -44,6 +47,37 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         yield device
         # Not after an error: it may wait for ranks that are gone.
         dist.destroy_process_group()
+
+
+def _room_of_this_start(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> dist.Store:
+    """A part of the store that no earlier start has written to. Raises TimeoutError where not all ranks come.
+
+    torchrun keeps one store over all its restarts, in which a rank finds the addresses of those that were killed; its
+    count of restarts is no name for the part, because each machine counts for itself (pytorch issues 135712, 167288).
+    So each rank says hello by a name of its own, and under that name, which nobody knew before, gets that of the part.
+    """
+    me, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    there: set[int] = set()
+    while time.monotonic() < end:
+        if rank != 0:
+            # Again each time: an earlier start's rank may have said its own in between.
+            store.set(f"hello/{rank}", me)
+            if store.check([f"welcome/{me}"]):
+                room = dist.PrefixStore(store.get(f"welcome/{me}").decode(), store)
+                room.set(f"here/{rank}", "")
+                return room
+        else:
+            room = dist.PrefixStore(me, store)
+            for other in set(range(1, ranks)) - there:
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", me)
+                if room.check([f"here/{other}"]):
+                    there.add(other)
+            if len(there) == ranks - 1:
+                return room
+        time.sleep(0.02)
+    missing = sorted(set(range(1, ranks)) - there) if rank == 0 else [0]
+    raise TimeoutError(f"no sign of rank {', '.join(map(str, missing))} within {timeout.total_seconds():.0f} s")
 
 
 def _prepare(config: TrainerConfig) -> torch.device:
