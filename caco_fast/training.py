@@ -149,7 +149,13 @@ def _run(
         if not trainer.finished:
             trainer.metrics.open()
             trainer.run()
-        return _finish(config, run, trainer)
+        summary = _finish(config, run, trainer)
+        if broadcast_object(trainer.save_failed):
+            raise UserError(
+                f"the run ended without its last checkpoint, the newest is {store.latest() or 'none'}; make room and "
+                "go on from there with --resume auto"
+            )
+        return summary
     finally:
         trainer.close()
 

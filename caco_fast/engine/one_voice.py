@@ -12,7 +12,7 @@ from caco_fast.engine.interrupt import Interrupted
 from caco_fast.errors import UserError
 
 # How long a rank that lost contact waits for the word of the others. torchrun gives them 30 s.
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 3.0
 LOST = 75
 # gloo's errors have no type of their own.
 MARKS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout")

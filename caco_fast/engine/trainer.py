@@ -124,7 +124,8 @@ class Trainer:
         self._rates = Rates(0.0, 0.0, 0.0)
         self._mark = 0.0
         self._saved: tuple[int, int] | None = None
-        self._save_failed = False
+        # On rank 0: whether the latest checkpoint that was due could not be written.
+        self.save_failed = False
 
     def run(self) -> None:
         """From the present position to the end of the run, or to `max_steps`.
@@ -248,7 +249,7 @@ class Trainer:
             return
         self._save()
         done = f"stopped by {asked.name} after step {self.position.total_steps}"
-        if self._save_failed:
+        if self.save_failed:
             done += f", without a checkpoint of it: the newest is {self.store.latest() or 'none'}"
         raise Interrupted(done, 128 + asked.value)
 
@@ -309,7 +310,7 @@ class Trainer:
             return
         self._require_finite(self.position.total_steps)
         state = self.state_dict()
-        self._saved, self._save_failed = at, False
+        self._saved, self.save_failed = at, False
         if rank() != 0:
             return
         try:
@@ -317,7 +318,7 @@ class Trainer:
             if score is not None:
                 self.store.save_best(path, self.position.total_steps, score)
         except CheckpointWriteError as error:
-            self._save_failed = True
+            self.save_failed = True
             log.error("%s; training goes on without it", error)
 
     def state_dict(self) -> dict[str, Any]:
