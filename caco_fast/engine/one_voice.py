@@ -11,8 +11,9 @@ import torch.distributed as dist
 from caco_fast.engine.interrupt import Interrupted
 from caco_fast.errors import UserError
 
-# How long a rank that lost contact waits for the word of the others. torchrun gives them 30 s.
-PATIENCE_SECONDS = 3.0
+# How long a rank that lost contact waits for the word of the others, some of which may be busy with a step; torchrun
+# gives them 30 s. Where only one is silent, it is that one.
+PATIENCE_SECONDS, PATIENCE_WITH_ONE = 10.0, 1.0
 LOST = 75
 # gloo's errors have no type of their own.
 MARKS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout")
@@ -69,9 +70,11 @@ def _report_loss(store: dist.Store, rank: int, ranks: int, error: Exception) -> 
     reason = " ".join(str(error).split("] ")[-1].split())[:120]
     try:
         store.set(f"left/{rank}", "")
-        end = time.monotonic() + PATIENCE_SECONDS
-        while (silent := [r for r in others if not store.check([f"left/{r}"])]) and time.monotonic() < end:
-            if _spoken(store, [other for other in others if other not in silent]):
+        begun = time.monotonic()
+        while silent := [other for other in others if not store.check([f"left/{other}"])]:
+            patience = PATIENCE_WITH_ONE if len(silent) == 1 else PATIENCE_SECONDS
+            heard = [other for other in others if other not in silent]
+            if time.monotonic() > begun + patience or _spoken(store, heard):
                 break
             time.sleep(0.05)
         if _spoken(store, [other for other in others if other not in silent]) or store.add("lost", 1) > 1:

@@ -33,6 +33,7 @@ RANKS = 3
 # A bank large enough that a checkpoint's write can be hit.
 SETTINGS = ("caco.bank_size=40000", "caco.warm_start_steps=5", "checkpoint.every_steps=2")
 SETTINGS += ("trainer.batch_size=9", "trainer.epochs=6", "evaluation.every_epochs=3", "trainer.collective_timeout=60")
+STEPS = 29
 LIMIT_SECONDS = 60.0
 
 
@@ -57,9 +58,9 @@ def same(left: list, right: list) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def kill_at_a_moment(ranks: Ranks, folder: Path, rank: int, seconds: float, in_write: bool) -> None:
-    """Kills `rank` so long after the first step, or within the next checkpoint's write, if it still runs then."""
-    while not read_metrics(folder) and ranks.running():
+def kill_at_a_moment(ranks: Ranks, folder: Path, rank: int, step: int, seconds: float, in_write: bool) -> None:
+    """Kills `rank` so long after a step was logged, or within the next checkpoint's write, if it still runs then."""
+    while ranks.running() and not any(line["step"] >= step for line in read_metrics(folder)):
         time.sleep(0.002)
     time.sleep(seconds)
     while in_write and ranks.running() and not any((folder / "checkpoints").glob(".step_*.writing")):
@@ -68,13 +69,14 @@ def kill_at_a_moment(ranks: Ranks, folder: Path, rank: int, seconds: float, in_w
         ranks.send(rank, signal.SIGKILL)
 
 
-def moment(number: int, place: Path, chance: random.Random, whole_seconds: float, whole: Path) -> dict:
+def moment(number: int, place: Path, chance: random.Random, step_seconds: float, whole: Path) -> dict:
     folder = place / f"moment {number}"
     in_write = number % 3 == 2
     rank = 0 if in_write else chance.randrange(RANKS)
-    after = chance.uniform(0, 0.8 if in_write else 1.0) * whole_seconds
+    # The last checkpoints are written at steps 28 and 29.
+    step, share = chance.randint(1, 25 if in_write else 28), chance.random()
     ranks = start(folder)
-    kill_at_a_moment(ranks, folder, rank, after, in_write)
+    kill_at_a_moment(ranks, folder, rank, step, share * step_seconds, in_write)
     took = ranks.wait(LIMIT_SECONDS)
     killed = ranks.codes[rank] == -signal.SIGKILL
     errors = [line for line in ranks.said().splitlines() if line.startswith("error: ")]
@@ -92,7 +94,7 @@ def moment(number: int, place: Path, chance: random.Random, whole_seconds: float
     assert losses(folder) == losses(whole), "the resumed run has other losses"
     assert same(end_of(folder), end_of(whole)), "the resumed run ends in another state"
     shutil.rmtree(folder)
-    place_in_time = {"moment": number, "rank": rank, "after_s": round(after, 2), "killed": killed}
+    place_in_time = {"moment": number, "rank": rank, "step": round(step + share, 2), "killed": killed}
     found = {"in_write": in_write, "leftovers": leftovers, "ended_s": round(took, 2), "said": errors}
     return place_in_time | found | {"resumed_at": reached}
 
@@ -109,7 +111,7 @@ def moments(place: Path, count: int, seed: int = 0) -> Iterator[dict]:
     assert set(ranks.codes) == {0}, ranks.said()
     chance = random.Random(seed)
     for number in range(count):
-        yield moment(number, place, chance, seconds, whole)
+        yield moment(number, place, chance, seconds / STEPS, whole)
 
 
 def main() -> int:

@@ -70,6 +70,53 @@ def test_changed_configuration_keeps_the_earlier_one(folder: RunFolder) -> None:
     assert "WARNING the configuration differs" in folder.log.read_text()
 
 
+def as_job(patch: pytest.MonkeyPatch, kind: str, name: str, restarts: int) -> None:
+    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
+        patch.delenv(variable, raising=False)
+    names = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+    patch.setenv(names[kind], name)
+    patch.setenv(counts[kind], str(restarts))
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "slurm"])
+def test_a_restart_of_the_job_that_began_the_run_goes_on_and_no_other(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    as_job(monkeypatch, kind, "job 1", 0)
+    folder.start("a: 1\n")
+    folder.metrics.write_text('{"step": 1, "epoch": 0}\n')
+    found = {}
+    for name, restarts in (("job 1", 0), ("job 1", 1), ("job 2", 0), ("job 2", 1)):
+        as_job(monkeypatch, kind, name, restarts)
+        found[name, restarts] = RunFolder(folder.path).resume_in_restart("never", None)
+    assert [start for start, resume in found.items() if resume == "auto"] == [("job 1", 1)]
+
+
+def test_torchrun_without_an_id_is_known_by_its_process(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_job(monkeypatch, "torchrun", "none", 0)
+    folder.start("a: 1\n")
+    as_job(monkeypatch, "torchrun", "none", 1)
+    assert folder.resume_in_restart("never", None) == "auto"
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert folder.resume_in_restart("never", None) == "never"
+
+
+def test_a_restart_of_a_start_from_a_path_takes_what_was_written_since(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_job(monkeypatch, "slurm", "7", 0)
+    left, written = folder.checkpoints / "step_00000030.pt", folder.checkpoints / "step_00000020.pt"
+    left.write_bytes(b"")
+    os.utime(left, (1e9, 1e9))
+    folder.start("a: 1\n")
+    as_job(monkeypatch, "slurm", "7", 1)
+    assert folder.resume_in_restart("elsewhere.pt", None) == "elsewhere.pt"
+    assert folder.resume_in_restart("elsewhere.pt", left) == "elsewhere.pt"
+    written.write_bytes(b"")
+    assert folder.resume_in_restart("elsewhere.pt", written) == "auto"
+
+
 def test_summary_merges(folder: RunFolder) -> None:
     folder.start("")
     folder.summary({"knn_raw": 72.6, "knn_trained": 70.0})
