@@ -11,10 +11,12 @@ from caco_fast.data.cifar10 import cifar10
 from caco_fast.data.evaluation import EvalLoader
 from caco_fast.data.fashion_mnist import fashion_mnist
 from caco_fast.data.folder import FolderSource
+from caco_fast.data.index import IndexSource
 from caco_fast.data.loader import TrainLoader
 from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import ArraySource, Source
 from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.data.webdataset import WebDatasetSource
 from caco_fast.errors import UserError
 
 SPLITS = ("train", "test")
@@ -30,6 +32,10 @@ def build_source(config: DataConfig, split: str) -> Source:
         source: Source = fashion_mnist(split)
     elif config.source == "cifar10":
         source = cifar10(os.path.expanduser(config.path), split)
+    elif config.source == "index":
+        source = IndexSource(config.path, split, config.root)
+    elif config.source == "webdataset":
+        source = WebDatasetSource(config.path, split)
     else:
         source = FolderSource(os.path.expanduser(config.path), split)
     for name in ("mean", "std"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from caco_fast.data.source import BadImageError
 
@@ -91,6 +91,9 @@ def decode(file: Path | BinaryIO) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             image.load()
             return _as_rgb(image)
+    except UnidentifiedImageError as error:
+        # PIL's line ends with the address of an object.
+        raise BadImageError("UnidentifiedImageError: cannot identify image file") from error
     except Exception as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
