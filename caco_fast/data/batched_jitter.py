@@ -47,15 +47,20 @@ def exact_table(draws: ViewDraws) -> np.ndarray:
     return np.stack(rows).astype(np.float32)
 
 
-def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.ndarray) -> Tensor:
-    """Jitter and grey of pixels [B, y, ch, x], sorted by `by_hue_slot`; may overwrite them."""
+def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.ndarray) -> None:
+    """Jitter and grey of pixels [B, y, ch, x], sorted by `by_hue_slot`, in place."""
     hue, *blends = table  # each [B]
+    neutral = (draws.factors == (1, 1, 1, 0)).all(axis=1)
+    first = int(np.append(neutral, False).argmin())
     for slot in range(draws.order.shape[1]):
-        pixels = blend(pixels, *blends[3 * slot : 3 * slot + 3])
-        chosen = slice(hue_ends[slot], hue_ends[slot + 1])
-        if chosen.start < chosen.stop:
-            pixels[chosen] = shift_hue(pixels[chosen], hue[chosen])
-    return blend(pixels, *blends[-3:]) if draws.grey.any() else pixels
+        start, stop = hue_ends[slot : slot + 2]
+        for part in (slice(first, max(first, start)), slice(stop, len(neutral))):
+            if part.start < part.stop:
+                blend_(pixels[part], *(row[part] for row in blends[3 * slot : 3 * slot + 3]))
+        if start < stop:
+            shift_hue_(pixels[start:stop], hue[start:stop])
+    if draws.grey.any():
+        blend_(pixels, *blends[-3:])
 
 
 def fast_table(draws: ViewDraws) -> np.ndarray:
@@ -81,7 +86,7 @@ def _factor(draws: ViewDraws, operation: int) -> np.ndarray:
 
 
 def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
-    """The linear map of each image's colours, and a weight times its mean grey on top, clamped to [0, 1]."""
+    """The linear map of each image's colours, and a weight times its mean grey on top, clamped to [0, 1]; a copy."""
     batch, height, channels, width = pixels.shape
     if channels == 1:
         # Every row of the matrix sums to brightness * contrast.
@@ -94,41 +99,43 @@ def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
     return torch.matmul(colours, pixels).add_((table[9] * grey).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
-def blend(pixels: Tensor, keep: Tensor, own: Tensor, average: Tensor) -> Tensor:
+def blend_(pixels: Tensor, keep: Tensor, own: Tensor, average: Tensor) -> None:
     """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
 
     Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0).
+    In place, and by operations of two operands, which are the ones that a CPU vectorises.
     """
+    keep, own, average = (value[:, None, None, None] for value in (keep, own, average))
     if pixels.shape[2] == 1:
-        grey = pixels
-    else:
-        red, green, blue = pixels.split(1, dim=2)  # [B, y, 1, x]
-        grey = (red * _LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
-    mean = grey.mean(dim=(1, 2, 3))  # [B]
-    keep, own, offset = (value[:, None, None, None] for value in (keep, own, average * mean))
-    if pixels.shape[2] == 1:
-        return torch.addcmul(offset, pixels, keep + own).clamp_(0, 1)
-    return torch.addcmul(torch.addcmul(offset, grey, own), pixels, keep).clamp_(0, 1)
+        mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+        pixels.mul_(keep + own).add_(average * mean).clamp_(0, 1)
+        return
+    red, green, blue = pixels.split(1, dim=2)  # [B, y, 1, x]
+    grey = (red * _LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
+    pixels.mul_(keep).add_(grey.mul_(own).add_(average * mean)).clamp_(0, 1)
 
 
-def shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """The hue of pixels [B, y, 3, x] in HSV turned by shift [B], in turns.
+def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
+    """The hue of pixels [B, y, 3, x] in HSV turned by shift [B], in turns, in place.
 
     With the hue h in sixths of a turn, V the largest and V - D the smallest of a pixel's channels, channel n is
-    V - D clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue.
+    V - D clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue. That is
+    V + D clamp(| |k - 5| - 3 | - 2, -1, 0) for any k from -1 to 11, which spares the mod: h is in [-1, 5).
     """
     red, green, blue = pixels.unbind(2)  # [B, y, x]
-    value = torch.maximum(torch.maximum(red, green), blue)
-    spread = value - torch.minimum(torch.minimum(red, green), blue)
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    spread = torch.minimum(red, green)
+    torch.minimum(spread, blue, out=spread)
+    torch.sub(value, spread, out=spread)
     # Where the spread is zero so are the differences below, and any hue will do.
     divisor = spread.clamp_min(torch.finfo(torch.float32).tiny)
     # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
-    green_or_blue = torch.lerp(
-        (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4), (value - green).sign_()
-    )
-    hue = torch.lerp((green - blue).div_(divisor), green_or_blue, (value - red).sign_()).add_(6 * shift[:, None, None])
-    channel = torch.arange(5, 0, -2, device=pixels.device)[:, None]  # red 5, green 3, blue 1
-    sixths = hue[:, :, None] + channel
-    sixths = sixths.sub_((sixths * (1 / 6)).floor_().mul_(6))  # [B, y, 3, x]
-    amount = torch.minimum(sixths, 4 - sixths).clamp_(0, 1)
-    return torch.addcmul(value[:, :, None], spread[:, :, None], amount, value=-1)
+    hue = torch.lerp((blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4), (value - green).sign_())
+    hue = torch.lerp((green - blue).div_(divisor), hue, (value - red).sign_())
+    channel = torch.arange(5, 0, -2, device=pixels.device)  # red 5, green 3, blue 1
+    turned = (channel + 6 * shift[:, None]).remainder_(6).sub_(5)  # [B, 3]
+    amount = hue[:, :, None] + turned[:, None, :, None]  # k - 5, [B, y, 3, x]
+    amount.abs_().sub_(3).abs_().sub_(2).clamp_(-1, 0)
+    torch.addcmul(value[:, :, None], spread[:, :, None], amount, out=pixels)

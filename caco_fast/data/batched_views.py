@@ -69,16 +69,19 @@ def _finish(
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
     if jitter == "exact":
-        pixels = exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
+        exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
     else:
         pixels = fast_jitter(pixels, to_device(fast_table(draws), pixels.device))
     blurred = np.flatnonzero(draws.sigma)
     if len(blurred):
-        rows = to_device(blurred, pixels.device)
         radius = to_device(box_radius(draws.sigma[blurred]).astype(np.float32), pixels.device)
         reach = int(box_radius(np.float64(config.blur_sigma[1]))) + 1
         blur = blur_matrices(radius, reach, config.size)
-        pixels.index_copy_(0, rows, along_axes(pixels.index_select(0, rows), blur, blur))
+        if len(blurred) == len(pixels):
+            pixels = along_axes(pixels, blur, blur)
+        else:
+            rows = to_device(blurred, pixels.device)
+            pixels.index_copy_(0, rows, along_axes(pixels.index_select(0, rows), blur, blur))
     if draws.solarize.any():
         # torchvision inverts the levels from 128, which is 127.5 before rounding: 1 - x replaces x where it is smaller.
         # In an image that stays as it is, it is 3 - x, which never is.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from caco_fast.data.batched_draws import ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
-from caco_fast.data.dali_graph import DEPTH, DaliGraph
+from caco_fast.data.dali_graph import DEPTH, DaliGraph, crop_view
 from caco_fast.data.encoded import Encoded, prepare, through_pil
 from caco_fast.data.loader import Batch, draws_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
@@ -33,7 +33,7 @@ from caco_fast.errors import UserError
 _READERS = 16
 # Values finished at a time by one thread on a CPU: as much as stays in its cache. A function of the view alone, so that
 # the pixels don't depend on the number of threads.
-_CPU_VALUES = 8 * 3 * 224 * 224
+_CPU_VALUES = 2 * 3 * 224 * 224
 
 
 @dataclass
@@ -244,22 +244,31 @@ class DaliLoader:
             self._with_draws(flight)
         return found
 
-    def _finished(self, flight: _Flight, crops: list[Tensor]) -> Batch:
-        views = [self._finished_view(*view) for view in zip(crops, flight.draws, self._views)]
-        return Batch(views, torch.from_numpy(flight.held))
+    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> Batch:
+        """The batch from what the graph gave: crops on a GPU, whole images on the CPU."""
+        finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
+        return Batch(finish(flight, pixels), torch.from_numpy(flight.held))
 
-    def _finished_view(self, crops: Tensor, draws: ViewDraws, config: ViewConfig) -> Tensor:
-        rows, size, _, channels = crops.shape
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                return finish_crops(crops, draws, config, self._mean, self._std, self._jitter)
-        shape = (rows, channels, size, size)
-        views = torch.empty(shape, device=self._device, memory_format=torch.channels_last)
+    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.stream(self._stream):
+            return [
+                finish_crops(*view, self._mean, self._std, self._jitter)
+                for view in zip(crops, flight.draws, self._views)
+            ]
 
-        def finish(part: slice) -> None:
-            views[part] = finish_crops(crops[part], draws.take(part), config, self._mean, self._std, self._jitter)
+    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> list[Tensor]:
+        channels, views, parts = self._source.channels, [], []
+        for number, config in enumerate(self._views):
+            shape = (len(images), channels, config.size, config.size)
+            views.append(torch.empty(shape, memory_format=torch.channels_last))
+            count = max(1, _CPU_VALUES // (config.size**2 * channels))
+            parts += [(number, slice(start, start + count)) for start in range(0, len(images), count)]
 
-        count = max(1, _CPU_VALUES // (size * size * channels))
+        def finish(number: int, part: slice) -> None:
+            config, draws = self._views[number], flight.draws[number].take(part)
+            crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
+            views[number][part] = finish_crops(torch.stack(crops), draws, config, self._mean, self._std, self._jitter)
+
         # As a list, so that an error in a thread is raised here.
-        list(self._finishers.map(finish, [slice(start, start + count) for start in range(0, rows, count)]))
-        return views
+        list(self._finishers.map(finish, *zip(*parts)))
+        return [view.to(self._device, non_blocking=True) for view in views]
