@@ -60,7 +60,7 @@ def train_criterion(small: int, norm: str, parallel: str, operands: torch.dtype,
     return {name: torch.stack(value) for name, value in values.items()} | dict(bank.state_dict())
 
 
-def train_method(name: str, settings: Any, crops: int = 0) -> dict[str, Any]:
+def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[str, Any]:
     """Preparation and steps of a method on real encoders, with BatchNorm and gradients over all ranks."""
     torch.manual_seed(0)
     encoders = small_pair(C)
@@ -71,7 +71,7 @@ def train_method(name: str, settings: Any, crops: int = 0) -> dict[str, Any]:
     optimizer = torch.optim.SGD(encoders.query.parameters(), lr=0.05)
     losses = []
     preparation = method.preparation_steps(B)
-    for step in range(preparation + STEPS):
+    for step in range(preparation + steps):
         views = [own(torch.randn(B, 3, 2, 2)) for _ in range(2 + crops)]
         output = (method.prepare if step < preparation else method)(views, encoders)
         optimizer.zero_grad()
@@ -99,20 +99,22 @@ TRAINED = {
         train_method,
         "caco",
         CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel=parallel),
+        STEPS,
         crops,
     )
     for crops in (0, 2)
-    for parallel in ("replicated", "sharded", "auto")
+    for parallel in BANKS
 }
 TRAINED |= {
-    "moco": (train_method, "moco", MoCoConfig(queue_size=K)),
-    "moco symmetric": (train_method, "moco", MoCoConfig(queue_size=K, symmetric=True)),
+    "moco": (train_method, "moco", MoCoConfig(queue_size=K), 3),
+    "moco symmetric": (train_method, "moco", MoCoConfig(queue_size=K, symmetric=True), 3),
 }
 CASES = {**CRITERIA, **TRAINED}
 
 
 def run_cases() -> dict[str, dict[str, Any]]:
-    return {name: function(*arguments) for name, (function, *arguments) in CASES.items()}
+    found = {name: function(*arguments) for name, (function, *arguments) in CASES.items()}
+    return found | {"default bank": type(METHODS["caco"](CaCoConfig(bank_size=K), C).bank).__name__}
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda ranks: f"{ranks} ranks")
@@ -139,14 +141,20 @@ def compare(found: list[dict[str, Any]], wanted: dict[str, Any], shared: bool, t
 @pytest.mark.parametrize("case", CRITERIA)
 def test_criterion(case: str, ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     wanted = single[case.replace("sharded", "replicated")]
-    compare([found[case] for found in ranks], wanted, "sharded" in case, 1e-11)
+    # Worst seen: 5e-15.
+    compare([found[case] for found in ranks], wanted, "sharded" in case, 1e-13)
 
 
 @pytest.mark.parametrize("case", TRAINED)
 def test_method(case: str, ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     wanted = single[case.replace("sharded", "replicated")]
-    # In f32 the sums over the batch differ in their order.
-    compare([found[case] for found in ranks], wanted, "sharded" in case or "auto" in case, 1e-4)
+    # In f32 the sums over the batch differ in their order. Worst seen: 1.1e-6 after 20 steps.
+    compare([found[case] for found in ranks], wanted, "sharded" in case, 1e-5)
     for other in ranks[1:]:
         for name, value in other[case].items():
             assert torch.equal(value, ranks[0][case][name]), f"the ranks differ in {name}"
+
+
+def test_several_ranks_share_the_bank_by_default(ranks: list[dict[str, Any]]) -> None:
+    assert {found["default bank"] for found in ranks} == {"ShardedBank"}
+    assert type(METHODS["caco"](CaCoConfig(bank_size=K), C).bank) is LearnableBank
