@@ -20,7 +20,9 @@ SETTINGS = (
     "trainer.log_every=2",
     "caco.bank_size=37",
     "caco.warm_start_steps=2",
-    "optimizer.lr=0.03",
+    "caco.bank_lr=0.1",
+    # So small a network amplifies rounding a hundredfold a step at ten times this rate.
+    "optimizer.lr=0.003",
     "evaluation.every_epochs=0",
     "checkpoint.every_steps=1",
     "checkpoint.keep=9",
@@ -76,7 +78,7 @@ def stopped_at(step: int, on_four: Path, folder: Path) -> tuple[Path, str]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Every log line and the last checkpoint, to f32 rounding."""
+    """Every log line and the last checkpoint, to f32 rounding. Worst seen: 1.3e-5 and 1.0e-5."""
     found, wanted = log_lines(folder), log_lines(whole)
     assert len(found) == len(wanted) >= 4
     for ours, theirs in zip(found, wanted):
@@ -86,7 +88,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         assert ours[part].keys() == theirs[part].keys()
         for name, value in theirs[part].items():
             torch.testing.assert_close(
-                ours[part][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=f"{part}.{name}": f"{n}: {m}"
+                ours[part][name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=f"{part}.{name}": f"{n}: {m}"
             )
 
 
