@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +77,14 @@ class Interval:
         """Means over these steps and over all ranks, each of which calls."""
         totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
         return dict(zip(self.sums, totals.tolist()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
+        sums = dict(self.sums)
+        if sums:
+            means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
+            sums = dict(zip(sums, means.unbind()))
+        return asdict(replace(self, sums=sums))
 
     def clear(self) -> None:
         self.sums, self.steps, self.seconds = {}, 0, 0.0
@@ -317,7 +325,10 @@ class Trainer:
             log.error("%s; training goes on without it", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, in types that torch.load reads with weights_only=True."""
+        """All that a run needs to go on, in types that torch.load reads with weights_only=True.
+
+        Every rank calls, for rank 0 to save: a bank that the ranks share is in its state alone.
+        """
         epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
         return {
             "config": self.resolved_config,
@@ -334,7 +345,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state.capture_ranks(),
-            "interval": asdict(self._interval),
+            "interval": self._interval.state_dict(),
             "positives": dict(self.positives),
         }
 
