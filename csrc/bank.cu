@@ -101,7 +101,7 @@ void bank_step(const StepParams &params, const Target &target) {
     check_type(params.type, target.path);
     on_path(
         target.path, [&] { sm70::bank_step(params, target); }, [&] { sm80::bank_step(params, target); },
-        [&] { sm80::bank_step(params, target); });
+        [&] { sm90::bank_step(params, target); });
 }
 
 }  // namespace caco

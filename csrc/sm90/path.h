@@ -1,4 +1,4 @@
-// What the sm_90a path offers to bank.cu. What it does not have, bank.cu takes from sm80/.
+// What the sm_90a path offers to bank.cu.
 #pragma once
 #include "../stages.h"
 
@@ -9,5 +9,6 @@ Split select_split(int64_t rows, int64_t bank_rows, int channels, int multiproce
 void bank_attend(const AttendParams &params, const Target &target);
 void bank_select(const SelectParams &params, const Target &target);
 SharedBytes shared_bytes(int channels);
+void bank_step(const StepParams &params, const Target &target);
 
 }  // namespace caco::sm90
