@@ -6,10 +6,10 @@
 // registers do.
 //
 // Stricter than the device: a thread fences before the first product after each wait; a phase of an mbarrier gets
-// exactly the bytes that were expected for it, and is told of them before the copy starts. What a thread stores reaches
-// products by store_for_products and its fence only: the asynchronous units have an image of shared memory of their own.
-// Not seen: an mbarrier made for fewer arrivals than it gets, a missing proxy fence between a thread's load and the copy
-// that overwrites it, registers beyond setmaxnreg.
+// exactly the bytes that were expected for it, and is told of them before the copy starts. The asynchronous units have
+// an image of shared memory of their own, which a thread's stores reach by store_for_products and its fence only.
+// Not seen: an mbarrier made for fewer arrivals than it gets, a missing proxy fence between a thread's load and the
+// copy that overwrites it, registers beyond setmaxnreg.
 #pragma once
 #include <map>
 

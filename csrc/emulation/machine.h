@@ -152,8 +152,8 @@ void collective(unsigned mask, const char *operation, const In &in, Out &out, Co
     if (!last) wait_for(gate.generation, generation, operation);
 }
 
-// One of the block's barriers. Stricter than the device: a thread that has ended does not count as arrived, and all name
-// the same number of threads.
+// One of the block's barriers. Stricter than the device: a thread that has ended does not count as arrived, and all
+// name the same number of threads.
 inline void barrier(int number, int threads, const char *operation) {
     Gate &gate = block->barriers[number];
     uint32_t generation;

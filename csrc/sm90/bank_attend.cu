@@ -171,20 +171,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 }  // namespace
+}  // namespace caco::sm90
 
-Split attend_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
+namespace caco {
+
+template <>
+Split Kernels<Path::kSm90>::attend_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
     Split split{};
     for_padded_channels(channels, [&](auto padded) {
-        using Shape = Tile<bf16, padded()>;
+        using Shape = sm90::Tile<bf16, padded()>;
         split = split_bank(rows, bank_rows, Shape::kRows, Shape::kColumns, multiprocessors);
     });
     return split;
 }
 
-void bank_attend(const AttendParams &params, const Target &target) {
+template <>
+void Kernels<Path::kSm90>::bank_attend(const AttendParams &params, const Target &target) {
     const Split split = attend_split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
-        using Shape = Tile<decltype(operand), padded()>;
+        using Shape = sm90::Tile<decltype(operand), padded()>;
         float *sums = static_cast<float *>(params.workspace);
         auto *statistics = reinterpret_cast<RowStatistics *>(sums + split.splits * params.rows * Shape::kPadded);
         const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
@@ -195,10 +200,10 @@ void bank_attend(const AttendParams &params, const Target &target) {
                    statistics, params.rows, params.bank_rows, split.tiles, kLog2E / params.temperature[0],
                    kLog2E / params.temperature[params.temperatures - 1]);
         };
-        if (params.temperatures == 2) enqueue(attend_kernel<Shape, true>);
-        else enqueue(attend_kernel<Shape, false>);
+        if (params.temperatures == 2) enqueue(sm90::attend_kernel<Shape, true>);
+        else enqueue(sm90::attend_kernel<Shape, false>);
     });
     merge_attend(params, split.splits, target);
 }
 
-}  // namespace caco::sm90
+}  // namespace caco

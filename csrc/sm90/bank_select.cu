@@ -1,8 +1,8 @@
 // bank_select on wgmma and TMA: index_i = argmax_j k_i . u_j, ties to the lowest index.
 //
-// Tile map   as attend's, with keys for queries, ascending tiles, and at P = 512 tiles of its own. Each of the four lanes of a row keeps the best
-//            two of the columns that it sees; settle_select compares those that rounding leaves in question in f32. The
-//            contract is that of sm80/bank_select.cu.
+// Tile map   as attend's, with keys for queries, ascending tiles, and at P = 512 tiles of its own. Each of the four
+//            lanes of a row keeps the best two of the columns that it sees; settle_select compares those that rounding
+//            leaves in question in f32. The contract is that of ../select_kernel.cuh.
 // Overlap    one computing warpgroup compares while the other one's products are under way. By instruction counts,
 //            comparing should take about a third of the products' time (not measured).
 // Bytes      reads 2 K P per row tile and 2 R P; writes 64 R splits bytes of candidates.
@@ -73,22 +73,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 }  // namespace
+}  // namespace caco::sm90
 
-Split select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
+namespace caco {
+
+template <>
+Split Kernels<Path::kSm90>::select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
     Split split{};
     for_padded_channels(channels, [&](auto padded) {
-        using Shape = Tile<bf16, padded(), 1>;
+        using Shape = sm90::Tile<bf16, padded(), 1>;
         split = split_bank(rows, bank_rows, Shape::kRows, Shape::kColumns, multiprocessors);
     });
     return split;
 }
 
-void bank_select(const SelectParams &params, const Target &target) {
+template <>
+void Kernels<Path::kSm90>::bank_select(const SelectParams &params, const Target &target) {
     const Split split = select_split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
-        using Shape = Tile<decltype(operand), padded(), 1>;
+        using Shape = sm90::Tile<decltype(operand), padded(), 1>;
         const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
-        launch("bank_select", select_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, target.stream,
+        launch("bank_select", sm90::select_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, target.stream,
                make_tensor_map(params.keys, params.rows, Shape::kPadded, params.type, Shape::kRows),
                make_tensor_map(params.bank, params.bank_rows, Shape::kPadded, params.type, Shape::kColumns),
                static_cast<BestTwo *>(params.workspace), params.rows, params.bank_rows, split.tiles);
@@ -96,4 +101,4 @@ void bank_select(const SelectParams &params, const Target &target) {
     settle_select(params, split.splits, target);
 }
 
-}  // namespace caco::sm90
+}  // namespace caco

@@ -13,7 +13,6 @@
 //            and 2 K P of operand; 2 R P of queries per block from the L2 cache.
 // Flop       4 R K P (6 R K P at P = 512). Limits: as sm80's, see ../step_kernel.cuh.
 #include "../step_epilogue.cuh"
-#include "../sm80/path.h"
 #include "tile.cuh"
 
 namespace caco::sm90 {
@@ -167,26 +166,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 }  // namespace
+}  // namespace caco::sm90
 
-SharedBytes shared_bytes(int channels) {
+namespace caco {
+
+template <>
+SharedBytes Kernels<Path::kSm90>::shared_bytes(int channels) {
     SharedBytes bytes{};
     for_padded_channels(channels, [&](auto padded) {
-        using Shape = Tile<bf16, padded()>;
-        bytes = {Shape::kSharedBytes, Tile<bf16, padded(), 1>::kSharedBytes, StepShape<Shape>::kSharedBytes};
+        using Shape = sm90::Tile<bf16, padded()>;
+        using SelectShape = sm90::Tile<bf16, padded(), 1>;
+        bytes = {Shape::kSharedBytes, SelectShape::kSharedBytes, sm90::StepShape<Shape>::kSharedBytes};
     });
     return bytes;
 }
 
-void bank_step(const StepParams &params, const Target &target) {
-    if (params.rows == 0) return sm80::bank_step(params, target);  // nothing for TMA to describe
+template <>
+void Kernels<Path::kSm90>::bank_step(const StepParams &params, const Target &target) {
+    if (params.rows == 0) return Kernels<Path::kSm80>::bank_step(params, target);  // nothing for TMA to describe
     step_row_terms(params, target);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
-        using Shape = Tile<decltype(operand), padded()>;
+        using Shape = sm90::Tile<decltype(operand), padded()>;
+        constexpr int kSharedBytes = sm90::StepShape<Shape>::kSharedBytes;
         const dim3 grid(static_cast<unsigned>(ceil_div(params.bank_rows, Shape::kRows)));
-        launch("bank_step", step_kernel<Shape>, grid, Shape::kThreads, StepShape<Shape>::kSharedBytes, target.stream,
+        launch("bank_step", sm90::step_kernel<Shape>, grid, Shape::kThreads, kSharedBytes, target.stream,
                make_tensor_map(params.queries, params.rows, Shape::kPadded, params.type, Shape::kColumns), params,
                int(ceil_div(params.rows, Shape::kColumns)));
     });
 }
 
-}  // namespace caco::sm90
+}  // namespace caco

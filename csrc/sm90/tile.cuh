@@ -15,7 +15,7 @@
 #pragma once
 #include "../primitives_sm90.cuh"
 #include "../rows.cuh"
-#include "path.h"
+#include "../path.h"
 
 namespace caco::sm90 {
 
@@ -50,7 +50,8 @@ struct Tile {
     using Weights = uint32_t[kColumns / 16][4];   // as A [64, 16] operands
     using Accumulator = float[kGroupChannels / 8][4];
 
-    char *memory;  // resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers; then the kernel's own
+    // Resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers; what follows is the kernel's own.
+    char *memory;
     int lane, warp, row_group, channel_group;  // of a computing warpgroup
 
     __device__ __forceinline__ explicit Tile(char *memory) : memory(memory) {

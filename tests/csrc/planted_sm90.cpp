@@ -2,8 +2,9 @@
 //
 //     planted_sm90 BUG [seed [greedy [lazy copies]]]
 //
-// O = sum over tiles (Q W^T diag(f)) W, where the tiles of W and of factors f stream through shared memory in two stages:
-// one thread copies, a warpgroup stores Q for the products and multiplies. Prints "ok" and the number of bank conflicts, "wrong", or the emulator's error.
+// O = sum over tiles (Q W^T diag(f)) W, where the tiles of W and of factors f stream through shared memory in two
+// stages: one thread copies, a warpgroup stores Q for the products and multiplies. Prints "ok" and the number of bank
+// conflicts, "wrong", or the emulator's error.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
