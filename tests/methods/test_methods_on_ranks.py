@@ -64,6 +64,7 @@ def train_method(name: str, settings: Any) -> dict[str, Tensor]:
         output.loss.backward()
         optimizer.step()
         method.update(1.0)
+        encoders.advance_key()
         if step == preparation - 1:
             method.finish_preparation(encoders)
         losses.append(all_reduce_sum(output.loss.detach().clone()) / world_size())
