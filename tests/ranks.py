@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 # The server imports torch once; the ranks are forked from it, before any thread was started.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "caco_fast.methods"])
+CONTEXT.set_forkserver_preload(["torch", "caco_fast.training"])
 SECONDS = 120
 
 
