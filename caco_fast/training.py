@@ -86,7 +86,8 @@ def build_trainer(
         device=device,
     )
     trainer_config, optimizer = config.trainer, config.optimizer
-    lr = peak_lr(optimizer, trainer_config.batch_size)
+    batch_size = trainer_config.batch_size
+    lr = peak_lr(optimizer, batch_size)
     scaler = gradient_scaler(trainer_config.precision, device)
     return Trainer(
         trainer_config,
@@ -94,7 +95,7 @@ def build_trainer(
         device=device,
         encoders=encoders,
         method=method,
-        optimizer=build_optimizer(optimizer, encoders.query.parameters(), trainer_config.batch_size, scaler.is_enabled()),
+        optimizer=build_optimizer(optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled()),
         scaler=scaler,
         schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
         loader=loader,

@@ -27,8 +27,9 @@ class StepOutput:
 class Method(nn.Module, ABC):
     """One self-supervised objective with the bank or queue that it learns from.
 
-    The trainer calls, at every step: `forward`, then the backward pass and the optimiser, then `update`, and then has
-    the key encoder follow (`EncoderPair.advance_key`). Everything that must survive a restart is a parameter or buffer, so that `state_dict` holds it.
+    The trainer calls, at every step: `forward`, then the backward pass and the optimiser, then `update`, and then lets
+    the key encoder follow (`EncoderPair.advance_key`). Everything that must survive a restart is a parameter or buffer,
+    so that `state_dict` holds it.
 
     A method that fills its bank first has `preparation_steps` > 0; during that phase the trainer calls `prepare` in
     place of `forward`, and `finish_preparation` once at its end, before it restarts optimiser and data order.

@@ -44,7 +44,8 @@ def bank_step_(
     positives: None or M = 0 for AdCo (negatives only), M = 1 for CaCo. An index out of range is an IndexError on the
         CPU; on an accelerator it is not looked at, the device's own check reports it.
     norm: "implicit" keeps the rows' lengths as they come, "project" rescales every row to unit length after the step.
-    skip: an f32 flag on the device, such as GradScaler's found_inf; where it is not 0 bank and velocity stay as they are.
+    skip: an f32 flag on the device, such as GradScaler's found_inf; where it is not 0 bank and velocity stay as they
+        are.
 
     Raises ValueError, TypeError or IndexError for a bad argument, RuntimeError if the named backend is not there.
     Source: CaCo, eq. 7-10 and section IV-C; AdCo for M = 0.

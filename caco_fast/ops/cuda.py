@@ -179,7 +179,8 @@ def step_(
     norm: str,
     skip: Tensor | None = None,
 ) -> None:
-    """As `step_tiled_`, but for `skip`; positives outside the bank are ignored. Writes the operand copy for the next attend as well."""
+    """As `step_tiled_`, with `skip`; positives outside the bank are ignored. Writes the operand copy that the next
+    attend reads as well."""
     check_bank("bank_step_", bank)
     (rows, channels), bank_rows = queries.shape, bank.shape[0]
     many = 0 if positives is None or rows == 0 else positives.shape[1]

@@ -1,8 +1,8 @@
 """The operations on lists of tensors on the compiled kernels of csrc/optim, for `backend="cuda"`.
 
-The kernels read from a table on the device where the tensors stand. It is written again when one has moved, as gradients
-do from step to step, by kernels that carry the addresses as their parameters: nothing is copied from host memory, the
-host waits for nothing, and calls may be captured in a CUDA graph.
+The kernels read from a table on the device where the tensors stand. It is written again when one has moved, as
+gradients do from step to step, by kernels that carry the addresses as their parameters: nothing is copied from host
+memory, the host waits for nothing, and calls may be captured in a CUDA graph.
 
 Memory, from torch's allocator: the table, 40 bytes a tensor, kept until the first tensor is freed; for a LARS step 8
 bytes for every 16384 elements.
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 

@@ -57,7 +57,9 @@ def ema_update_reference_(
         average.copy_(moved if skip is None else torch.where(skip != 0, average, moved))
 
 
-def ema_update_foreach_(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, skip: Tensor | None) -> None:
+def ema_update_foreach_(
+    averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, skip: Tensor | None
+) -> None:
     if skip is None:
         torch._foreach_lerp_(averages, values, weight)
         return

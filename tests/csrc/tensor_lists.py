@@ -6,7 +6,8 @@ from torch import Tensor
 CHUNK = 16384
 
 SHAPES = (
-    (3, 5), (7,), (), (0, 4), (1, 1), (255,), (CHUNK,), (2, CHUNK // 2), (CHUNK + 3,), (3, CHUNK - 1), (0,), (4, 6, 3, 3),
+    (3, 5), (7,), (), (0, 4), (1, 1), (255,), (CHUNK,), (2, CHUNK // 2), (CHUNK + 3,), (3, CHUNK - 1), (0,),
+    (4, 6, 3, 3),
 )  # fmt: skip
 
 

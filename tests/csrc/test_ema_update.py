@@ -65,7 +65,7 @@ def test_ema_of_more_tensors_than_one_launch_describes(cuda_ops, device):
     assert same(averages, [value - 0.5 for value in values])
 
 
-@pytest.mark.parametrize("schedule", [dict(seed=1), dict(seed=5, greedy=True, os_threads=1)], ids=["reversed", "greedy"])
+@pytest.mark.parametrize("schedule", [dict(seed=1), dict(seed=5, greedy=True)], ids=["reversed", "greedy"])
 def test_ema_under_every_schedule_gives_the_same_bits(cuda_ops, device, emulated, schedule):
     results = []
     for settings in ({}, schedule):
