@@ -86,15 +86,17 @@ def build_trainer(
         device=device,
     )
     trainer_config, optimizer = config.trainer, config.optimizer
-    lr = peak_lr(optimizer, trainer_config.batch_size)
+    batch_size = trainer_config.batch_size
+    lr = peak_lr(optimizer, batch_size)
+    scaler = gradient_scaler(trainer_config.precision, device)
     return Trainer(
         trainer_config,
         config.checkpoint,
         device=device,
         encoders=encoders,
         method=method,
-        optimizer=build_optimizer(optimizer, encoders.query.parameters(), trainer_config.batch_size),
-        scaler=gradient_scaler(trainer_config.precision, device),
+        optimizer=build_optimizer(optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled()),
+        scaler=scaler,
         schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
         loader=loader,
         evaluator=_build_evaluator(config, device),
@@ -219,7 +221,7 @@ def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
 def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
-    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast)
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast, config.optimizer.backend)
     if is_distributed():
         synchronise_batch_norm(encoders, device)
     encoders.to(device, memory_format=torch.channels_last)

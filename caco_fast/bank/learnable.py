@@ -146,10 +146,11 @@ class LearnableBank(nn.Module):
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
     @torch.no_grad()
-    def step(self, lr: float, scale: float = 1.0) -> None:
+    def step(self, lr: float, scale: float = 1.0, *, skip: Tensor | None = None) -> None:
         """One bank step with all recorded rows of all ranks, which are consumed.
 
-        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches.
+        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches. skip: a flag on the
+        device, such as GradScaler's found_inf: where it is not 0 the rows are consumed, and nothing else changes.
         Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
         `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
         host wait for the device. A trainer looks at its loss before it comes here.
@@ -159,7 +160,7 @@ class LearnableBank(nn.Module):
         rows, temperature = self.pending.take(self.bank)
         rows = self._of_all_ranks(rows)
         finite = rows.queries.isfinite().all(dim=1) & rows.lse.isfinite() & rows.row_weight.isfinite()  # [R]
-        self.skipped_rows += (~finite).sum()
+        self.skipped_rows += (~finite).sum() if skip is None else (~finite).sum() * (skip == 0)
         bank_step_(
             self.bank,
             self.velocity,
@@ -172,6 +173,7 @@ class LearnableBank(nn.Module):
             positives=rows.positives,
             positive_weight=rows.positive_weight,
             norm=self.norm,
+            skip=skip,
             backend=self.backend,
         )
 
@@ -184,11 +186,13 @@ class LearnableBank(nn.Module):
         return self.pending.discard()
 
     @torch.no_grad()
-    def fill(self, keys: Tensor, start: int = 0, wrap: bool = False) -> int:  # [R, C]
+    def fill(
+        self, keys: Tensor, start: int = 0, wrap: bool = False, *, skip: Tensor | None = None
+    ) -> int:  # [R, C], []
         """Write the keys of all ranks, as unit rows at rest, from row `start` on; every rank brings as many.
 
         Keys beyond the last row are dropped, or with `wrap` go on at row 0. Returns the row after the last one written:
-        `size` when the bank is full (with `wrap` a number below `size`).
+        `size` when the bank is full (with `wrap` a number below `size`). Where the flag `skip` is not 0 no row changes.
         Source: CaCo, initialisation of the bank.
         """
         if keys.dim() != 2 or keys.shape[1] != self.dim:
@@ -201,15 +205,15 @@ class LearnableBank(nn.Module):
             # Of more keys than the bank has rows the last stay.
             unit = unit[-self.size :]
             start = (end - unit.shape[0]) % self.size
-            self._write(0, unit[self.size - start :])
-        self._write(start, unit[: self.size - start])
+            self._write(0, unit[self.size - start :], skip)
+        self._write(start, unit[: self.size - start], skip)
         return end % self.size if wrap else min(end, self.size)
 
-    def _write(self, start: int, unit: Tensor) -> None:  # [n, C]
+    def _write(self, start: int, unit: Tensor, skip: Tensor | None) -> None:  # [n, C], []
         """Put unit rows at rest at bank rows start..start+n-1, as far as this rank keeps them."""
         here, there = overlap(self.own, range(start, start + unit.shape[0]))
-        self.bank[here] = unit[there]
-        self.velocity[here] = 0
+        for rows, new in ((self.bank, unit[there]), (self.velocity, torch.zeros_like(unit[there]))):
+            rows[here] = new if skip is None else torch.where(skip != 0, rows[here], new)
 
     @torch.no_grad()
     def normalise(self) -> None:

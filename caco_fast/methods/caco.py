@@ -185,7 +185,6 @@ class CaCo(Method):
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         q_a, q_b, *small = encoders.queries(views)
-        encoders.advance_key()
         k_a, k_b = encoders.keys(views[:2])
         loss = self.criterion(q_a, q_b, k_a, k_b, small)
         metrics = {
@@ -194,13 +193,14 @@ class CaCo(Method):
         }
         return StepOutput(loss, metrics)
 
-    def update(self, warmup: float) -> None:
+    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
         if self._keys is None:
-            self.bank.step(self.config.bank_lr * warmup)
+            self.bank.step(self.config.bank_lr * warmup, skip=skip)
             return
         # The batch that reaches the last row ends there: the bank fills once, then goes on as a queue from row 0.
-        next_row = self.bank.fill(self._keys, int(self.next_row))
-        self.next_row.fill_(next_row % self.bank.size)
+        next_row = self.bank.fill(self._keys, int(self.next_row), skip=skip)
+        after = torch.full_like(self.next_row, next_row % self.bank.size)
+        self.next_row.copy_(after if skip is None else torch.where(skip != 0, self.next_row, after))
         self._keys = None
 
     def rates(self, warmup: float) -> dict[str, float]:
@@ -219,7 +219,6 @@ class CaCo(Method):
     def prepare(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         """InfoNCE of q_a against its key k_b and the bank, whose rows the keys then fill (bank initialisation)."""
         (q_a,) = encoders.queries(views[:1])
-        encoders.advance_key()
         (self._keys,) = encoders.keys(views[1:2])
         temperature = self.config.warm_start_temperature
         loss, probability = info_nce(q_a, self._keys, self.bank.attend(q_a, temperature)[0], temperature)

@@ -41,7 +41,6 @@ class MoCo(Method):
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         queries = encoders.queries(views if self.config.symmetric else views[:1])
-        encoders.advance_key()
         # The key of view a's query is view b, and the reverse.
         self._keys = encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:])
         queue, temperature = self.queue.queue, self.config.temperature
@@ -52,7 +51,7 @@ class MoCo(Method):
         loss = torch.stack([half[0] for half in halves]).mean()
         return StepOutput(loss, {"positive_probability": torch.stack([half[1] for half in halves]).mean()})
 
-    def update(self, warmup: float) -> None:
+    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
         for keys in self._keys:
-            self.queue.enqueue(keys)
+            self.queue.enqueue(keys, skip=skip)
         self._keys = []

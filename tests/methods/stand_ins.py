@@ -29,9 +29,6 @@ class ScriptedEncoders:
         self.calls.append(f"keys of {len(views)}")
         return [self.key_of(view) for view in views]
 
-    def advance_key(self) -> None:
-        self.calls.append("advance")
-
     def copy_query_to_key(self) -> None:
         self.calls.append("copy")
 

@@ -78,6 +78,7 @@ def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[s
         output.loss.backward()
         optimizer.step()
         method.update(1.0)
+        encoders.advance_key()
         if step == preparation - 1:
             method.finish_preparation(encoders)
         losses.append(mean_over_ranks(output.loss))
