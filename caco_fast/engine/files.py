@@ -1,6 +1,7 @@
 """Writing a file so that a reader finds the old one or the new one and never a part, or line by line on a full disk."""
 
 import fcntl
+import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -49,7 +50,8 @@ def sync_folder(folder: Path) -> None:
 
 
 class PatientFile:
-    """A text file to append to. What a full disk refuses waits in memory, in order, and is tried again each time.
+    """A text file to append to, made with its first line. What a full disk refuses waits in memory, in order, and is
+    tried again each time.
 
     `report` gets a line when the disk begins to refuse, when it takes text again, and when text is lost for good: at
     the end, or the oldest beyond `LIMIT` bytes.
@@ -60,7 +62,7 @@ class PatientFile:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self.path = path
         self._report = report
-        self._file = open(path, "ab", buffering=0)
+        self._file: io.RawIOBase | None = None
         self._waiting: deque[bytes] = deque()
         self._refused = False
         self._lost = 0
@@ -82,10 +84,13 @@ class PatientFile:
             self._drain()
         if lost := self._lost + len(self._waiting):
             self._report(f"{self.path}: {lost} lines are lost, the disk never took them")
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _drain(self) -> None:
         try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
             while self._waiting:
                 text = self._waiting[0]
                 taken = self._file.write(text) or 0

@@ -49,6 +49,8 @@ class Interrupt:
         if self._asked is not None and (kind is None or issubclass(kind, Interrupted)):
             # All ranks have asked it; one that left now would break it off for the others.
             self._asked[0].wait()
+            dist.destroy_process_group(self._group)
+            self._asked = self._group = None
         if kind is not None and is_distributed():
             # torchrun ends the other ranks once one is gone; first they say why they end.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -174,18 +174,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Sends the log of caco_fast to the terminal on rank 0; calling it again changes nothing.
-
-    The other ranks would say the same, but for what they find in their own images.
-    """
+    """Sends the log of caco_fast to the terminal on rank 0; calling it again changes nothing."""
     logger = logging.getLogger("caco_fast")
-    if any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
-        return
-    handler = _ConsoleHandler()
-    if rank() != 0:
-        handler.addFilter(lambda record: record.name == "caco_fast.data" and record.levelno >= logging.WARNING)
-    logger.addHandler(handler)
-    logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
+    if rank() == 0 and not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+        logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:

@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, where it changed)
 environment.json   commit, versions, machine, command line: one entry for each start of the run
 log.txt            the log of all starts
+log.rank1.txt      warnings of the other ranks, as of bad images that rank 0 never met; only where there are any
 metrics.jsonl      see metrics.py; tensorboard/ holds the same
 checkpoints/       see checkpoint.py
 summary.json       the final figures
@@ -48,7 +49,10 @@ def same_job(before: Mapping[str, str]) -> bool:
 
 
 class RunFolder:
-    """Paths of a run folder; `claim` makes it, `start` fills it. Only rank 0 writes, the others may read the paths."""
+    """Paths of a run folder; `claim` makes it, `start` fills it.
+
+    Rank 0 writes; the others read the paths, and keep a log of warnings.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -74,6 +78,7 @@ class RunFolder:
         here.
         """
         if rank() != 0:
+            self._log_to(self.path / f"log.rank{rank()}.txt", logging.WARNING)
             return
         # Going on from elsewhere would cut the metrics and prune the checkpoints of the run that is here.
         foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
@@ -83,7 +88,8 @@ class RunFolder:
             )
         with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._open_log()
+            self.log.touch()
+        self._log_to(self.log, logging.INFO)
 
     def start(self, config_yaml: str, *, resumed_from: Path | None = None) -> None:
         """Writes configuration and environment: all components are built, and training begins."""
@@ -141,10 +147,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run folder {self.path} can't be written: {error.strerror or error}") from error
 
-    def _open_log(self) -> None:
+    def _log_to(self, path: Path, level: int) -> None:
         self.close()
-        self._file = PatientFile(self.log, lambda line: console.print(f"warning: {line}", markup=False))
+        self._file = PatientFile(path, lambda line: console.print(f"warning: {line}", markup=False))
         self._handler = logging.StreamHandler(self._file)
+        self._handler.setLevel(level)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("caco_fast")
         logger.setLevel(min(logger.level or logging.INFO, logging.INFO))

@@ -32,7 +32,6 @@ def said() -> list[str]:
 
 def on_disk(tmp_path: Path, said: list[str], room: int) -> tuple[PatientFile, Disk]:
     file, disk = PatientFile(tmp_path / "lines", said.append), Disk(room)
-    file._file.close()
     file._file = disk
     return file, disk
 
