@@ -166,3 +166,11 @@ def broadcast_object(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder)
     return holder[0]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks in rank order."""
+    values = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(values, value)
+    return values

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
-from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
+from caco_fast.distributed import all_gather_objects, barrier, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
@@ -167,7 +167,8 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
     }
     values |= trainer.positives
-    values["bad_images"] = len(trainer.loader.bad_images)
+    # Each rank knows those that it met itself.
+    values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
     if trainer.evaluator is not None:
         values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
     run.summary(values)

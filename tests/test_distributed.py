@@ -7,6 +7,7 @@ from ranks import run_ranks
 
 from caco_fast import distributed
 from caco_fast.distributed import (
+    all_gather_objects,
     all_gather_rows,
     all_gather_uneven,
     all_reduce_logsumexp,
@@ -35,7 +36,7 @@ def test_one_process_is_rank_0_of_1_and_every_collective_the_identity() -> None:
         assert torch.equal(result, rows)
         assert not result.requires_grad
     assert not traffic.calls
-    assert broadcast_object({"a": 1}) == {"a": 1}
+    assert broadcast_object({"a": 1}) == {"a": 1} and all_gather_objects("a") == ["a"]
 
 
 def in_pieces(rows: torch.Tensor) -> torch.Tensor | None:
@@ -77,6 +78,7 @@ def on_rank() -> dict[str, Any]:
         "is_in_place": all_reduce_sum(summed) is summed,
         "sum": summed,
         "object": broadcast_object(f"from rank {me}"),
+        "objects": all_gather_objects(["rank", me] * me),
         "max": all_reduce_max(torch.tensor([1.0, me])),
         "logsumexp": all_reduce_logsumexp(torch.tensor([1000.0 * me, 0.0])),
         "scattered": reduce_scatter_rows(torch.arange(12.0).view(6, 2) * (me + 1)),
@@ -98,6 +100,7 @@ def test_three_ranks() -> None:
         assert found["all_empty"].shape == (0, 2)
         assert found["is_in_place"] and found["sum"].tolist() == [3.0, 3.0]
         assert found["object"] == "from rank 0"
+        assert found["objects"] == [[], ["rank", 1], ["rank", 2, "rank", 2]]
         assert found["max"].tolist() == [1.0, 2.0]
         torch.testing.assert_close(found["logsumexp"], torch.tensor([2000.0, torch.tensor(3.0).log()]))
         mine = slice(2 * rank_number, 2 * rank_number + 2)
