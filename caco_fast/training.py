@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
@@ -20,7 +19,7 @@ from caco_fast.engine.trainer import TRAINING, Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS
-from caco_fast.models import Encoder, EncoderPair, build_encoder_pair, synchronise_batch_norm
+from caco_fast.models import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 log = logging.getLogger("caco_fast.training")
@@ -218,14 +217,11 @@ def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
 def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
-    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast)
-    if is_distributed():
-        synchronise_batch_norm(encoders, device)
+    joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast, joint_views)
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
-        ids = [device.index] if device.type == "cuda" else None
-        # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-        encoders.wrap_query(DistributedDataParallel(encoders.query, device_ids=ids, broadcast_buffers=False))
+        encoders.distribute(device)
     return encoders
 
 
