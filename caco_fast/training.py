@@ -10,6 +10,7 @@ from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
 from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
+from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler
@@ -75,6 +76,8 @@ def build_trainer(
     method = METHODS[config.method](getattr(config, config.method), config.projector.dim)
     method.check_views(sum(view.count for view in config.views))
     method.to(device)
+    if config.trainer.compile:
+        compile_step(encoders, method, device)
     loader = build_train_loader(
         config.data,
         config.views,

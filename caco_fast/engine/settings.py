@@ -18,6 +18,7 @@ class TrainerConfig:
         "views of one size as one batch through the convolutions, BatchNorm still per view: on, off, or "
         "auto: with several ranks, where it halves the collectives",
     )
+    compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
 

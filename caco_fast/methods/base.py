@@ -46,6 +46,10 @@ class Method(nn.Module, ABC):
     def update(self, warmup: float) -> None:
         """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1]."""
 
+    def losses(self) -> Sequence[nn.Module]:
+        """The parts of `forward` behind the encoders that torch.compile may take, each without a graph break."""
+        return ()
+
     def rates(self, warmup: float) -> dict[str, float]:
         """The rates of `update` at this warm-up, and what else is read on log steps only."""
         return {}
