@@ -8,7 +8,7 @@ import torch
 
 from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
-from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
+from caco_fast.distributed import all_gather_objects, barrier, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.launch import launched
@@ -88,15 +88,17 @@ def build_trainer(
         device=device,
     )
     trainer_config, optimizer = config.trainer, config.optimizer
-    lr = peak_lr(optimizer, trainer_config.batch_size)
+    batch_size = trainer_config.batch_size
+    lr = peak_lr(optimizer, batch_size)
+    scaler = gradient_scaler(trainer_config.precision, device)
     return Trainer(
         trainer_config,
         config.checkpoint,
         device=device,
         encoders=encoders,
         method=method,
-        optimizer=build_optimizer(optimizer, encoders.query.parameters(), trainer_config.batch_size),
-        scaler=gradient_scaler(trainer_config.precision, device),
+        optimizer=build_optimizer(optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled()),
+        scaler=scaler,
         schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
         loader=loader,
         evaluator=_build_evaluator(config, device),
@@ -169,7 +171,8 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
     }
     values |= trainer.positives
-    values["bad_images"] = len(trainer.loader.bad_images)
+    # Each rank knows those that it met itself.
+    values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
     if trainer.evaluator is not None:
         values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
     run.summary(values)
@@ -221,7 +224,8 @@ def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
     joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
-    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast, joint_views)
+    options = dict(autocast=autocast, joint_views=joint_views, ema_backend=config.optimizer.backend)
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, **options)
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
         encoders.distribute(device)

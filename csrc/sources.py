@@ -9,6 +9,9 @@ BINDINGS = "bindings.cpp"
 KERNELS = (
     "bank.cu",
     "stages.cu",
+    "optim/tensor_table.cu",
+    "optim/ema_update.cu",
+    "optim/lars_step.cu",
     "sm70/bank_attend.cu",
     "sm70/bank_select.cu",
     "sm70/bank_step.cu",
@@ -17,6 +20,7 @@ KERNELS = (
     "sm80/bank_step.cu",
     "sm90/bank_attend.cu",
     "sm90/bank_select.cu",
+    "sm90/bank_step.cu",
 )
 # Machine code for sm_XY also runs on later minor numbers: 70 serves 72 and 75, 80 serves 86 and 89, 100 serves 103, 120
 # serves 121. That for sm_90a runs on sm_90 only. nvcc 13 does not know 70.

@@ -6,6 +6,7 @@ import torch
 from ranks import run_ranks
 
 from caco_fast.distributed import (
+    all_gather_objects,
     all_gather_rows,
     all_gather_uneven,
     all_reduce_sum,
@@ -23,7 +24,7 @@ def test_one_process_is_rank_0_of_1_and_every_collective_the_identity() -> None:
     for gathered in (all_gather_rows(rows), all_gather_uneven(rows), all_reduce_sum(rows.detach().clone())):
         assert torch.equal(gathered, rows)
         assert not gathered.requires_grad
-    assert broadcast_object({"a": 1}) == {"a": 1}
+    assert broadcast_object({"a": 1}) == {"a": 1} and all_gather_objects("a") == ["a"]
 
 
 def on_rank() -> dict[str, Any]:
@@ -41,6 +42,7 @@ def on_rank() -> dict[str, Any]:
         "is_in_place": all_reduce_sum(summed) is summed,
         "sum": summed,
         "object": broadcast_object(f"from rank {me}"),
+        "objects": all_gather_objects(["rank", me] * me),
     }
 
 
@@ -56,3 +58,4 @@ def test_three_ranks() -> None:
         assert found["all_empty"].shape == (0, 2)
         assert found["is_in_place"] and found["sum"].tolist() == [3.0, 3.0]
         assert found["object"] == "from rank 0"
+        assert found["objects"] == [[], ["rank", 1], ["rank", 2, "rank", 2]]

@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, where it changed)
 environment.json   commit, versions, machine, command line: one entry for each start of the run
 log.txt            the log of all starts
+log.rank1.txt      warnings of the other ranks, as of bad images that rank 0 never met; only where there are any
 metrics.jsonl      see metrics.py; tensorboard/ holds the same
 checkpoints/       see checkpoint.py
 summary.json       the final figures
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Paths of a run folder; `start` makes it. Only rank 0 writes, the others may read the paths."""
+    """Paths of a run folder; `start` makes it. Rank 0 writes; the others read the paths, and keep a log of warnings."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -51,6 +52,7 @@ class RunFolder:
         here.
         """
         if rank() != 0:
+            self._open_log_of_warnings()
             return
         # Going on from elsewhere would cut the metrics and prune the checkpoints of the run that is here.
         foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
@@ -83,12 +85,25 @@ class RunFolder:
             self._handler = None
 
     def _open_log(self) -> None:
+        self._attach(logging.FileHandler(self.log, encoding="utf-8"))
+
+    def _open_log_of_warnings(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {self.path} can't be written: {error.strerror or error}") from error
+        # Made with its first line.
+        handler = logging.FileHandler(self.path / f"log.rank{rank()}.txt", encoding="utf-8", delay=True)
+        handler.setLevel(logging.WARNING)
+        self._attach(handler)
+
+    def _attach(self, handler: logging.Handler) -> None:
         self.close()
-        self._handler = logging.FileHandler(self.log, encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler = handler
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("caco_fast")
         logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
-        logger.addHandler(self._handler)
+        logger.addHandler(handler)
 
     def _write_config(self, config_yaml: str) -> None:
         if self.config.exists() and (before := self.config.read_text()) != config_yaml:

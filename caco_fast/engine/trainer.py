@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from caco_fast.engine import random_state
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
 from caco_fast.engine.interrupt import Interrupt, Interrupted
 from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.precision import optimizer_step, require_scale
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
 from caco_fast.errors import UserError
@@ -55,6 +56,7 @@ class Rates(NamedTuple):
     """What the schedule sets for one step."""
 
     lr: float
+    # Of the EMA at the step's end, which makes the keys of the next step.
     key_momentum: float
     warmup: float
 
@@ -77,6 +79,14 @@ class Interval:
         """Means over these steps and over all ranks, each of which calls."""
         totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
         return dict(zip(self.sums, totals.tolist()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
+        sums = dict(self.sums)
+        if sums:
+            means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
+            sums = dict(zip(sums, means.unbind()))
+        return asdict(replace(self, sums=sums))
 
     def clear(self) -> None:
         self.sums, self.steps, self.seconds = {}, 0, 0.0
@@ -120,6 +130,8 @@ class Trainer:
         self.interrupt = Interrupt()
         self.position = Position()
         self._interval = Interval()
+        # Steps that overflowed gradients made the optimiser, the bank and the EMA skip; each still counts as a step.
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Of the chosen positives in the first and the last log line of the training phase, for the summary.
         self.positives: dict[str, float] = {}
         self._rates = Rates(0.0, 0.0, 0.0)
@@ -184,7 +196,7 @@ class Trainer:
             for batch in self._batches(epoch, first, per_epoch):
                 step = self.position.step
                 rates = Rates(
-                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step), self.schedule.warmup_at(step)
+                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step + 1), self.schedule.warmup_at(step)
                 )
                 self._step(batch, self.method, rates)
                 self._after_step(epoch, step=self.position.step - epoch * per_epoch)
@@ -213,10 +225,11 @@ class Trainer:
             # On a GPU reading the loss would stall every step; there the log lines and checkpoints look.
             self._require_finite(self.position.total_steps + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.method.update(rates.warmup)
+        skip = optimizer_step(self.optimizer, output.loss, self.scaler)
+        self.method.update(rates.warmup, skip)
+        self.encoders.advance_key(skip)
+        if skip is not None:
+            self.skipped_steps += skip != 0
 
         self._rates = rates
         self.position.step += 1
@@ -227,6 +240,7 @@ class Trainer:
         values = None
         if self.progress.is_log_step(step - 1):
             self._require_finite(self.position.total_steps)
+            require_scale(self.scaler, self.position.total_steps)
             values = self._interval.means()
         now = time.perf_counter()
         self._interval.seconds += now - self._mark
@@ -263,6 +277,8 @@ class Trainer:
             "pairs_per_second": self._interval.steps * self.config.batch_size / self._interval.seconds,
             "bad_images": len(self.loader.bad_images),
         }
+        if self.scaler.is_enabled():
+            values |= {"skipped_steps": int(self.skipped_steps), "loss_scale": self.scaler.get_scale()}
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
         if epoch >= 0 and "positive_probability" in values:
             self.positives.setdefault("positive_probability_start", values["positive_probability"])
@@ -317,7 +333,10 @@ class Trainer:
             log.error("%s; training goes on without it", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, in types that torch.load reads with weights_only=True."""
+        """All that a run needs to go on, in types that torch.load reads with weights_only=True.
+
+        Every rank calls, for rank 0 to save: a bank that the ranks share is in its state alone.
+        """
         epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
         return {
             "config": self.resolved_config,
@@ -333,8 +352,9 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped_steps": int(self.skipped_steps),
             "random": random_state.capture_ranks(),
-            "interval": asdict(self._interval),
+            "interval": self._interval.state_dict(),
             "positives": dict(self.positives),
         }
 
@@ -368,6 +388,7 @@ class Trainer:
                     f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
                     "or the settings it was made with, which stand in config.yaml there"
                 ) from None
+        self.skipped_steps.fill_(state.get("skipped_steps", 0))
         random_state.restore_ranks(state["random"])
         self._interval = Interval(**state["interval"])
         self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}

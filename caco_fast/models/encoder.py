@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
+from caco_fast.ops import ema_update_
 
 
 class Encoder(nn.Module):
@@ -64,14 +65,15 @@ class EncoderPair(nn.Module):
     """The query encoder `f`, which is trained, and the key encoder `g`, an EMA of it.
 
     The EMA covers parameters only: the BatchNorm buffers of `g` come from its own forwards, and both run in training
-    mode. `momentum` is set by the trainer before every step.
+    mode. `momentum` is set by the trainer before every EMA step, whose implementation is `ema_backend`.
     """
 
-    def __init__(self, query: Encoder) -> None:
+    def __init__(self, query: Encoder, ema_backend: str = "auto") -> None:
         super().__init__()
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(False)
         self.momentum = 0.99
+        self.ema_backend = ema_backend
         # What the forwards go through; in a tuple, a DistributedDataParallel wrapper stays out of state_dict().
         self._forward_query: tuple[nn.Module] = (query,)
 
@@ -106,9 +108,15 @@ class EncoderPair(nn.Module):
         return self.key(*views)
 
     @torch.no_grad()
-    def advance_key(self) -> None:
-        """g <- m g + (1 - m) f, between the forwards of the queries and of the keys."""
-        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1.0 - self.momentum)
+    def advance_key(self, skip: torch.Tensor | None = None) -> None:  # []
+        """g <- m g + (1 - m) f, after the optimiser's step; not where the flag `skip` is not 0.
+
+        The EMA stands between the forwards of queries and keys (methods.md). The optimiser's step is the last to
+        change f before those queries, and g = f at the start, so that done here it gives the same keys; and a step
+        that is skipped leaves f and g as they were, with nothing to take back.
+        """
+        key, query = list(self.key.parameters()), list(self.query.parameters())
+        ema_update_(key, query, 1.0 - self.momentum, skip=skip, backend=self.ema_backend)
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:
@@ -122,7 +130,8 @@ def build_encoder_pair(
     channels: int,
     autocast: torch.dtype | None = None,
     joint_views: bool = False,
+    ema_backend: str = "auto",
 ) -> EncoderPair:
     features = segment_batch_norm(build_backbone(backbone, channels))
     head = segment_batch_norm(build_projector(projector, feature_width(features)))
-    return EncoderPair(Encoder(features, head, autocast, joint_views))
+    return EncoderPair(Encoder(features, head, autocast, joint_views), ema_backend)

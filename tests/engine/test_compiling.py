@@ -65,6 +65,7 @@ def steps(
         output.loss.backward()
         optimizer.step()
         method.update(1.0)
+        pair.advance_key()
         losses.append(output.loss.detach())
     return {"losses": torch.stack(losses), **pair.state_dict(), **method.state_dict()}
 

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from caco_fast.distributed import rank
+from caco_fast.distributed import count_traffic, rank
 from caco_fast.errors import UserError
 from caco_fast.models import BackboneConfig, ProjectorConfig, build_encoder_pair, segment_batch_norm
 from caco_fast.models.batch_norm import (
@@ -145,24 +144,12 @@ def collectives_of_a_step(joint_views: bool) -> tuple[int, int, list[Tensor]]:
     torch.manual_seed(0)
     backbone = BackboneConfig("resnet18", "small", {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]})
     pair = build_encoder_pair(backbone, ProjectorConfig(hidden=8, dim=4), 1, joint_views=joint_views)
-    calls = 0
-
-    def counting(collective: Callable) -> Callable:
-        def call(*arguments: object, **options: object) -> object:
-            nonlocal calls
-            calls += 1
-            return collective(*arguments, **options)
-
-        return call
-
-    kept = dist.all_reduce, dist.all_gather
-    dist.all_reduce, dist.all_gather = map(counting, kept)
     views = [torch.randn(4, 1, 8, 8) for _ in range(2)]
-    queries, keys = pair.queries(views), pair.keys(views)
-    torch.cat(queries).sum().backward()
-    dist.all_reduce, dist.all_gather = kept
+    with count_traffic() as traffic:
+        queries, keys = pair.queries(views), pair.keys(views)
+        torch.cat(queries).sum().backward()
     layers = sum(isinstance(module, SegmentedBatchNorm) for module in pair.query.modules())
-    return layers, calls, [embedding.detach() for embedding in (*queries, *keys)]
+    return layers, sum(traffic.calls.values()), [embedding.detach() for embedding in (*queries, *keys)]
 
 
 def both_ways() -> list[tuple[int, int, list[Tensor]]]:

@@ -45,7 +45,7 @@ def shift_query(pair: EncoderPair) -> None:
             p.add_(torch.randn_like(p))
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["f32", "bf16", "fp16"])
 def test_embeddings_are_unit_rows_in_f32(pair: EncoderPair, autocast: torch.dtype | None) -> None:
     pair.query.autocast = autocast
     computed: list[torch.dtype] = []
