@@ -194,7 +194,8 @@ def test_normalisation_is_that_of_mean_and_std() -> None:
     plain = batched(images, draws, config)
     mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
     views = make_views(held(images), np.arange(6), draws, config, mean, std)
-    assert views.shape == (6, 3, 32, 32) and views.dtype == torch.float32 and views.is_contiguous(memory_format=torch.channels_last)
+    assert views.shape == (6, 3, 32, 32) and views.dtype == torch.float32
+    assert views.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(views, F.normalize(plain, mean.tolist(), std.tolist()), atol=1e-6)
 
 
