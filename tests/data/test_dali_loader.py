@@ -104,26 +104,6 @@ def test_ranks_share_the_batch_that_one_rank_would_see(smooth_source: ArraySourc
             assert torch.allclose(torch.cat([part.views[number] for part in parts]), view, atol=1e-5)
 
 
-def test_every_index_of_ten_thousand_files_comes_once_an_epoch_on_four_ranks(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (200, 100, 50)).save(file, "PNG")
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    for number in range(10_000):
-        (tmp_path / "train" / "a" / f"{number}.png").write_bytes(file.getvalue())
-    config = DataConfig(path=str(tmp_path), loader="dali", workers=1)
-    view = [ViewConfig(size=2, jitter_p=0, blur_p=0)]
-    options = dict(batch_size=1000, seed=0, world_size=4)
-    loaders = [build_train_loader(config, view, rank=rank, **options) for rank in range(4)]
-    orders = []
-    for epoch in range(3):
-        seen = [torch.cat([batch.index for batch in loader.batches(epoch)]) for loader in loaders]
-        orders.append(torch.cat(seen))
-        assert sorted(orders[-1].tolist()) == list(range(10_000))
-    assert not torch.equal(orders[0], orders[1])
-    for loader in loaders:
-        loader.close()
-
-
 KINDS: dict[str, Callable[[Image.Image, io.BytesIO], None]] = {
     "jpeg": lambda image, file: image.save(file, "JPEG", quality=95),
     "progressive": lambda image, file: image.save(file, "JPEG", quality=95, progressive=True),
