@@ -131,11 +131,18 @@ def test_changed_settings_are_named_on_resume(images, tmp_path, caplog):
     assert "resuming with another optimizer.lr: 0.1, was 0.3" in caplog.text
 
 
+def test_another_kind_of_draws_is_named_at_an_epochs_end(images, tmp_path, caplog):
+    train(config(images, "trainer.max_steps=10"), tmp_path / "run")
+    train(config(images, "data.loader=memory"), tmp_path / "run", "auto")
+    assert "other random numbers from here on: batched draws, exact jitter, was torchvision draws" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
         ("trainer.batch_size=10", "middle of an epoch.*batch_size 8 -> 10"),
         ("trainer.seed=5", "middle of an epoch.*seed 0 -> 5"),
+        ("data.loader=memory", "middle of an epoch.*torchvision draws, exact jitter -> batched draws, exact jitter"),
         ("projector.dim=8", "does not fit this configuration"),
         ("caco.bank_size=64", "does not fit this configuration"),
     ],
