@@ -268,7 +268,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, nargs="+", default=[cores], help=f"processes or threads ({cores})")
     parser.add_argument("--batch-size", type=int, default=32, help="B (32)")
-    parser.add_argument("--batches", type=int, default=12, help="batches that are timed in each round (12)")
+    parser.add_argument("--batches", type=int, default=24, help="batches that are timed in each round (24)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (7)")
     parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/bench_data_DEVICE.json")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")

@@ -37,12 +37,11 @@ from caco_fast.errors import UserError
 
 PACKAGES = (
     "mate-backgrounds",
-    "gnome-backgrounds",
+    "plasma-workspace-wallpapers",
     "lxqt-themes",
     "ukui-wallpapers",
     "lomiri-wallpapers-16.04",
     "lomiri-wallpapers-20.04",
-    "labelme-examples",
     "hugin-data",
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")

@@ -21,6 +21,8 @@ class TrainerConfig:
     compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
+    deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")
+    collective_timeout: int = setting(600, "seconds that a rank waits for the others before the run ends (status 75)")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "joint_views", switch("trainer.joint_views", self.joint_views))
@@ -28,6 +30,7 @@ class TrainerConfig:
     def validate(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
+        require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Method(nn.Module, ABC):
     """
 
     @abstractmethod
-    def check_views(self, count: int) -> None:
-        """Raises UserError where the method can't use `count` views of an image."""
+    def check_views(self, sizes: Sequence[int]) -> None:
+        """Raises UserError where the method can't use views of these sides in pixels, in the configured order."""
 
     @abstractmethod
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:

@@ -179,9 +179,14 @@ class CaCo(Method):
         # Not a second submodule: state_dict would hold the bank twice.
         return self.criterion.bank
 
-    def check_views(self, count: int) -> None:
-        if count < 2:
-            raise UserError(f"views: caco takes 2 large views and any number of small ones, found {count} in all")
+    def check_views(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2:
+            raise UserError(f"views: caco takes 2 large views and any number of small ones, found {len(sizes)} in all")
+        if min(sizes[:2]) < max(sizes[2:], default=0):
+            raise UserError(
+                f"views: caco takes the first 2 for the large ones, found sizes {', '.join(map(str, sizes))}; "
+                "put the largest first"
+            )
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         q_a, q_b, *small = encoders.queries(views)

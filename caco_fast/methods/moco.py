@@ -35,9 +35,9 @@ class MoCo(Method):
         self.queue = KeyQueue(config.queue_size, dim)
         self._keys: list[torch.Tensor] = []
 
-    def check_views(self, count: int) -> None:
-        if count != 2:
-            raise UserError(f"views: moco takes 2 views of an image, found {count}")
+    def check_views(self, sizes: Sequence[int]) -> None:
+        if len(sizes) != 2:
+            raise UserError(f"views: moco takes 2 views of an image, found {len(sizes)}")
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         queries = encoders.queries(views if self.config.symmetric else views[:1])

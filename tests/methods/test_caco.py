@@ -177,7 +177,13 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 
 
 def test_one_view_is_too_few() -> None:
-    make().check_views(2)
-    make().check_views(8)
+    make().check_views([224, 160])
+    make().check_views([224, 224, 96, 96])
     with pytest.raises(UserError, match="views: caco takes 2 large views and any number of small ones, found 1 in all"):
-        make().check_views(1)
+        make().check_views([224])
+
+
+@pytest.mark.parametrize("sizes", [[96, 224, 224], [224, 96, 224], [96, 96, 224, 224]])
+def test_the_large_views_come_first(sizes: list[int]) -> None:
+    with pytest.raises(UserError, match="views: .* the first 2 for the large ones, found sizes .*largest first"):
+        make().check_views(sizes)
