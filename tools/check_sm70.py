@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("stages.cu", "sm70/bank_attend.cu", "sm70/bank_select.cu", "sm70/bank_step.cu")
+SOURCES += ("optim/tensor_table.cu", "optim/ema_update.cu", "optim/lars_step.cu")
 FILES = {  # what is needed of each package, in its folder of `nvidia`
     "nvidia-cuda-nvrtc-cu12": "cuda_nvrtc/lib/libnvrtc.so.12",
     "nvidia-cuda-nvcc-cu12": "cuda_nvcc/bin/ptxas",

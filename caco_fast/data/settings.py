@@ -9,7 +9,8 @@ from caco_fast.errors import UserError
 from caco_fast.settings import setting
 
 SOURCES = ("folder", "index", "webdataset", "cifar10", "embedded")
-LOADERS = ("auto", "torchvision", "memory")
+LOADERS = ("auto", "dali", "torchvision", "memory")
+JITTERS = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,17 @@ class DataConfig:
     )
     root: str = setting("", "index: directory of the images, if they are not where the index says")
     loader: str = setting(
-        "auto", "torchvision (worker processes), memory (whole set in memory) or auto (memory for small sets)"
+        "auto",
+        "dali, torchvision (worker processes, slower), memory (whole set in memory) or auto (memory for small sets, "
+        "else dali, or torchvision where DALI is not installed)",
     )
-    workers: int | None = setting(None, "worker processes of a rank; 0: it reads by itself; null: one a core, up to 12")
-    prefetch: int = setting(2, "batches that each worker prepares ahead (>= 1)")
+    jitter: str = setting(
+        "exact", "colour jitter: exact (torchvision's) or fast (one linear map of the colours, see docs/data.md)"
+    )
+    workers: int | None = setting(
+        None, "worker processes, with dali threads, of a rank; 0: no process; null: one a core, up to 12"
+    )
+    prefetch: int = setting(2, "batches that each worker, or dali, prepares ahead (>= 1)")
     mean: list[float] | None = setting(None, "mean of each channel in [0, 1] to subtract; null: the source's own")
     std: list[float] | None = setting(None, "standard deviation of each channel to divide by; null: the source's own")
     eval_resize: int | None = setting(
@@ -102,7 +110,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first field that is out of range or unknown."""
-        for name, known in (("source", SOURCES), ("loader", LOADERS)):
+        for name, known in (("source", SOURCES), ("loader", LOADERS), ("jitter", JITTERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"data.{name} is '{getattr(self, name)}'; it must be one of {', '.join(known)}")
         if self.source != "embedded" and not self.path:

@@ -9,7 +9,7 @@ Memory beside the results (P: C rounded up to 64, 128, 256 or 512), from torch's
     operand copy of the bank  2 K P bytes for each operand type in use; kept until the bank is freed, or `forget`
     attend                    2 R P, and 4 R P + 16 R for each part of the bank (64 at most, few when R is large)
     select                    2 R P, and 64 R for each part
-    step                      2 R P + 8 R, and the sort of R M positives
+    step                      2 R P, 8 R with R rounded up to 384, and the sort of R M positives
 
 Legend: R query or key rows, K bank rows, C channels, M positives per row, P padded channels.
 """
@@ -177,8 +177,10 @@ def step_(
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
+    skip: Tensor | None = None,
 ) -> None:
-    """As `step_tiled_`; positives outside the bank are ignored. Writes the operand copy for the next attend as well."""
+    """As `step_tiled_`, with `skip`; positives outside the bank are ignored. Writes the operand copy that the next
+    attend reads as well."""
     check_bank("bank_step_", bank)
     (rows, channels), bank_rows = queries.shape, bank.shape[0]
     many = 0 if positives is None or rows == 0 else positives.shape[1]
@@ -218,6 +220,7 @@ def step_(
         lr=lr,
         momentum=momentum,
         project=norm == "project",
+        skip=address_or_null(skip),
     )
     if exact_bank is not bank:
         bank.copy_(exact_bank)

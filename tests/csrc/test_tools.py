@@ -1,5 +1,6 @@
 """The self-test, and the static gate of the compiled module."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from caco_fast import selftest
 
 ROOT = Path(__file__).resolve().parents[2]
+PADDED = ("64", "128", "256", "512")  # channels that kernels are compiled for
 sys.path.insert(0, str(ROOT / "tools"))
 import check_sass  # noqa: E402
 import check_sm70  # noqa: E402
@@ -19,7 +21,7 @@ import check_sm70  # noqa: E402
 def test_selftest_passes_on_emulated_kernels(cuda_ops, capsys):
     assert selftest.run(torch.device("cpu"), ((1, 1, 64), (70, 133, 80)))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 3 * 8 and all(line.startswith("ok") for line in lines)
+    assert len(lines) == 2 * 3 * 8 + 4 and all(line.startswith("ok") for line in lines)
 
 
 @pytest.mark.parametrize("operation, output", [("attend", 2), ("attend", 0), ("select", 0)])
@@ -34,6 +36,15 @@ def test_selftest_fails_on_a_wrong_result(cuda_ops, monkeypatch, capsys, operati
     monkeypatch.setattr(cuda_ops, operation, wrong)
     assert not selftest.run(torch.device("cpu"), ((70, 133, 80),))
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [80], indirect=True)
+@pytest.mark.parametrize("operation, left_out", [("ema_update", {"weight": 0.31}), ("lars_step", {"skip": 0})])
+def test_selftest_fails_on_a_wrong_list(cuda_ops, emulated, monkeypatch, capsys, operation, left_out):
+    right = getattr(emulated, operation)
+    monkeypatch.setattr(emulated, operation, lambda target, **arguments: right(target, **{**arguments, **left_out}))
+    assert not selftest.run(torch.device("cpu"), ())
+    assert capsys.readouterr().out.count("FAIL") == 1
 
 
 def test_selftest_without_a_gpu_says_so_in_one_line():
@@ -54,6 +65,18 @@ def test_compiled_kernels_pass_the_static_gate():
     kernels = check_sass.read_kernels(module)
     assert kernels
     assert {f"sm_{kernel.arch} {kernel.name}": kernel.faults() for kernel in kernels if kernel.faults()} == {}
+
+
+def test_every_operation_is_compiled_for_its_own_path():
+    """On sm_90a by sm90's kernels and by sm80's, on the other architectures by sm80's; for each type and size."""
+    module = check_sass.find_module()
+    if module is None or check_sass.missing():
+        pytest.skip("no compiled module; run `python setup.py build_ext`")
+    found = {(kernel.arch, *kernel.name.split()) for kernel in check_sass.read_kernels(module)}
+    for arch in {arch for arch, *_ in found if int(arch.rstrip("a")) >= 80}:
+        for path in ("sm80", "sm90") if arch == "90a" else ("sm80",):
+            for kernel in itertools.product(("attend", "select", "step"), (path,), ("bf16", "fp16"), PADDED):
+                assert (arch, *kernel) in found
 
 
 def test_sm70_kernels_pass_the_static_gate():
