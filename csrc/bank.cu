@@ -5,24 +5,21 @@
 #include <stdexcept>
 #include <string>
 
-#include "stages.h"
-#include "sm70/path.h"
-#include "sm80/path.h"
-#include "sm90/path.h"
+#include "path.h"
 
 namespace caco {
 namespace {
 
-// Adding a path: its folder with a path.h like the others', a value of Path, and a case here.
-template <class Sm70, class Sm80, class Sm90>
-auto on_path(Path path, Sm70 &&sm70, Sm80 &&sm80, Sm90 &&sm90) {
+// Adding a path: its folder with the functions of path.h, a value of Path, and a case here.
+template <class Body>
+auto on_path(Path path, Body &&body) {
     switch (path) {
         case Path::kSm70:
-            return sm70();
+            return body(Kernels<Path::kSm70>{});
         case Path::kSm80:
-            return sm80();
+            return body(Kernels<Path::kSm80>{});
         case Path::kSm90:
-            return sm90();
+            return body(Kernels<Path::kSm90>{});
     }
     throw std::invalid_argument("caco: unknown kernel path " + std::to_string(static_cast<int>(path)));
 }
@@ -33,17 +30,10 @@ void check_type(OperandType type, Path path) {
     }
 }
 
-Split attend_split(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    return on_path(
-        target.path, [&] { return sm70::attend_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm80::attend_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm90::attend_split(rows, bank_rows, channels, target.multiprocessors); });
-}
-
 }  // namespace
 
 // Machine code for sm_XY runs on every GPU of the same major number whose minor one is not smaller; that for sm_90a, on
-// sm_90 only. On sm_90a, operations that the sm90 path does not have run sm80's kernels, compiled for it too.
+// sm_90 only.
 int path_serving(int major, int minor) {
     std::istringstream arches(CACO_ARCHES);
     int path = 0;
@@ -61,20 +51,20 @@ int path_serving(int major, int minor) {
 }
 
 SharedBytes shared_bytes(int channels, Path path) {
-    return on_path(
-        path, [&] { return sm70::shared_bytes(channels); }, [&] { return sm80::shared_bytes(channels); },
-        [&] { return sm90::shared_bytes(channels); });
+    return on_path(path, [&](auto kernels) { return kernels.shared_bytes(channels); });
 }
 
 int64_t bank_attend_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    return attend_workspace(rows, channels, attend_split(rows, bank_rows, channels, target).splits);
+    const Split split = on_path(target.path, [&](auto kernels) {
+        return kernels.attend_split(rows, bank_rows, channels, target.multiprocessors);
+    });
+    return attend_workspace(rows, channels, split.splits);
 }
 
 int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, const Target &target) {
-    const Split split = on_path(
-        target.path, [&] { return sm70::select_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm80::select_split(rows, bank_rows, channels, target.multiprocessors); },
-        [&] { return sm90::select_split(rows, bank_rows, channels, target.multiprocessors); });
+    const Split split = on_path(target.path, [&](auto kernels) {
+        return kernels.select_split(rows, bank_rows, channels, target.multiprocessors);
+    });
     return select_workspace(rows, split.splits);
 }
 
@@ -83,25 +73,19 @@ int64_t bank_step_workspace(int64_t rows) { return step_workspace(rows); }
 void bank_attend(const AttendParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
-    on_path(
-        target.path, [&] { sm70::bank_attend(params, target); }, [&] { sm80::bank_attend(params, target); },
-        [&] { sm90::bank_attend(params, target); });
+    on_path(target.path, [&](auto kernels) { kernels.bank_attend(params, target); });
 }
 
 void bank_select(const SelectParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
-    on_path(
-        target.path, [&] { sm70::bank_select(params, target); }, [&] { sm80::bank_select(params, target); },
-        [&] { sm90::bank_select(params, target); });
+    on_path(target.path, [&](auto kernels) { kernels.bank_select(params, target); });
 }
 
 void bank_step(const StepParams &params, const Target &target) {
     const DeviceScope scope(target.device);
     check_type(params.type, target.path);
-    on_path(
-        target.path, [&] { sm70::bank_step(params, target); }, [&] { sm80::bank_step(params, target); },
-        [&] { sm80::bank_step(params, target); });
+    on_path(target.path, [&](auto kernels) { kernels.bank_step(params, target); });
 }
 
 }  // namespace caco

@@ -143,6 +143,52 @@ __device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int cha
 #endif
 }
 
+// Starts a plain copy of so many bytes from global to shared memory, which arrive at `barrier`; addresses and size are
+// multiples of 16. By one thread.
+__device__ __forceinline__ void bulk_load(void *to, const void *from, int bytes, Mbarrier *barrier) {
+#ifdef CACO_EMULATE
+    emu::bulk_copy(to, from, bytes, barrier);
+#else
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+#endif
+}
+
+// A store to shared memory that products will read. TMA and wgmma are of another proxy than a thread's own loads and
+// stores: they see it once the thread that stored has called async_proxy_fence, and a barrier has told the others.
+template <class T>
+__device__ __forceinline__ void store_for_products(T *to, T value) {
+#ifdef CACO_EMULATE
+    emu::store_for_products(to, value);
+#else
+    *to = value;
+#endif
+}
+
+// Orders this thread's own accesses to shared memory before those of TMA and wgmma that follow by way of a barrier: its
+// stores before they are read, its loads before the place is filled again.
+__device__ __forceinline__ void async_proxy_fence() {
+#ifdef CACO_EMULATE
+    emu::async_proxy_fence();
+#else
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A barrier of kThreads threads of the block, whole warps; 0 is __syncthreads'.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+    static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
+#ifdef CACO_EMULATE
+    emu::barrier(kBarrier, kThreads, "named barrier");
+#else
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+#endif
+}
+
 // Registers per thread of this warpgroup from here on; the block's total must fit the multiprocessor.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers_back() {
@@ -223,13 +269,14 @@ __device__ __forceinline__ void finish_before_wait(float (&d)[kCount][4]) {
 }
 
 #define CACO_F16(i) CACO_F4(i), CACO_F4(i + 1), CACO_F4(i + 2), CACO_F4(i + 3)
+#define CACO_F24 CACO_F16(0), CACO_F4(4), CACO_F4(5)
 #define CACO_F32 CACO_F16(0), CACO_F16(4)
 #define CACO_F48 CACO_F32, CACO_F16(8)
 #define CACO_F64 CACO_F48, CACO_F16(12)
 #define CACO_F128 CACO_F64, CACO_F16(16), CACO_F16(20), CACO_F16(24), CACO_F16(28)
-#define CACO_D0_31 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CACO_D24 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define CACO_D0_31 CACO_D24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define CACO_D32_47 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define CACO_D48_63 \
@@ -261,7 +308,8 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, O
                  : registers                                                                                     \
                  : "l"(descriptor(a)), "l"(descriptor(b)), "r"(int(accumulate)))
 #define CACO_WGMMA_SHAPES(type)                                                                                \
-    if constexpr (kColumns == 64) CACO_WGMMA(type, "64", CACO_D0_31, CACO_F32, "32", "33", "34");           \
+    if constexpr (kColumns == 48) CACO_WGMMA(type, "48", CACO_D24, CACO_F24, "24", "25", "26");                \
+    else if constexpr (kColumns == 64) CACO_WGMMA(type, "64", CACO_D0_31, CACO_F32, "32", "33", "34");         \
     else if constexpr (kColumns == 96) CACO_WGMMA(type, "96", CACO_D48, CACO_F48, "48", "49", "50");           \
     else if constexpr (kColumns == 128) CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66");         \
     else static_assert(kColumns == 0, "no such shape")

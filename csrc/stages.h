@@ -44,8 +44,8 @@ void settle_select(const SelectParams &params, int splits, const Target &target)
 struct RowTerms {
     float shift, weight;
 };
-constexpr int kRowTermsPad = 64;
-constexpr int kRowTermsOffset = 16;  // bytes; where the rows begin
+constexpr int kRowTermsPad = 384;       // a multiple of every path's tile of queries
+constexpr int kRowTermsOffset = 16;     // bytes; where the rows begin
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRowTermsPad - 1) / kRowTermsPad * kRowTermsPad; }
 constexpr int64_t step_workspace(int64_t rows) {
     return kRowTermsOffset + padded_rows(rows) * int64_t(sizeof(RowTerms));

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The server imports torch once; the ranks are forked from it, before any thread was started.
+# The server imports torch and the package once; the ranks are forked from it, before any thread was started.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "caco_fast.training"])
 SECONDS = 120

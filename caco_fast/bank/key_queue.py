@@ -51,7 +51,7 @@ class KeyQueue(nn.Module):
         self.pointer.add_(count).remainder_(size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        check_loaded_shape(state_dict, prefix + "queue", self.queue, "KeyQueue")
+        check_loaded_shape(state_dict, prefix + "queue", self.queue.shape, "KeyQueue")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -29,6 +29,9 @@ class TrainLoader(Protocol):
     takes the r-th contiguous share of them. What is left after the last whole batch is dropped.
     """
 
+    # What kind of random numbers makes the views: a run can't change it in mid-epoch. See `draws_name`.
+    draws: str
+
     @property
     def steps_per_epoch(self) -> int: ...
 
@@ -48,3 +51,8 @@ class TrainLoader(Protocol):
     def close(self) -> None:
         """Ends worker processes and frees memory; the loader can't be used afterwards."""
         ...
+
+
+def draws_name(kind: str, jitter: str) -> str:
+    """A name for what decides the views beside seed and recipe: the kind of draws, and how the jitter is computed."""
+    return f"{kind} draws, {jitter} jitter"

@@ -7,10 +7,9 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +79,14 @@ class Interval:
         totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
         return dict(zip(self.sums, totals.tolist()))
 
+    def state_dict(self) -> dict[str, Any]:
+        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
+        sums = dict(self.sums)
+        if sums:
+            means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
+            sums = dict(zip(sums, means.unbind()))
+        return asdict(replace(self, sums=sums))
+
     def clear(self) -> None:
         self.sums, self.steps, self.seconds = {}, 0, 0.0
 
@@ -119,7 +126,7 @@ class Trainer:
         self.metrics = metrics
         self.progress = progress
         self.resolved_config = resolved_config
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(config.collective_timeout)
         self.position = Position()
         self._interval = Interval()
         # Steps that overflowed gradients made the optimiser, the bank and the EMA skip; each still counts as a step.
@@ -129,6 +136,8 @@ class Trainer:
         self._rates = Rates(0.0, 0.0, 0.0)
         self._mark = 0.0
         self._saved: tuple[int, int] | None = None
+        # On rank 0: whether the latest checkpoint that was due could not be written.
+        self.save_failed = False
 
     def run(self) -> None:
         """From the present position to the end of the run, or to `max_steps`.
@@ -245,18 +254,18 @@ class Trainer:
         every = self.checkpoint.every_steps
         if every and self.position.total_steps % every == 0:
             self._save()
-        if self._asked_to_stop(log_step=values is not None):
-            self._save()
-            asked = self.interrupt.signal or signal.SIGTERM
-            raise Interrupted(f"stopped by {asked.name} after step {self.position.total_steps}", 128 + asked.value)
+        self._stop_if_asked()
         self._mark = time.perf_counter()
 
-    def _asked_to_stop(self, log_step: bool) -> bool:
-        """Whether a signal came, on any rank. The ranks must stop at the same step, and meet at log steps anyway."""
-        asked = self.interrupt.signal is not None
-        if world_size() == 1 or not log_step:
-            return asked and world_size() == 1
-        return bool(all_reduce_sum(torch.tensor([float(asked)], device=self.device)))
+    def _stop_if_asked(self) -> None:
+        asked = self.interrupt.agreed()
+        if asked is None:
+            return
+        self._save()
+        done = f"stopped by {asked.name} after step {self.position.total_steps}"
+        if self.save_failed:
+            done += f", without a checkpoint of it: the newest is {self.store.latest() or 'none'}"
+        raise Interrupted(done, 128 + asked.value)
 
     def _log(self, values: dict[str, float], epoch: int) -> None:
         shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
@@ -284,6 +293,9 @@ class Trainer:
         last = epochs_done == self.config.epochs
         scores = {}
         if self.evaluator is not None and self.evaluator.due(epochs_done, last):
+            # An evaluation may take longer than the grace between a signal and the kill.
+            self._save()
+            self._stop_if_asked()
             scores = self.evaluator.knn(self.encoders.query)
             self.metrics.write(self.position.total_steps, scores, epoch=epochs_done - 1)
             found = ", ".join(f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items())
@@ -314,7 +326,7 @@ class Trainer:
             return
         self._require_finite(self.position.total_steps)
         state = self.state_dict()
-        self._saved = at
+        self._saved, self.save_failed = at, False
         if rank() != 0:
             return
         try:
@@ -322,10 +334,14 @@ class Trainer:
             if score is not None:
                 self.store.save_best(path, self.position.total_steps, score)
         except CheckpointWriteError as error:
+            self.save_failed = True
             log.error("%s; training goes on without it", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, in types that torch.load reads with weights_only=True."""
+        """All that a run needs to go on, in types that torch.load reads with weights_only=True.
+
+        Every rank calls, for rank 0 to save: a bank that the ranks share is in its state alone.
+        """
         epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
         return {
             "config": self.resolved_config,
@@ -336,6 +352,7 @@ class Trainer:
                 "steps_per_epoch": self.loader.steps_per_epoch,
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
+                "draws": self.loader.draws,
             },
             "encoders": self.encoders.state_dict(),
             "method": self.method.state_dict(),
@@ -343,7 +360,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "skipped_steps": int(self.skipped_steps),
             "random": random_state.capture_ranks(),
-            "interval": asdict(self._interval),
+            "interval": self._interval.state_dict(),
             "positives": dict(self.positives),
         }
 
@@ -354,11 +371,13 @@ class Trainer:
             UserError: other shapes, or a position in an epoch that the present batches do not have.
         """
         position = Position(**state["position"])
-        then = state["loader"]
+        # Checkpoints of the first versions name no draws.
+        then = {"draws": self.loader.draws} | state["loader"]
         now = {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
+            "draws": self.loader.draws,
         }
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
         if changed and (then["step"] or position.phase == PREPARATION):
@@ -366,6 +385,8 @@ class Trainer:
                 f"{name} stands in the middle of an epoch, which can't go on with {', '.join(changed)}; "
                 "resume with the settings it was made with, or from a checkpoint at an epoch's end"
             )
+        if then["draws"] != now["draws"]:
+            log.warning("the views have other random numbers from here on: %s, was %s", now["draws"], then["draws"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
         parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         for part, target in parts.items():

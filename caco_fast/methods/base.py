@@ -36,8 +36,8 @@ class Method(nn.Module, ABC):
     """
 
     @abstractmethod
-    def check_views(self, count: int) -> None:
-        """Raises UserError where the method can't use `count` views of an image."""
+    def check_views(self, sizes: Sequence[int]) -> None:
+        """Raises UserError where the method can't use views of these sides in pixels, in the configured order."""
 
     @abstractmethod
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
@@ -49,6 +49,10 @@ class Method(nn.Module, ABC):
 
         skip: a 0-d flag on the device; where it is not 0 the optimiser has skipped this step, and so does the bank.
         """
+
+    def losses(self) -> Sequence[nn.Module]:
+        """The parts of `forward` behind the encoders that torch.compile may take, each without a graph break."""
+        return ()
 
     def rates(self, warmup: float) -> dict[str, float]:
         """The rates of `update` at this warm-up, and what else is read on log steps only."""

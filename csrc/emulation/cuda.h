@@ -89,7 +89,7 @@ inline __nv_bfloat16 __float2bfloat16(float x) { return {emu::float_to_bfloat16(
 inline float __half2float(__half x) { return emu::half_to_float(x.bits); }
 inline __half __float2half(float x) { return {emu::float_to_half(x)}; }
 
-inline void __syncthreads() { emu::block_barrier(); }
+inline void __syncthreads() { emu::barrier(0, static_cast<int>(emu::block->threads.size()), "__syncthreads"); }
 
 inline void __syncwarp(unsigned mask = ~0u) {
     emu::Gate &gate = emu::block->warps[emu::self->warp];

@@ -6,8 +6,10 @@
 // registers do.
 //
 // Stricter than the device: a thread fences before the first product after each wait; a phase of an mbarrier gets
-// exactly the bytes that were expected for it, and is told of them before the copy starts. Not seen: an mbarrier made
-// for fewer arrivals than it gets, a missing proxy fence, registers beyond setmaxnreg.
+// exactly the bytes that were expected for it, and is told of them before the copy starts. The asynchronous units have
+// an image of shared memory of their own, which a thread's stores reach by store_for_products and its fence only.
+// Not seen: an mbarrier made for fewer arrivals than it gets, a missing proxy fence between a thread's load and the
+// copy that overwrites it, registers beyond setmaxnreg.
 #pragma once
 #include <map>
 
@@ -28,6 +30,8 @@ struct BulkCopy {
     TensorMap map;
     char *to;
     int column, row;
+    const char *from = nullptr;  // for a plain copy, without a map
+    int bytes = 0;
 };
 
 struct Mbarrier {
@@ -60,15 +64,24 @@ struct Warpgroup {
     bool fenced[128] = {};
 };
 
+struct Stored {
+    ptrdiff_t at;
+    size_t bytes;
+};
+
 struct Hopper {
     std::map<ptrdiff_t, Mbarrier> mbarriers;
     std::vector<Warpgroup> warpgroups;
+    std::vector<char> async_view;               // shared memory as the asynchronous units see it
+    std::vector<std::vector<Stored>> unfenced;  // by thread: stores that they do not see yet
 };
 
 inline Hopper &hopper() {
     if (!block->hopper) {
         block->hopper = std::make_shared<Hopper>();
         block->hopper->warpgroups.resize((block->threads.size() + 127) / 128);
+        block->hopper->async_view.assign(block->shared_bytes, char(0xFF));
+        block->hopper->unfenced.resize(block->threads.size());
     }
     return *block->hopper;
 }
@@ -81,6 +94,27 @@ inline ptrdiff_t shared_offset(const void *pointer) {
 
 // The 128-byte swizzle: the place of a 16-byte chunk within its row of 128 bytes is xor-ed with the row modulo 8.
 inline ptrdiff_t swizzle_128(ptrdiff_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
+
+template <class T>
+void store_for_products(T *to, T value) {
+    *to = value;
+    Bookkeeping own;
+    hopper().unfenced[self->index.x].push_back({shared_offset(to), sizeof(T)});
+}
+
+inline void async_proxy_fence() {
+    std::vector<Stored> *stores;
+    char *view;
+    {
+        Bookkeeping own;
+        stores = &hopper().unfenced[self->index.x], view = hopper().async_view.data();
+    }
+    for (const Stored &store : *stores) {  // a write of this thread: a product of others before a barrier is a race
+        std::memcpy(view + store.at, block->shared + store.at, store.bytes);
+    }
+    Bookkeeping own;
+    stores->clear();
+}
 
 inline Mbarrier &mbarrier_at(const void *pointer) {
     auto found = hopper().mbarriers.find(shared_offset(pointer));
@@ -114,31 +148,51 @@ inline void mbarrier_arrive(const void *pointer, long expected_bytes) {
     complete_if_due(*barrier);
 }
 
+// What a copy brings is seen by threads and asynchronous units alike; nothing to copy from: zeros.
+inline void land(ptrdiff_t to, const void *from, size_t bytes) {
+    char *view = hopper().async_view.data() + to;
+    if (from) std::memcpy(view, from, bytes);
+    else std::memset(view, 0, bytes);
+    std::memcpy(block->shared + to, view, bytes);
+}
+
 inline void run(const BulkCopy &copy, Mbarrier &barrier) {
-    for (int r = 0; r < copy.map.box_rows; r++) {
+    if (copy.from) land(shared_offset(copy.to), copy.from, copy.bytes);
+    for (int r = 0; !copy.from && r < copy.map.box_rows; r++) {
         for (int c = 0; c < kBoxColumns; c += 8) {
             ptrdiff_t to = shared_offset(copy.to + r * kBoxRowBytes + 2 * c);
             if (copy.map.swizzled) to = swizzle_128(to);
             const int64_t row = int64_t(copy.row) + r, column = copy.column + c;
             const bool inside = row < copy.map.count && column < copy.map.columns;
-            if (inside) std::memcpy(block->shared + to, copy.map.rows + row * copy.map.columns + column, 16);
-            else std::memset(block->shared + to, 0, 16);
+            land(to, inside ? copy.map.rows + row * copy.map.columns + column : nullptr, 16);
         }
     }
-    barrier.bytes -= copy.map.box_rows * kBoxRowBytes;
+    barrier.bytes -= copy.from ? copy.bytes : copy.map.box_rows * kBoxRowBytes;
     if (barrier.bytes < 0) fail("mbarrier: more bytes than expected");
     complete_if_due(barrier);
 }
 
-inline void bulk_copy(void *to, const TensorMap &map, int column, int row, const void *pointer) {
-    Bookkeeping own;
+inline void start(const BulkCopy &copy, const void *pointer) {
     count(counters.bulk_copies);
-    if (shared_offset(to) % 1024) fail("TMA: the swizzle wants a destination at a multiple of 1024 bytes");
     Mbarrier &barrier = mbarrier_at(pointer);
-    const BulkCopy copy{map, static_cast<char *>(to), column, row};
     if (!schedule.lazy_copies) return run(copy, barrier);
     barrier.copies.push_back(copy);
     barrier.events++;
+}
+
+inline void bulk_copy(void *to, const TensorMap &map, int column, int row, const void *pointer) {
+    Bookkeeping own;
+    if (shared_offset(to) % 1024) fail("TMA: the swizzle wants a destination at a multiple of 1024 bytes");
+    start({map, static_cast<char *>(to), column, row}, pointer);
+}
+
+inline void bulk_copy(void *to, const void *from, int bytes, const void *pointer) {
+    Bookkeeping own;
+    if (shared_offset(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) {
+        fail("bulk copy: addresses and size must be multiples of 16 bytes");
+    }
+    shared_offset(static_cast<char *>(to) + bytes - 1);
+    start({{}, static_cast<char *>(to), 0, 0, static_cast<const char *>(from), bytes}, pointer);
 }
 
 // Until the phase of this parity has completed.
@@ -172,6 +226,25 @@ inline ptrdiff_t operand_offset(uint64_t d, int mn, int k, bool mn_contiguous) {
     return swizzle_128(offset);
 }
 
+// What this thread's product will read, for ThreadSanitizer: every row of both operands.
+inline void touch_operands(const Product &p) {
+    (void)p;
+    EMU_TSAN({
+        const volatile char *view;
+        {
+            Bookkeeping own;
+            view = hopper().async_view.data();
+        }
+        auto touch = [&](uint64_t descriptor, int mn, int k, bool mn_contiguous) {
+            const ptrdiff_t at = operand_offset(descriptor, mn, k, mn_contiguous);
+            if (at < ptrdiff_t(block->shared_bytes)) (void)view[at];
+        };
+        for (int mn = 0; mn < 64 && !p.a_in_registers; mn++) touch(p.a, mn, 0, false);
+        for (int mn = 0; mn < p.n && !p.b_transposed; mn++) touch(p.b, mn, 0, false);
+        for (int k = 0; k < 16 && p.b_transposed; k++) touch(p.b, 0, k, true);
+    })
+}
+
 // Elements (mn, k) of an operand with 16 along k into values[mn][16]; counts conflicts of the 8 rows of 16 bytes that
 // one access takes.
 inline void read_operand(const Product &p, uint64_t descriptor, int mn_count, bool mn_contiguous, float *values) {
@@ -180,7 +253,7 @@ inline void read_operand(const Product &p, uint64_t descriptor, int mn_count, bo
             const ptrdiff_t at = operand_offset(descriptor, mn, k, mn_contiguous);
             if (at + 2 > ptrdiff_t(block->shared_bytes)) fail("wgmma: operand beyond shared memory");
             uint16_t bits;
-            std::memcpy(&bits, block->shared + at, 2);
+            std::memcpy(&bits, hopper().async_view.data() + at, 2);
             values[16 * mn + k] = p.to_float(bits);
             if (mn % 8 || k % 8) continue;
             unsigned banks = 0;
@@ -226,6 +299,7 @@ inline void warpgroup_product(const char *operation, float *d, const uint32_t *a
     Warpgroup *group;
     uint32_t generation;
     bool last;
+    touch_operands(shape);
     {
         Bookkeeping own;
         group = &hopper().warpgroups[self->index.x / 128];

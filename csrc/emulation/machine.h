@@ -8,7 +8,7 @@
 //               lazy: only at the wait that promises it (shows a missing wait)
 // Shared memory starts as 0xFF, a NaN in every float type. Errors (diverged warp, misaligned copy, deadlock, ...) end
 // the launch with std::runtime_error that names block and thread. Not seen here: faults in the device's asm bodies,
-// proxy fences, order between blocks, rounding of ex2, and time.
+// order between blocks, rounding of ex2, and time.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -59,7 +59,7 @@ struct Gate {
     uint32_t generation = 0;
     uint32_t arrived = 0;  // lanes of a warp, as bits
     uint32_t mask = 0;
-    int count = 0;  // threads of a block
+    int count = 0, expected = 0;  // threads of a block
     const char *operation = nullptr;
     const void *in[32];
     void *out[32];
@@ -85,7 +85,7 @@ struct Block {
     int live = 0;
     std::vector<Thread> threads;
     std::vector<Gate> warps;
-    Gate barrier;
+    Gate barriers[16];  // 0 is that of __syncthreads
     char *shared = nullptr;
     size_t shared_bytes = 0;
     HomeStack home;
@@ -152,20 +152,23 @@ void collective(unsigned mask, const char *operation, const In &in, Out &out, Co
     if (!last) wait_for(gate.generation, generation, operation);
 }
 
-// The block's barrier. Stricter than the device: a thread that has ended does not count as arrived.
-inline void block_barrier() {
-    Gate &gate = block->barrier;
+// One of the block's barriers. Stricter than the device: a thread that has ended does not count as arrived, and all
+// name the same number of threads.
+inline void barrier(int number, int threads, const char *operation) {
+    Gate &gate = block->barriers[number];
     uint32_t generation;
     bool last;
     order_release(&gate);
     {
         Bookkeeping own;
         count(counters.barriers);
+        if (gate.count == 0) gate.expected = threads;
+        if (gate.expected != threads) fail(std::string(operation) + ": threads wait for different numbers");
         generation = gate.generation;
-        last = ++gate.count == static_cast<int>(block->threads.size());
+        last = ++gate.count == threads;
         if (last) gate.count = 0, gate.generation++;
     }
-    if (!last) wait_for(gate.generation, generation, "__syncthreads");
+    if (!last) wait_for(gate.generation, generation, operation);
     order_acquire(&gate);
 }
 

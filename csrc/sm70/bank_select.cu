@@ -1,18 +1,20 @@
 #include "../select_kernel.cuh"
 #include "tile.cuh"
 
-namespace caco::sm70 {
+namespace caco {
 
-Split select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
+template <>
+Split Kernels<Path::kSm70>::select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
     return attend_split(rows, bank_rows, channels, multiprocessors);  // the same tiles
 }
 
-void bank_select(const SelectParams &params, const Target &target) {
+template <>
+void Kernels<Path::kSm70>::bank_select(const SelectParams &params, const Target &target) {
     const Split split = select_split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
     for_padded_channels(params.channels, [&](auto padded) {
-        launch_select<Tile<padded()>>(params, split, target);
+        launch_select<sm70::Tile<padded()>>(params, split, target);
     });
     settle_select(params, split.splits, target);
 }
 
-}  // namespace caco::sm70
+}  // namespace caco

@@ -1,19 +1,21 @@
 #include "../step_kernel.cuh"
 #include "tile.cuh"
 
-namespace caco::sm70 {
+namespace caco {
 
-SharedBytes shared_bytes(int channels) {
+template <>
+SharedBytes Kernels<Path::kSm70>::shared_bytes(int channels) {
     SharedBytes bytes{};
-    for_padded_channels(channels, [&](auto padded) { bytes = tile_bytes<Tile<padded()>>(); });
+    for_padded_channels(channels, [&](auto padded) { bytes = tile_bytes<sm70::Tile<padded()>>(); });
     return bytes;
 }
 
-void bank_step(const StepParams &params, const Target &target) {
+template <>
+void Kernels<Path::kSm70>::bank_step(const StepParams &params, const Target &target) {
     step_row_terms(params, target);
     for_padded_channels(params.channels, [&](auto padded) {
-        launch_step<Tile<padded()>>(params, target);
+        launch_step<sm70::Tile<padded()>>(params, target);
     });
 }
 
-}  // namespace caco::sm70
+}  // namespace caco

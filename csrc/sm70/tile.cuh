@@ -9,7 +9,7 @@
 // registers are the second buffer. So two blocks fit a V100 multiprocessor, and one a Turing one (64 KB).
 #pragma once
 #include "../tile.cuh"
-#include "path.h"
+#include "../path.h"
 
 namespace caco::sm70 {
 

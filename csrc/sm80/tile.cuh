@@ -1,7 +1,7 @@
 // How a warp computes on tiles with mma.m16n8k16, ldmatrix and cp.async (A100 and later).
 #pragma once
 #include "../tile.cuh"
-#include "path.h"
+#include "../path.h"
 
 namespace caco::sm80 {
 

@@ -13,7 +13,6 @@
 //            4 R P splits of partial sums, which the merge reads again.
 // Flop       4 R K P (6 R K P at P = 512, where both warpgroups compute the scores of the same rows).
 // Limits     K < 2^31; C <= 512.
-#include "../sm80/path.h"
 #include "tile.cuh"
 
 namespace caco::sm90 {
@@ -94,17 +93,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                   int64_t rows, int64_t bank_rows, int tiles_per_split, float scale0, float scale1) {
 #ifdef CACO_SM90A
     const Tile tile(shared_memory());
-    const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows;
-    const int64_t first_tile = int64_t(blockIdx.y) * tiles_per_split;
-    const int64_t tiles_left = ceil_div(bank_rows, Tile::kColumns) - first_tile;
-    const int tiles = int(tiles_per_split < tiles_left ? tiles_per_split : tiles_left);
-    tile.start();
+    const Run<Tile> run(bank_rows, tiles_per_split);
 
-    if (threadIdx.x < kWarpgroupThreads) {
-        give_registers_back<kProducerRegisters>();
-        if (threadIdx.x == 0) tile.template produce<true>(&queries, first_row, &bank, first_tile, tiles);
-    } else {
-        take_registers<kComputeRegisters>();
+    auto start_copies = [&] {
+        tile.copy_resident(&queries, run.first_row);
+        tile.template copy_stream<true>(&bank, run.first_tile, run.tiles);
+    };
+    auto compute = [&] {
         typename Tile::Accumulator o;
         typename Tile::Scores s;
         typename Tile::Weights weights;
@@ -121,11 +116,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         wgmma_fence();
         tile.scores(s, tile.stage(turn.stage));
         wgmma_wait<0>(s);
-        mask(tile, s, bank_rows - (first_tile + tiles - 1) * Tile::kColumns);
+        mask(tile, s, bank_rows - (run.first_tile + run.tiles - 1) * Tile::kColumns);
         softmax.update(s, shrink, hold);
         tile.pack_weights(weights, s);
 
-        for (int t = 1; t < tiles; t++) {
+        for (int t = 1; t < run.tiles; t++) {
             const int before = turn.stage;
             turn.next();
             mbarrier_wait(tile.full(turn.stage), turn.parity);
@@ -157,7 +152,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 softmax.sum0[half] += __shfl_xor_sync(kFullWarp, softmax.sum0[half], bits);
                 softmax.sum1[half] += __shfl_xor_sync(kFullWarp, softmax.sum1[half], bits);
             }
-            const int64_t row = first_row + tile.row(half);
+            const int64_t row = run.first_row + tile.row(half);
             if (row >= rows) continue;
             const int64_t at = blockIdx.y * rows + row;
 #pragma unroll
@@ -170,34 +165,31 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                     softmax.maximum[half], {softmax.sum0[half] * kUnscale, softmax.sum1[half]}, 0.f};
             }
         }
-    }
+    };
+    tile.run(start_copies, compute);
 #endif
 }
 
 }  // namespace
+}  // namespace caco::sm90
 
-Split attend_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
+namespace caco {
+
+template <>
+Split Kernels<Path::kSm90>::attend_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
     Split split{};
     for_padded_channels(channels, [&](auto padded) {
-        using Shape = Tile<bf16, padded()>;
+        using Shape = sm90::Tile<bf16, padded()>;
         split = split_bank(rows, bank_rows, Shape::kRows, Shape::kColumns, multiprocessors);
     });
     return split;
 }
 
-SharedBytes shared_bytes(int channels) {
-    SharedBytes bytes = sm80::shared_bytes(channels);  // of the step, and of select at P = 512
-    for_padded_channels(channels, [&](auto padded) {
-        bytes.attend = Tile<bf16, padded()>::kSharedBytes;
-        if (padded() <= 256) bytes.select = bytes.attend;
-    });
-    return bytes;
-}
-
-void bank_attend(const AttendParams &params, const Target &target) {
+template <>
+void Kernels<Path::kSm90>::bank_attend(const AttendParams &params, const Target &target) {
     const Split split = attend_split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
-        using Shape = Tile<decltype(operand), padded()>;
+        using Shape = sm90::Tile<decltype(operand), padded()>;
         float *sums = static_cast<float *>(params.workspace);
         auto *statistics = reinterpret_cast<RowStatistics *>(sums + split.splits * params.rows * Shape::kPadded);
         const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
@@ -208,10 +200,10 @@ void bank_attend(const AttendParams &params, const Target &target) {
                    statistics, params.rows, params.bank_rows, split.tiles, kLog2E / params.temperature[0],
                    kLog2E / params.temperature[params.temperatures - 1]);
         };
-        if (params.temperatures == 2) enqueue(attend_kernel<Shape, true>);
-        else enqueue(attend_kernel<Shape, false>);
+        if (params.temperatures == 2) enqueue(sm90::attend_kernel<Shape, true>);
+        else enqueue(sm90::attend_kernel<Shape, false>);
     });
     merge_attend(params, split.splits, target);
 }
 
-}  // namespace caco::sm90
+}  // namespace caco

@@ -1,19 +1,16 @@
 // bank_select on wgmma and TMA: index_i = argmax_j k_i . u_j, ties to the lowest index.
 //
-// Tile map   as attend's, with keys for queries, and ascending tiles. Each of the four lanes of a row keeps the best
-//            two of the columns that it sees; settle_select compares those that rounding leaves in question in f32. The
-//            contract is that of sm80/bank_select.cu.
+// Tile map   as attend's, with keys for queries, ascending tiles, and at P = 512 tiles of its own. Each of the four
+//            lanes of a row keeps the best two of the columns that it sees; settle_select compares those that rounding
+//            leaves in question in f32. The contract is that of ../select_kernel.cuh.
 // Overlap    one computing warpgroup compares while the other one's products are under way. By instruction counts,
 //            comparing should take about a third of the products' time (not measured).
 // Bytes      reads 2 K P per row tile and 2 R P; writes 64 R splits bytes of candidates.
-// Flop       2 R K P. Limits: K < 2^31; C <= 256, above it sm80's kernel runs.
-#include "../sm80/path.h"
+// Flop       2 R K P. Limits: K < 2^31; C <= 512.
 #include "tile.cuh"
 
 namespace caco::sm90 {
 namespace {
-
-constexpr int kMostPadded = 256;
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -23,17 +20,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                   int64_t rows, int64_t bank_rows, int tiles_per_split) {
 #ifdef CACO_SM90A
     const Tile tile(shared_memory());
-    const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows;
-    const int64_t first_tile = int64_t(blockIdx.y) * tiles_per_split;
-    const int64_t tiles_left = ceil_div(bank_rows, Tile::kColumns) - first_tile;
-    const int tiles = int(tiles_per_split < tiles_left ? tiles_per_split : tiles_left);
-    tile.start();
+    const Run<Tile> run(bank_rows, tiles_per_split);
 
-    if (threadIdx.x < kWarpgroupThreads) {
-        give_registers_back<kProducerRegisters>();
-        if (threadIdx.x == 0) tile.template produce<false>(&keys, first_row, &bank, first_tile, tiles);
-    } else {
-        take_registers<kComputeRegisters>();
+    auto start_copies = [&] {
+        tile.copy_resident(&keys, run.first_row);
+        tile.template copy_stream<false>(&bank, run.first_tile, run.tiles);
+    };
+    auto compute = [&] {
         typename Tile::Scores s;
         set_zero(s);
         Turn<Tile::kStages> turn;
@@ -42,13 +35,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (BestTwo &two : best) two = {{-INFINITY, -INFINITY}, {-1, -1}};
 
         mbarrier_wait(tile.resident_full(), 0);
-        for (int t = 0; t < tiles; t++, turn.next()) {
+        for (int t = 0; t < run.tiles; t++, turn.next()) {
             mbarrier_wait(tile.full(turn.stage), turn.parity);
             wgmma_fence();
             tile.scores(s, tile.stage(turn.stage));
             wgmma_wait<0>(s);
             tile.release(turn.stage);
-            const int64_t first_column = (first_tile + t) * Tile::kColumns;
+            const int64_t first_column = (run.first_tile + t) * Tile::kColumns;
             mask(tile, s, bank_rows - first_column);
 #pragma unroll
             for (int n = 0; n < Tile::kColumns / 8; n++) {
@@ -71,34 +64,41 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int64_t row = first_row + tile.row(half);
+            const int64_t row = run.first_row + tile.row(half);
             if (row < rows) candidates[(blockIdx.y * rows + row) * kListsPerRow + tile.lane % 4] = best[half];
         }
-    }
+    };
+    tile.run(start_copies, compute);
 #endif
 }
 
 }  // namespace
+}  // namespace caco::sm90
 
-Split select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
-    if (padded_channels(channels) > kMostPadded) return sm80::select_split(rows, bank_rows, channels, multiprocessors);
-    return attend_split(rows, bank_rows, channels, multiprocessors);  // the same tiles
+namespace caco {
+
+template <>
+Split Kernels<Path::kSm90>::select_split(int64_t rows, int64_t bank_rows, int channels, int multiprocessors) {
+    Split split{};
+    for_padded_channels(channels, [&](auto padded) {
+        using Shape = sm90::Tile<bf16, padded(), 1>;
+        split = split_bank(rows, bank_rows, Shape::kRows, Shape::kColumns, multiprocessors);
+    });
+    return split;
 }
 
-void bank_select(const SelectParams &params, const Target &target) {
-    if (padded_channels(params.channels) > kMostPadded) return sm80::bank_select(params, target);
+template <>
+void Kernels<Path::kSm90>::bank_select(const SelectParams &params, const Target &target) {
     const Split split = select_split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
     for_operand(params.type, params.channels, [&](auto operand, auto padded) {
-        if constexpr (padded() <= kMostPadded) {
-            using Shape = Tile<decltype(operand), padded()>;
-            const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
-            launch("bank_select", select_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, target.stream,
-                   make_tensor_map(params.keys, params.rows, Shape::kPadded, params.type, Shape::kRows),
-                   make_tensor_map(params.bank, params.bank_rows, Shape::kPadded, params.type, Shape::kColumns),
-                   static_cast<BestTwo *>(params.workspace), params.rows, params.bank_rows, split.tiles);
-        }
+        using Shape = sm90::Tile<decltype(operand), padded(), 1>;
+        const dim3 grid(static_cast<unsigned>(ceil_div(params.rows, Shape::kRows)), split.splits);
+        launch("bank_select", sm90::select_kernel<Shape>, grid, Shape::kThreads, Shape::kSharedBytes, target.stream,
+               make_tensor_map(params.keys, params.rows, Shape::kPadded, params.type, Shape::kRows),
+               make_tensor_map(params.bank, params.bank_rows, Shape::kPadded, params.type, Shape::kColumns),
+               static_cast<BestTwo *>(params.workspace), params.rows, params.bank_rows, split.tiles);
     });
     settle_select(params, split.splits, target);
 }
 
-}  // namespace caco::sm90
+}  // namespace caco

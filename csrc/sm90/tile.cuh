@@ -7,14 +7,15 @@
 //   accumulate  O [64 rows of a warpgroup, P]      += weights(S) . streamed [columns, P]
 //
 // A computing warpgroup owns 64 resident rows. At P = 512 its accumulator would need 256 registers, so the two share 64
-// rows: both compute the scores, each accumulates half of the channels.
+// rows: both compute the scores, each accumulates half of the channels. Where there is one product only, the scores,
+// each has rows of its own at every P.
 //
 // Ring       full[stage] completes when the stage's bytes have landed, empty[stage] when every computing warp has read
 //            it. The producer waits for empty, the others for full, each with the parity of its own round.
 #pragma once
 #include "../primitives_sm90.cuh"
 #include "../rows.cuh"
-#include "path.h"
+#include "../path.h"
 
 namespace caco::sm90 {
 
@@ -23,22 +24,24 @@ constexpr int kProducerRegisters = 24, kComputeRegisters = 240;
 constexpr int kComputeWarpgroups = 2;
 static_assert(kProducerRegisters + kComputeWarpgroups * kComputeRegisters <= 512);
 
-template <class T_, int kPadded_>
+template <class T_, int kPadded_, int kProducts = 2>
 struct Tile {
     using T = T_;
     static constexpr int kPadded = kPadded_;
     static constexpr int kThreads = kWarpgroupThreads * (1 + kComputeWarpgroups);
-    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;  // warpgroups that share 64 rows
+    static constexpr int kChannelGroups = kPadded == 512 && kProducts == 2 ? 2 : 1;  // warpgroups that share 64 rows
     static constexpr int kRows = 64 * kComputeWarpgroups / kChannelGroups;
-    static constexpr int kColumns = kPadded == 512 ? 64 : kPadded == 256 ? 96 : 128;
+    static constexpr int kColumns = kPadded == 512 ? (kProducts == 2 ? 64 : 48) : kPadded == 256 ? 96 : 128;
     static constexpr int kStages = kPadded == 512 ? 2 : kPadded == 256 ? 3 : 4;
     static constexpr int kGroupChannels = kPadded / kChannelGroups;
     static constexpr int kSlabs = kPadded / kSlabChannels;
     static constexpr int kResidentSlabBytes = kRows * kSlabRowBytes, kStageSlabBytes = kColumns * kSlabRowBytes;
     static constexpr int kResidentBytes = kSlabs * kResidentSlabBytes, kStageBytes = kSlabs * kStageSlabBytes;
     static constexpr int kTileBytes = kResidentBytes + kStages * kStageBytes;
-    static constexpr int kSharedBytes = kTileBytes + (1 + 2 * kStages) * int(sizeof(Mbarrier));
+    static constexpr int kBarrierBytes = 128;  // what follows them is aligned for copies
+    static constexpr int kSharedBytes = kTileBytes + kBarrierBytes;
 
+    static_assert((1 + 2 * kStages) * int(sizeof(Mbarrier)) <= kBarrierBytes);
     static_assert(kStageSlabBytes % 1024 == 0 && kResidentSlabBytes % 1024 == 0, "the swizzle repeats every 8 rows");
     static_assert(kRows <= 256 && kColumns <= 256, "a TMA box has at most 256 rows");
     static_assert(kSharedBytes <= 227 * 1024, "sm_90 has 227 KB per block");
@@ -47,7 +50,8 @@ struct Tile {
     using Weights = uint32_t[kColumns / 16][4];   // as A [64, 16] operands
     using Accumulator = float[kGroupChannels / 8][4];
 
-    char *memory;  // resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers
+    // Resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers; what follows is the kernel's own.
+    char *memory;
     int lane, warp, row_group, channel_group;  // of a computing warpgroup
 
     __device__ __forceinline__ explicit Tile(char *memory) : memory(memory) {
@@ -70,9 +74,17 @@ struct Tile {
     __device__ __forceinline__ int column(int n, int e) const { return 8 * n + 2 * (lane % 4) + e; }
     __device__ __forceinline__ int channel(int n, int e) const { return channel_group * kGroupChannels + column(n, e); }
 
+    // Where element (row, channel) of the resident tile stands.
+    __device__ __forceinline__ T *resident(int row, int channel) const {
+        const int slab = channel / kSlabChannels, chunk = channel % kSlabChannels / 8 ^ row % 8;
+        char *at = memory + slab * kResidentSlabBytes + row * kSlabRowBytes + chunk * 16;
+        return reinterpret_cast<T *>(at) + channel % 8;
+    }
+
 #ifdef CACO_SM90A
-    // By the whole block, before anything else.
-    __device__ __forceinline__ void start() const {
+    // The block's whole work: start_copies() by one thread of the first warpgroup, compute() by the other two.
+    template <class StartCopies, class Compute>
+    __device__ __forceinline__ void run(StartCopies &&start_copies, Compute &&compute) const {
         if (threadIdx.x == 0) {
             for (int at = 0; at < kStages; at++) {
                 mbarrier_init(full(at), 1);
@@ -82,35 +94,55 @@ struct Tile {
             mbarrier_init_fence();
         }
         __syncthreads();
+        if (threadIdx.x < kWarpgroupThreads) {
+            give_registers_back<kProducerRegisters>();
+            if (threadIdx.x == 0) start_copies();
+        } else {
+            take_registers<kComputeRegisters>();
+            compute();
+        }
     }
 
-    // The producer's whole work, by one thread: the resident rows, then the `tiles` tiles from first_tile on, in
-    // ascending or descending order.
-    template <bool kDescending>
-    __device__ __forceinline__ void produce(const TensorMap *resident_map, int64_t first_row,
-                                            const TensorMap *streamed_map, int64_t first_tile, int tiles) const {
+    // Starts the copy of the resident rows from first_row on.
+    __device__ __forceinline__ void copy_resident(const TensorMap *map, int64_t first_row) const {
         mbarrier_arrive_expect(resident_full(), kResidentBytes);
 #pragma unroll 1  // the producer has few registers
         for (int slab = 0; slab < kSlabs; slab++) {
-            tma_load(memory + slab * kResidentSlabBytes, resident_map, slab * kSlabChannels, int(first_row),
-                     resident_full());
+            tma_load(memory + slab * kResidentSlabBytes, map, slab * kSlabChannels, int(first_row), resident_full());
         }
+    }
+
+    // Starts the copies of `tiles` tiles from first_tile on, in ascending or descending order, each as its stage is
+    // free. copy_more(tile, stage) starts further copies of kMoreBytes into the stage.
+    template <bool kDescending, int kMoreBytes, class CopyMore>
+    __device__ __forceinline__ void copy_stream(const TensorMap *map, int64_t first_tile, int tiles,
+                                                CopyMore &&copy_more) const {
 #pragma unroll 1
         for (int t = 0; t < tiles; t++) {
             const int at = t % kStages;
             mbarrier_wait(empty(at), (t / kStages & 1) ^ 1);
-            mbarrier_arrive_expect(full(at), kStageBytes);
-            const int row = int((first_tile + (kDescending ? tiles - 1 - t : t)) * kColumns);
+            mbarrier_arrive_expect(full(at), kStageBytes + kMoreBytes);
+            const int64_t tile = first_tile + (kDescending ? tiles - 1 - t : t);
+            copy_more(tile, at);
 #pragma unroll 1
             for (int slab = 0; slab < kSlabs; slab++) {
-                tma_load(stage(at) + slab * kStageSlabBytes, streamed_map, slab * kSlabChannels, row, full(at));
+                tma_load(stage(at) + slab * kStageSlabBytes, map, slab * kSlabChannels, int(tile * kColumns), full(at));
             }
         }
+    }
+    template <bool kDescending>
+    __device__ __forceinline__ void copy_stream(const TensorMap *map, int64_t first_tile, int tiles) const {
+        copy_stream<kDescending, 0>(map, first_tile, tiles, [](int64_t, int) {});
     }
 
     // This warp has read the stage: its products are complete.
     __device__ __forceinline__ void release(int at) const {
         if (lane == 0) mbarrier_arrive(empty(at));
+    }
+
+    // Between the computing warpgroups.
+    __device__ __forceinline__ void barrier() const {
+        named_barrier<1, kWarpgroupThreads * kComputeWarpgroups>();
     }
 
     // Starts the products; one group.
@@ -152,6 +184,18 @@ struct Tile {
 
    private:
     __device__ __forceinline__ Mbarrier *barriers() const { return reinterpret_cast<Mbarrier *>(memory + kTileBytes); }
+};
+
+// Rows of queries or keys, and the run of the bank that a block passes over; in a grid (row tiles, splits).
+template <class Tile>
+struct Run {
+    int64_t first_row, first_tile;
+    int tiles;
+    __device__ __forceinline__ Run(int64_t bank_rows, int tiles_per_split)
+        : first_row(int64_t(blockIdx.x) * Tile::kRows), first_tile(int64_t(blockIdx.y) * tiles_per_split) {
+        const int64_t tiles_left = ceil_div(bank_rows, Tile::kColumns) - first_tile;
+        tiles = int(tiles_per_split < tiles_left ? tiles_per_split : tiles_left);
+    }
 };
 
 template <int kFragments>

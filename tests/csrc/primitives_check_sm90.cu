@@ -1,9 +1,10 @@
 // Hopper's own primitives (csrc/primitives_sm90.cuh) on random data: the device against its emulation, from one source.
 // See primitives_check.h for how.
 //
-// One block: TMA copies rows of A and B into swizzled slabs, some rows beyond the end; an mbarrier waits for them; then
-//   S [64, n] = A B^T     wgmma of shared memory, over all channels
-//   O [64, P] = W B       wgmma of registers, over all n rows, with given weights W
+// One block: TMA copies rows of A and B into swizzled slabs, some rows beyond the end, and a plain bulk copy weights W; an
+// mbarrier waits for all. Threads store A once more beside it, for products. Then
+//   S [64, n] = A B^T     wgmma of shared memory, over all channels, in turn from the one A and the other
+//   O [64, P] = W B       wgmma of registers, over all n rows
 // Everything is written out: the slabs as they lie in shared memory, S and O.
 #include "primitives_check.h"
 #include "primitives_sm90.cuh"
@@ -19,7 +20,10 @@ struct Shape {
     static constexpr int kSlabs = kChannels / caco::kSlabChannels;
     static constexpr int kSlabBytesA = kRows * caco::kSlabRowBytes, kSlabBytesB = kColumns * caco::kSlabRowBytes;
     static constexpr int kBytesA = kSlabs * kSlabBytesA, kBytesB = kSlabs * kSlabBytesB;
-    static constexpr int kSharedBytes = kBytesA + kBytesB + 16;
+    // A and B as TMA brings them, A once more as threads store it, weights W, a barrier.
+    static constexpr int kCopyAt = kBytesA + kBytesB, kWeightsAt = kCopyAt + kBytesA;
+    static constexpr int kWeightBytes = kColumns / 16 * 4 * caco::kWarpgroupThreads * 4;
+    static constexpr int kBarrierAt = kWeightsAt + kWeightBytes, kSharedBytes = kBarrierAt + 16;
     // Rows in memory: from kFirstRow on some fewer than a slab holds.
     static constexpr int kRowsA = kFirstRow + kRows - 11, kRowsB = kFirstRow + kColumns - 5;
     static constexpr int kWordsA = kRowsA * kChannels / 2, kWordsB = kRowsB * kChannels / 2;
@@ -37,7 +41,8 @@ __global__ void __launch_bounds__(caco::kWarpgroupThreads, 1)
 #ifdef CACO_SM90A
     using T = typename Shape::T;
     char *a = caco::shared_memory(), *b = a + Shape::kBytesA;
-    auto *barrier = reinterpret_cast<caco::Mbarrier *>(b + Shape::kBytesB);
+    auto *copy = reinterpret_cast<uint32_t *>(a + Shape::kCopyAt);
+    auto *barrier = reinterpret_cast<caco::Mbarrier *>(a + Shape::kBarrierAt);
     const int thread = threadIdx.x;
     if (thread == 0) {
         caco::mbarrier_init(barrier, 1);
@@ -45,7 +50,8 @@ __global__ void __launch_bounds__(caco::kWarpgroupThreads, 1)
     }
     __syncthreads();
     if (thread == 0) {
-        caco::mbarrier_arrive_expect(barrier, Shape::kBytesA + Shape::kBytesB);
+        caco::mbarrier_arrive_expect(barrier, Shape::kBytesA + Shape::kBytesB + Shape::kWeightBytes);
+        caco::bulk_load(a + Shape::kWeightsAt, weights, Shape::kWeightBytes, barrier);
         for (int slab = 0; slab < Shape::kSlabs; slab++) {
             const int channel = slab * caco::kSlabChannels;
             caco::tma_load(a + slab * Shape::kSlabBytesA, &map_a, channel, kFirstRow, barrier);
@@ -57,18 +63,26 @@ __global__ void __launch_bounds__(caco::kWarpgroupThreads, 1)
         out[at] = reinterpret_cast<const uint32_t *>(a)[at];
     }
 
+    for (int at = thread; at < Shape::kBytesA / 4; at += caco::kWarpgroupThreads) {
+        caco::store_for_products(copy + at, reinterpret_cast<const uint32_t *>(a)[at]);
+    }
+    caco::async_proxy_fence();
+    caco::named_barrier<1, caco::kWarpgroupThreads>();
+
     float s[Shape::kColumns / 8][4] = {}, o[Shape::kChannels / 8][4] = {};
     uint32_t w[Shape::kColumns / 16][4];
+    const auto *loaded = reinterpret_cast<const uint32_t *>(a + Shape::kWeightsAt);
     for (int k = 0; k < Shape::kColumns / 16; k++) {
-        for (int r = 0; r < 4; r++) w[k][r] = weights[thread * Shape::kWeights + 4 * k + r];
+        for (int r = 0; r < 4; r++) w[k][r] = loaded[thread * Shape::kWeights + 4 * k + r];
     }
-    const caco::Operand rows = caco::swizzled_operand(a, 0), keys = caco::swizzled_operand(b, 0);
+    const caco::Operand rows = caco::swizzled_operand(a, 0), stored = caco::swizzled_operand(copy, 0);
+    const caco::Operand keys = caco::swizzled_operand(b, 0);
     const caco::Operand values = caco::swizzled_operand(b, Shape::kSlabBytesB);
     caco::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Shape::kChannels / 16; k++) {
         const int inside = 32 * (k % 4), slab = k / 4;
-        caco::wgmma_scores<T>(s, caco::further_by(rows, slab * Shape::kSlabBytesA + inside),
+        caco::wgmma_scores<T>(s, caco::further_by(k % 2 ? stored : rows, slab * Shape::kSlabBytesA + inside),
                               caco::further_by(keys, slab * Shape::kSlabBytesB + inside), k > 0);
     }
     caco::wgmma_commit();
@@ -144,6 +158,7 @@ void check_product(const char *type) {
 
 void run_all() {
     check_common();
+    check_product<Shape<bf16, 48, 64>>("bf16");
     check_product<Shape<bf16, 64, 64>>("bf16");
     check_product<Shape<fp16, 64, 64>>("fp16");
     check_product<Shape<bf16, 96, 128>>("bf16");

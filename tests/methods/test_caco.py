@@ -166,8 +166,8 @@ def test_state_dict_holds_the_bank_once() -> None:
         ({"operands": "f64"}, "caco.operands: found 'f64', want one of f32, bf16, fp16"),
         ({"warm_start_steps": -1}, "caco.warm_start_steps: must not be negative, found -1"),
         ({"bank_size": 0}, "found size 0 and dim 6, wanted at least 1 each"),
-        ({"bank_momentum": 1.0}, "momentum: found 1.0, wanted a number in [0, 1)"),
-        ({"norm": "unit"}, "norm: found 'unit', wanted 'implicit' or 'project'"),
+        ({"bank_momentum": 1.0}, "caco.bank_momentum: found 1.0, wanted a number in [0, 1)"),
+        ({"norm": "unit"}, "caco.norm: found 'unit', want one of implicit, project"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
@@ -177,7 +177,13 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 
 
 def test_one_view_is_too_few() -> None:
-    make().check_views(2)
-    make().check_views(8)
+    make().check_views([224, 160])
+    make().check_views([224, 224, 96, 96])
     with pytest.raises(UserError, match="views: caco takes 2 large views and any number of small ones, found 1 in all"):
-        make().check_views(1)
+        make().check_views([224])
+
+
+@pytest.mark.parametrize("sizes", [[96, 224, 224], [224, 96, 224], [96, 96, 224, 224]])
+def test_the_large_views_come_first(sizes: list[int]) -> None:
+    with pytest.raises(UserError, match="views: .* the first 2 for the large ones, found sizes .*largest first"):
+        make().check_views(sizes)

@@ -121,6 +121,6 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_it_takes_two_views(count: int) -> None:
-    make().check_views(2)
+    make().check_views([224, 224])
     with pytest.raises(UserError, match=f"views: moco takes 2 views of an image, found {count}"):
-        make().check_views(count)
+        make().check_views([224] * count)
