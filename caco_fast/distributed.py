@@ -16,13 +16,13 @@ import torch.distributed as dist
 GATHER_PIECE = 64 * 2**20
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
     """Bytes of the tensor collectives of this module, by the name of the function.
 
     payload: of the whole tensor that is gathered, reduced or scattered, counted once, as the papers do.
     sent: what every rank sends where a collective runs as a ring: (N - 1) / N of the payload, twice that for an
-    all-reduce. `gather_to_first` counts what this rank itself sends.
+    all-reduce. Of `gather_to_first` both are what this rank sends.
     """
 
     payload: Counter[str] = field(default_factory=Counter)
@@ -44,12 +44,18 @@ def count_traffic() -> Iterator[Traffic]:
         _counting.remove(traffic)
 
 
-def _count(name: str, tensor: torch.Tensor, passes: int = 1) -> None:
+def _count(name: str, tensor: torch.Tensor, passes: float) -> None:
+    """passes: how often a rank sends the payload."""
     for traffic in _counting:
         size = tensor.numel() * tensor.element_size()
         traffic.calls[name] += 1
         traffic.payload[name] += size
-        traffic.sent[name] += passes * size * (world_size() - 1) // world_size()
+        traffic.sent[name] += round(passes * size)
+
+
+def _round() -> float:
+    """The share of a tensor that every rank sends when its parts go once round the ring."""
+    return (world_size() - 1) / world_size()
 
 
 def is_distributed() -> bool:
@@ -76,7 +82,7 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:  # [R, ...] -> [N R, ..
         return rows
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, rows)
-    _count("all_gather_rows", gathered)
+    _count("all_gather_rows", gathered, _round())
     return gathered
 
 
@@ -95,7 +101,7 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, in place, without gradient."""
     if is_distributed():
         dist.all_reduce(value)
-        _count("all_reduce_sum", value, passes=2)
+        _count("all_reduce_sum", value, 2 * _round())
     return value
 
 
@@ -103,7 +109,7 @@ def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
     """The elementwise maximum over all ranks, in place."""
     if is_distributed():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        _count("all_reduce_max", value, passes=2)
+        _count("all_reduce_max", value, 2 * _round())
     return value
 
 
@@ -122,7 +128,7 @@ def reduce_scatter_rows(rows: torch.Tensor) -> torch.Tensor:  # [N R, ...] -> [R
         return rows
     own = rows.new_empty((rows.shape[0] // world_size(), *rows.shape[1:]))
     dist.reduce_scatter_tensor(own, rows)
-    _count("reduce_scatter_rows", rows)
+    _count("reduce_scatter_rows", rows, _round())
     return own
 
 
@@ -134,14 +140,11 @@ def gather_to_first(rows: torch.Tensor, counts: list[int]) -> torch.Tensor | Non
     rows = rows.detach().contiguous()
     if not is_distributed():
         return rows
-    step = max(1, GATHER_PIECE // max(1, rows[:1].numel() * rows.element_size()))
+    step = max(1, GATHER_PIECE // max(1, rows.shape[1:].numel() * rows.element_size()))
     if rank() != 0:
         for piece in rows.split(step):
             dist.send(piece, 0)
-        for traffic in _counting:
-            traffic.calls["gather_to_first"] += 1
-            traffic.payload["gather_to_first"] += rows.numel() * rows.element_size()
-            traffic.sent["gather_to_first"] += rows.numel() * rows.element_size()
+        _count("gather_to_first", rows, 1)
         return None
     whole = torch.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype)
     whole[: counts[0]] = rows

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
 from caco_fast.distributed import all_gather_objects, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
+from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler
@@ -20,7 +20,7 @@ from caco_fast.engine.trainer import TRAINING, Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS
-from caco_fast.models import Encoder, EncoderPair, build_encoder_pair, synchronise_batch_norm
+from caco_fast.models import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 log = logging.getLogger("caco_fast.training")
@@ -90,6 +90,8 @@ def build_trainer(
     method = METHODS[config.method](getattr(config, config.method), config.projector.dim)
     method.check_views([view.size for view in config.views for _ in range(view.count)])
     method.to(device)
+    if config.trainer.compile:
+        compile_step(encoders, method, device)
     loader = build_train_loader(
         config.data,
         config.views,
@@ -276,14 +278,12 @@ def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
 def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
-    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast, config.optimizer.backend)
-    if is_distributed():
-        synchronise_batch_norm(encoders, device)
+    joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
+    options = dict(autocast=autocast, joint_views=joint_views, ema_backend=config.optimizer.backend)
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, **options)
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
-        ids = [device.index] if device.type == "cuda" else None
-        # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-        encoders.wrap_query(DistributedDataParallel(encoders.query, device_ids=ids, broadcast_buffers=False))
+        encoders.distribute(device)
     return encoders
 
 

@@ -25,15 +25,24 @@ KERNELS = (
 # Machine code for sm_XY also runs on later minor numbers: 70 serves 72 and 75, 80 serves 86 and 89, 100 serves 103, 120
 # serves 121. That for sm_90a runs on sm_90 only. nvcc 13 does not know 70.
 ARCHES = ("70", "80", "90a", "100", "120")
-# Sources whose kernels need one architecture's own instructions; elsewhere their kernels are empty.
-ONLY_FOR = {"sm90/": "90a"}
+# Which of the architectures the kernels of a source are for; on others they are empty. The rest are for all.
+SERVED = {
+    "bank.cu": lambda arch: False,
+    "sm70/": lambda arch: compute_capability(arch) < 80,
+    "sm80/": lambda arch: compute_capability(arch) >= 80,
+    "sm90/": lambda arch: arch == "90a",
+}
+
+
+def compute_capability(arch: str) -> int:
+    return int(arch.rstrip("a"))
 
 
 def arches_of(source: str, arches: list[str]) -> list[str]:
     """Those of `arches` that a source is worth compiling for; one at least, for its launchers."""
-    for folder, arch in ONLY_FOR.items():
-        if source.startswith(folder):
-            return [arch] if arch in arches else arches[:1]
+    for start, serves in SERVED.items():
+        if source.startswith(start):
+            return [arch for arch in arches if serves(arch)] or arches[:1]
     return arches
 
 

@@ -16,12 +16,13 @@ import json
 import sys
 import tempfile
 import time
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing import start_processes
 from torch.nn.functional import normalize
 
 from caco_fast.bank import LearnableBank, ShardedBank
@@ -74,7 +75,9 @@ def run_rank(number: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -
 def measure(ranks: int, *arguments: Any) -> dict[str, Any]:
     """`measure_step` on so many processes: of each figure the largest over the ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(run_rank, (ranks, folder, arguments), nprocs=ranks)
+        # Forked from a process that has the imports behind it, which cost more than the step.
+        set_forkserver_preload(["caco_fast.methods"])
+        start_processes(run_rank, (ranks, folder, arguments), nprocs=ranks, start_method="forkserver")
         found = json.loads(Path(folder, "found.json").read_text())
     return {
         name: value if isinstance(value, dict) else max(each[name] for each in found)

@@ -2,8 +2,8 @@
 
     python tools/check_sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
 
-Prints the registers per kernel and architecture, the shared memory, and what breaks a rule. Returns 1 if a kernel
-breaks one, 2 if the tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages
+Prints the registers per kernel and architecture, the shared memory, the spills, and what breaks a rule. Returns 1 if a
+kernel breaks one, 2 if the tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or those that triton (a part of CUDA torch) brings along.
 """
 
@@ -129,18 +129,21 @@ def read_kernels(module: Path) -> list[Kernel]:
 
 
 def print_table(kernels: list[Kernel], module: Path) -> None:
-    """Registers per thread, a row per kernel and a column per architecture; bytes of shared memory per block."""
+    """A row per kernel: registers per thread on each architecture, bytes of shared memory per block, bytes of stack and
+    local memory per thread (spills are there) on the architecture that has most."""
     spec = importlib.util.spec_from_file_location("_C", module)
     compiled = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiled)
     arches = list(dict.fromkeys(kernel.arch for kernel in kernels))
     registers = {(kernel.name, kernel.arch): kernel.registers for kernel in kernels}
+    spills = {name: max(k.stack + k.local for k in kernels if k.name == name) for name, _ in registers}
     columns = "".join(f"{'sm_' + arch:>8}" for arch in arches)
-    print(f"{'kernel':<14} {'type':<5} {'P':>4}  {columns}{'shared':>9}")
+    print(f"{'kernel':<14} {'type':<5} {'P':>4}  {columns}{'shared':>9}{'spills':>8}")
     for name, path in dict.fromkeys((kernel.name, kernel.path) for kernel in kernels):
         op, padded = name.split()[0], name.split()[-1]
         shared = compiled.shared_bytes(int(padded), int(path[2:])).get(op, "") if path else ""
-        print(f"{name}  " + "".join(f"{registers.get((name, arch), '-'):>8}" for arch in arches) + f"{shared:>9}")
+        cells = "".join(f"{registers.get((name, arch), '-'):>8}" for arch in arches)
+        print(f"{name}  {cells}{shared:>9}{spills[name]:>8}")
 
 
 def missing() -> str | None:

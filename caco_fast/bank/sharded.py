@@ -39,8 +39,8 @@ from caco_fast.ops.tiling import unit_rows
 class ShardedBank(LearnableBank):
     """A `LearnableBank` for several ranks: the same calls with the same answers, of which each rank asks for its rows.
 
-    Every call but `normalise` and `discard` is a collective: all ranks make it, with as many rows. Indices are those of
-    the whole bank. Give every rank's generator the same seed: a row is drawn the same, whoever keeps it.
+    Every call but `step`, `normalise` and `discard` is a collective: all ranks make it, with as many rows. Indices are
+    those of the whole bank. Give every rank's generator the same seed: a row is drawn the same, whoever keeps it.
 
     state_dict is that of a LearnableBank, for any number of ranks to load: rank 0 gets all K rows, in main memory, and
     saves them; on the other ranks it holds none. load_state_dict takes the whole on every rank.

@@ -1,8 +1,8 @@
 """Encoded images made ready for a decoder other than PIL: their size, read from the header, and bytes it decodes alike.
 
-Plain 8-bit JPEG and PNG go through as they are. All else that PIL decodes (CMYK, 16 bits, palettes, GIF, WebP, TIFF,
-and files that lack their end) is decoded by PIL here and handed on as bare pixels, a PNM file, so that every kind of
-file looks the same to every loader.
+Plain 8-bit JPEG and PNG go through as they are. All else that PIL decodes (CMYK, 16 bits, palettes, GIF, WebP, TIFF)
+is decoded by PIL here and handed on as bare pixels, a PNM file, so that every kind of file looks the same to every
+loader. A JPEG without an end is left to PIL's judgement too, because others decode what there is without a word.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ def through_pil(data: bytes) -> Encoded:
     image = decode(io.BytesIO(data))
     header = f"P6\n{image.width} {image.height}\n255\n".encode()
     return Encoded(np.frombuffer(header + image.tobytes(), dtype=np.uint8), image.height, image.width)
-
-
-def check(data: bytes) -> None:
-    """BadImageError where PIL can't decode the file to its end."""
-    decode(io.BytesIO(data))
 
 
 def _plain_png(data: bytes) -> tuple[int, int] | None:

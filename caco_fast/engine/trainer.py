@@ -352,6 +352,8 @@ class Trainer:
                 "steps_per_epoch": self.loader.steps_per_epoch,
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
+                "draws": self.loader.draws,
+                "images": self.loader.images,
             },
             "encoders": self.encoders.state_dict(),
             "method": self.method.state_dict(),
@@ -370,11 +372,14 @@ class Trainer:
             UserError: other shapes, or a position in an epoch that the present batches do not have.
         """
         position = Position(**state["position"])
-        then = state["loader"]
+        # Checkpoints of the first versions name neither draws nor images.
+        then = {"draws": self.loader.draws, "images": self.loader.images} | state["loader"]
         now = {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
+            "draws": self.loader.draws,
+            "images": self.loader.images,
         }
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
         if changed and (then["step"] or position.phase == PREPARATION):
@@ -382,6 +387,10 @@ class Trainer:
                 f"{name} stands in the middle of an epoch, which can't go on with {', '.join(changed)}; "
                 "resume with the settings it was made with, or from a checkpoint at an epoch's end"
             )
+        if then["draws"] != now["draws"]:
+            log.warning("the views have other random numbers from here on: %s, was %s", now["draws"], then["draws"])
+        if then["images"] != now["images"]:
+            log.warning("other training images from here on: %s, was %s", now["images"], then["images"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
         parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         for part, target in parts.items():

@@ -50,6 +50,10 @@ class Method(nn.Module, ABC):
         skip: a 0-d flag on the device; where it is not 0 the optimiser has skipped this step, and so does the bank.
         """
 
+    def losses(self) -> Sequence[nn.Module]:
+        """The parts of `forward` behind the encoders that torch.compile may take, each without a graph break."""
+        return ()
+
     def rates(self, warmup: float) -> dict[str, float]:
         """The rates of `update` at this warm-up, and what else is read on log steps only."""
         return {}

@@ -208,6 +208,10 @@ class CaCo(Method):
         self.next_row.copy_(after if skip is None else torch.where(skip != 0, self.next_row, after))
         self._keys = None
 
+    def losses(self) -> Sequence[nn.Module]:
+        # With several ranks the loss may hold collectives, which a graph can't.
+        return (self.criterion,) if world_size() == 1 else ()
+
     def rates(self, warmup: float) -> dict[str, float]:
         return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}
 

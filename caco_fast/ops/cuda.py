@@ -9,7 +9,7 @@ Memory beside the results (P: C rounded up to 64, 128, 256 or 512), from torch's
     operand copy of the bank  2 K P bytes for each operand type in use; kept until the bank is freed, or `forget`
     attend                    2 R P, and 4 R P + 16 R for each part of the bank (64 at most, few when R is large)
     select                    2 R P, and 64 R for each part
-    step                      2 R P + 8 R, and the sort of R M positives
+    step                      2 R P, 8 R with R rounded up to 384, and the sort of R M positives
 
 Legend: R query or key rows, K bank rows, C channels, M positives per row, P padded channels.
 """

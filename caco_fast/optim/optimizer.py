@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from caco_fast.errors import UserError
-from caco_fast.ops.tensor_lists import BACKENDS
+from caco_fast.ops import tensor_lists
+from caco_fast.optim.apex import fused_sgd
 from caco_fast.optim.lars import LARS
-from caco_fast.settings import setting
+from caco_fast.settings import setting, switch
 
 NAMES = ("lars", "sgd", "adamw")
 
@@ -27,6 +28,10 @@ class OptimizerConfig:
     backend: str = setting(
         "auto", "lars and the key encoder's EMA: foreach (torch), cuda (csrc/optim) or reference; auto: foreach"
     )
+    apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: where it is built")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "apex", switch("optimizer.apex", self.apex))
 
 
 def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
@@ -43,14 +48,21 @@ def build_optimizer(
     if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
         found = f"{config.momentum}, {config.weight_decay} and {config.trust}"
         raise UserError(f"optimizer: want momentum in [0, 1), weight_decay 0 or more and trust above 0, found {found}")
-    if config.backend not in BACKENDS:
-        raise UserError(f"optimizer.backend: found '{config.backend}', want one of {', '.join(BACKENDS)}")
+    params = list(params)
+    try:
+        tensor_lists.resolve("optimizer.backend", config.backend, params[0].device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+    if config.apex == "on" and config.name != "sgd":
+        raise UserError(f"optimizer.apex: Apex serves sgd here, not {config.name}; set it to off or auto")
     lr = peak_lr(config, batch_size)
     # Of torch's own optimisers the fused form alone leaves it to the device whether a step is skipped.
     fused = True if scaled else None
     if config.name == "lars":
         return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
     if config.name == "sgd":
+        if (of_apex := fused_sgd(config.apex, params, lr, config.momentum, config.weight_decay)) is not None:
+            return of_apex
         optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
         if scaled:
             optimizer.register_step_pre_hook(_start_at_rest)

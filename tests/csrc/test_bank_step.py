@@ -56,6 +56,15 @@ def test_step_follows_the_formula(cuda_ops, emulated, case):
     assert emulated.take_counters()["bank_conflicts"] == 0
 
 
+@pytest.mark.parametrize("schedule", [dict(), dict(seed=5, greedy=True, lazy_copies=False)], ids=["late", "early"])
+@pytest.mark.parametrize("case", [Case(700, 20, 64), Case(500, 140, 256), Case(300, 70, 512)], ids=str)
+def test_step_with_queries_that_go_round_the_ring(cuda_ops, emulated, case, schedule):
+    """More tiles of queries than a ring has stages, so that each stage is filled again."""
+    emulated.set_schedule(**schedule)
+    (_, velocity), (_, expected), bound = run(case, positives=1)
+    assert worst(velocity, expected, bound) <= 1
+
+
 @pytest.mark.parametrize("positives", [0, 1, 2, 8])
 def test_step_with_m_positives(cuda_ops, positives):
     (_, velocity), (_, expected), bound = run(Case(50, 140, 64, torch.bfloat16), positives)

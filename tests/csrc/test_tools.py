@@ -1,5 +1,6 @@
 """The self-test, and the static gate of the compiled module."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from caco_fast import selftest
 
 ROOT = Path(__file__).resolve().parents[2]
+PADDED = ("64", "128", "256", "512")  # channels that kernels are compiled for
 sys.path.insert(0, str(ROOT / "tools"))
 import check_sass  # noqa: E402
 import check_sm70  # noqa: E402
@@ -63,6 +65,18 @@ def test_compiled_kernels_pass_the_static_gate():
     kernels = check_sass.read_kernels(module)
     assert kernels
     assert {f"sm_{kernel.arch} {kernel.name}": kernel.faults() for kernel in kernels if kernel.faults()} == {}
+
+
+def test_every_operation_is_compiled_for_its_own_path():
+    """On sm_90a by sm90's kernels and by sm80's, on the other architectures by sm80's; for each type and size."""
+    module = check_sass.find_module()
+    if module is None or check_sass.missing():
+        pytest.skip("no compiled module; run `python setup.py build_ext`")
+    found = {(kernel.arch, *kernel.name.split()) for kernel in check_sass.read_kernels(module)}
+    for arch in {arch for arch, *_ in found if int(arch.rstrip("a")) >= 80}:
+        for path in ("sm80", "sm90") if arch == "90a" else ("sm80",):
+            for kernel in itertools.product(("attend", "select", "step"), (path,), ("bf16", "fp16"), PADDED):
+                assert (arch, *kernel) in found
 
 
 def test_sm70_kernels_pass_the_static_gate():

@@ -131,11 +131,32 @@ def test_changed_settings_are_named_on_resume(images, tmp_path, caplog):
     assert "resuming with another optimizer.lr: 0.1, was 0.3" in caplog.text
 
 
+def test_another_kind_of_draws_is_named_at_an_epochs_end(images, tmp_path, caplog):
+    train(config(images, "trainer.max_steps=10"), tmp_path / "run")
+    train(config(images, "data.loader=memory"), tmp_path / "run", "auto")
+    assert "other random numbers from here on: batched draws, exact jitter, was torchvision draws" in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "goes_on"), [(7, False), (10, True)])
+def test_other_training_images_are_refused_in_mid_epoch_and_named_at_its_end(tmp_path, caplog, steps, goes_on):
+    images = write_images(tmp_path / "images")
+    train(config(images, f"trainer.max_steps={steps}"), tmp_path / "run")
+    # As many steps as before, in which every image behind it would be another one.
+    (images / "train" / "cold" / "003.png").rename(images / "train" / "cold" / "9.png")
+    if goes_on:
+        train(config(images), tmp_path / "run", "auto")
+        assert "other training images from here on: 40 images, list " in caplog.text
+    else:
+        with pytest.raises(UserError, match="middle of an epoch.*images 40 images, list .* -> 40 images, list"):
+            train(config(images), tmp_path / "run", "auto")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
         ("trainer.batch_size=10", "middle of an epoch.*batch_size 8 -> 10"),
         ("trainer.seed=5", "middle of an epoch.*seed 0 -> 5"),
+        ("data.loader=memory", "middle of an epoch.*torchvision draws, exact jitter -> batched draws, exact jitter"),
         ("projector.dim=8", "does not fit this configuration"),
         ("caco.bank_size=64", "does not fit this configuration"),
     ],

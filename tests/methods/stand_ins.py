@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from caco_fast.models import Encoder, EncoderPair
+from caco_fast.models import Encoder, EncoderPair, segment_batch_norm
 
 
 class ScriptedEncoders:
@@ -33,8 +33,9 @@ class ScriptedEncoders:
         self.calls.append("copy")
 
 
-def small_pair(dim: int) -> EncoderPair:
+def small_pair(dim: int, joint_views: bool = False) -> EncoderPair:
     """A linear backbone and a projector with BatchNorm: [B, 3, 2, 2] to [B, C]."""
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU())
     projector = nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
-    return EncoderPair(Encoder(backbone, projector))
+    backbone, projector = segment_batch_norm(backbone), segment_batch_norm(projector)
+    return EncoderPair(Encoder(backbone, projector, joint_views=joint_views))

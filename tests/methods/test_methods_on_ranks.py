@@ -12,12 +12,10 @@ from ranks import run_ranks
 from stand_ins import small_pair
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
 from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
 from caco_fast.methods import METHODS, CaCoConfig, CaCoLoss, MoCoConfig
-from caco_fast.models import synchronise_batch_norm
 
 # No number of ranks but 1 divides K.
 B, K, C, STEPS = 12, 41, 5, 20
@@ -63,11 +61,10 @@ def train_criterion(small: int, norm: str, parallel: str, operands: torch.dtype,
 def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[str, Any]:
     """Preparation and steps of a method on real encoders, with BatchNorm and gradients over all ranks."""
     torch.manual_seed(0)
-    encoders = small_pair(C)
+    encoders = small_pair(C, joint_views=is_distributed())
     method = METHODS[name](settings, C)
     if is_distributed():
-        synchronise_batch_norm(encoders, torch.device("cpu"))
-        encoders.wrap_query(DistributedDataParallel(encoders.query, broadcast_buffers=False))
+        encoders.distribute(torch.device("cpu"))
     optimizer = torch.optim.SGD(encoders.query.parameters(), lr=0.05)
     losses = []
     preparation = method.preparation_steps(B)
