@@ -70,9 +70,10 @@ def _become(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str
     sys.argv = ["train.py", *arguments]
     import train
 
-    from caco_fast import training
+    from caco_fast.models import encoder
 
-    training.DistributedDataParallel = _with_lasting_buckets
+    assert encoder.DistributedDataParallel is DistributedDataParallel, "it is wrapped elsewhere: patch it there"
+    encoder.DistributedDataParallel = _with_lasting_buckets
     train.leave(train.main())
 
 
