@@ -6,10 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CaCoLoss", "KeyQueue", "LearnableBank"]
+__all__ = ["CaCoLoss", "KeyQueue", "LearnableBank", "ShardedBank"]
 
 if TYPE_CHECKING:
-    from caco_fast.bank import KeyQueue, LearnableBank
+    from caco_fast.bank import KeyQueue, LearnableBank, ShardedBank
     from caco_fast.methods import CaCoLoss
 
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         from caco_fast.methods import CaCoLoss
 
         return CaCoLoss
-    if name in ("KeyQueue", "LearnableBank"):
+    if name in ("KeyQueue", "LearnableBank", "ShardedBank"):
         import caco_fast.bank
 
         return getattr(caco_fast.bank, name)

@@ -3,14 +3,24 @@
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigIndexError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from caco_fast.data import DataConfig, ViewConfig
 from caco_fast.engine.metrics import WandbConfig
@@ -146,7 +156,7 @@ def _merge_file(tree: DictConfig, path: Path, given: dict[str, Any]) -> DictConf
     try:
         return OmegaConf.merge(tree, OmegaConf.create(given))
     except OmegaConfBaseException as error:
-        raise UserError(f"--config {path}: {_explain(error)}") from None
+        raise UserError(f"--config {path}: {_explain(error, given)}") from None
     except TypeError as error:
         raise UserError(f"--config {path}: a list stands where a mapping is wanted, or the reverse ({error})") from None
 
@@ -156,20 +166,28 @@ def _override(tree: DictConfig, override: str) -> None:
     if not equals or not key:
         raise UserError(f"argument '{override}': want key=value, e.g. optimizer.lr=0.1")
     _make_writable(tree)
+    parsed: Any = value
     try:
         # OmegaConf reads `key=` as null; here it empties a string.
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"] if value else ""
         # An empty mapping empties what is there; every other one is merged into it.
         OmegaConf.update(tree, key, parsed, merge=parsed != {})
     except OmegaConfBaseException as error:
-        raise UserError(f"argument '{override}': {_explain(error)}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        given: Any = parsed
+        for part in reversed(_parts(key)):
+            given = {part: given}
+        raise UserError(f"argument '{override}': {_explain(error, given)}") from None
+    except yaml.YAMLError:
+        raise UserError(f"argument '{override}': the value is not valid YAML; a bracket or quote may be open") from None
+    except (TypeError, ValueError) as error:
         raise UserError(f"argument '{override}': {' '.join(str(error).split())}") from None
 
 
 def _to_config(tree: DictConfig, name: str) -> Config:
     try:
         return OmegaConf.to_object(tree)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{name}: {error.full_key}: ??? is no value") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{name}: {_explain(error)}") from None
 
@@ -183,19 +201,81 @@ def _make_writable(node: Any) -> None:
             _make_writable(child)
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    """OmegaConf's first line, with the nearest valid setting of the whole configuration where a key is unknown."""
+def _explain(error: OmegaConfBaseException, given: Any = None) -> str:
+    """One line in our words: the key, what was found in `given` and what is wanted; for an unknown key the nearest."""
     message = str(error).splitlines()[0].rstrip(".")
-    full_key = str(getattr(error, "full_key", "") or "")
-    if isinstance(error, ValidationError) and "is not a subclass of" in message:
-        where = full_key or message.partition("value: ")[2]
-        return f"{where}: a group of settings is wanted there, or its list is not that long"
-    if not isinstance(error, (ConfigKeyError, ConfigAttributeError)):
-        return f"{full_key}: {message}" if full_key else message
-    name = full_key.rsplit(".", 1)[-1]
+    key = str(getattr(error, "full_key", "") or "")
+    if isinstance(error, (InterpolationResolutionError, GrammarParseError)):
+        return f"{key or 'value'}: ${{...}} stands for another setting's value, and this one can't be read as that"
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        return _unknown(key)
+    if isinstance(error, ConfigIndexError) or "is not a subclass of" in message and key.endswith("]"):
+        return f"{key}: a group of settings is wanted there, or its list is not that long"
+    if wanted := _wanted(key):
+        return f"{key}: found {_found(given, key)}, wanted {wanted}"
+    # Within a list of groups OmegaConf does not say where.
+    found = re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message)
+    kinds = {"Integer": int, "Float": float, "Boolean": bool, "String": str}
+    if found and found[2] in kinds:
+        return f"{key}: found {found[1]!r}, wanted {_in_words(kinds[found[2]])}"
+    if "is not a subclass of" in message:
+        return f"{key or message.partition('value: ')[2]}: a group of settings is wanted there"
+    return f"{key}: {message}" if key else message
+
+
+def _found(given: Any, key: str) -> str:
+    """The value at `key` in nested settings as given, or the nearest one above it."""
+    for part in _parts(key):
+        if isinstance(given, dict) and part in given:
+            given = given[part]
+        elif isinstance(given, list) and part.isdigit() and int(part) < len(given):
+            given = given[int(part)]
+    return json.dumps(given, default=str)
+
+
+def _parts(key: str) -> list[str]:
+    """views[0].size and views.0.size alike."""
+    return re.findall(r"[^.\[\]]+", key)
+
+
+def _wanted(key: str) -> str:
+    """What a setting takes, in words; "" where `key` names none."""
+    kind: Any = Config
+    for part in _parts(key):
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(t for t in get_args(kind) if t is not type(None))
+        inner = get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        elif part.isdigit() and inner:
+            kind = inner[0]
+        else:
+            return ""
+    return _in_words(kind) if key else ""
+
+
+def _in_words(kind: Any) -> str:
+    simple = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    inner = get_args(kind)
+    if kind in simple:
+        return simple[kind]
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join([_in_words(t) for t in inner if t is not type(None)] + ["null"])
+    if get_origin(kind) is tuple:
+        return f"a list of {len(inner)} numbers"
+    if get_origin(kind) is list:
+        of = inner[0]
+        return "a list of groups of settings" if dataclasses.is_dataclass(of) else f"a list, each {_in_words(of)}"
+    if get_origin(kind) is dict:
+        return "a mapping, as {name: value}"
+    return "a group of settings" if dataclasses.is_dataclass(kind) else ""
+
+
+def _unknown(key: str) -> str:
+    name = key.rsplit(".", 1)[-1]
     leaves = list(settings_of(Config()))
-    valid = leaves if "." in full_key else [f.name for f in dataclasses.fields(Config)] + leaves
-    near = difflib.get_close_matches(full_key, valid, n=1, cutoff=0.75)
+    valid = leaves if "." in key else [f.name for f in dataclasses.fields(Config)] + leaves
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     near = near or [key for key in valid if key.rsplit(".", 1)[-1] == name]
     near = near or [
         key
@@ -203,4 +283,4 @@ def _explain(error: OmegaConfBaseException) -> str:
         if key.rsplit(".", 1)[-1] in difflib.get_close_matches(name, [k.rsplit(".", 1)[-1] for k in valid], n=1)
     ]
     hint = f"did you mean '{near[0]}'?" if near else "--print-config lists every setting"
-    return f"unknown setting '{full_key}'; {hint}"
+    return f"unknown setting '{key}'; {hint}"

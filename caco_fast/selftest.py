@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caco_fast.ops import backends, bank_attend, bank_select, bank_step_
+from caco_fast.ops import backends, bank_attend, bank_select, bank_step_, ema_update_, lars_step_
 
 TEMPERATURES = (0.1, 0.05)
 LR, MOMENTUM = 0.5, 0.9
 # Half the distance between neighbouring values near 1.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALL = ((1, 1, 64), (70, 333, 80), (129, 257, 128), (33, 300, 256), (40, 130, 512))
+# Of the tensors in a list; more than one chunk of the kernels, less than one, one element.
+LISTS = ((64, 3, 7, 7), (300, 500), (256,), (16389,), (), (3, 3))
 LARGE = ((512, 65536, 256), (2048, 8191, 128))
 
 
@@ -127,6 +129,46 @@ def check_step(p: Problem) -> Iterator[Check]:
     yield Check("step twice the same bits", 0.0 if same else float("inf"))
 
 
+def draw_list(generator: torch.Generator, device: torch.device) -> list[Tensor]:
+    tensors = [torch.randn(shape, generator=generator).to(device) for shape in LISTS]
+    return [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+
+
+def error_share(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Of 1e-6 of the largest element: a few roundings of f32."""
+    return max(((a - b).abs().amax() / b.abs().amax()).item() for a, b in zip(found, exact, strict=True)) / 1e-6
+
+
+def check_lists(device: torch.device) -> Iterator[Check]:
+    generator = torch.Generator().manual_seed(0)
+    params, grads, velocities, keys = (draw_list(generator, device) for _ in range(4))
+    flag, scale = torch.ones((), device=device), torch.full((), 1024.0, device=device)
+    exact = [t.double() for t in keys]
+    ema_update_(exact, [t.double() for t in params], 0.3, backend="reference")
+    ema_update_(keys, params, 0.3, backend="cuda")
+    yield Check("ema", error_share(keys, exact))
+
+    settings = dict(lr=LR, momentum=MOMENTUM, weight_decay=0.01, trust=0.02)
+    exact_params, exact_velocities = ([t.double() for t in tensors] for tensors in (params, velocities))
+    exact_grads = [t.double() for t in grads]
+    lars_step_(exact_params, exact_grads, exact_velocities, **settings, grad_scale=scale, backend="reference")
+    results = []
+    for _ in range(2):
+        w, v = ([t.clone() for t in tensors] for tensors in (params, velocities))
+        lars_step_(w, grads, v, **settings, grad_scale=scale, backend="cuda")
+        results.append(w + v)
+    yield Check("lars", error_share(results[0], exact_params + exact_velocities))
+    same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    yield Check("lars twice the same bits", 0.0 if same else float("inf"))
+
+    before = [t.clone() for t in keys + params + velocities]
+    grads[0].fill_(torch.inf)
+    lars_step_(params, grads, velocities, **settings, skip=flag, backend="cuda")
+    ema_update_(keys, params, 0.3, skip=flag, backend="cuda")
+    same = all(torch.equal(a, b) for a, b in zip(before, keys + params + velocities, strict=True))
+    yield Check("nothing where a step is skipped", 0.0 if same else float("inf"))
+
+
 def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = SMALL + LARGE) -> bool:
     """Runs all checks, prints a line for each, and says whether all passed."""
     passed = True
@@ -135,10 +177,16 @@ def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = SMALL +
             problem = make_problem(shape, dtype, device)
             name = "R {} K {} C {} ".format(*shape) + str(dtype).removeprefix("torch.")
             for check in (*check_attend(problem), *check_select(problem), *check_step(problem)):
-                passed &= check.passed
-                verdict = "ok  " if check.passed else "FAIL"
-                print(f"{verdict}  {name:<32} {check.name:<28} {100 * check.share:6.1f} % of bound")
+                passed &= report(name, check)
+    for check in check_lists(device):
+        passed &= report(f"{len(LISTS)} tensors", check)
     return passed
+
+
+def report(name: str, check: Check) -> bool:
+    verdict = "ok  " if check.passed else "FAIL"
+    print(f"{verdict}  {name:<32} {check.name:<32} {100 * check.share:6.1f} % of bound")
+    return check.passed
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,18 @@ def section(kind: type, help: str) -> Any:
     return field(default_factory=kind, metadata={"help": help})
 
 
+def switch(name: str, value: str) -> str:
+    """auto, on or off; YAML reads the last two as truth values.
+
+    Raises:
+        UserError: any other value.
+    """
+    read = {"true": "on", "false": "off"}.get(value.lower(), value)
+    if read not in ("auto", "on", "off"):
+        raise UserError(f"{name}: found '{value}', want auto, on or off")
+    return read
+
+
 def require_at_least(name: str, value: int, least: int) -> None:
     """Raises UserError where a setting is too small."""
     if value < least:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from caco_fast.config import Config, from_yaml, settings_of, to_yaml
 from caco_fast.data import build_eval_loader, build_source, build_train_loader
-from caco_fast.distributed import barrier, broadcast_object, is_distributed, rank, world_size
+from caco_fast.distributed import all_gather_objects, broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
+from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler
@@ -20,7 +20,7 @@ from caco_fast.engine.trainer import TRAINING, Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS
-from caco_fast.models import Encoder, EncoderPair, build_encoder_pair, synchronise_batch_norm
+from caco_fast.models import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 log = logging.getLogger("caco_fast.training")
@@ -38,6 +38,10 @@ FREE_SECTIONS = (
 )
 
 
+# Bytes of raw pixels as features, of all ranks together: every rank gathers them for the linear probe.
+RAW_LIMIT = 4 * 2**30
+
+
 def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]:
     """Trains and evaluates; returns what summary.json holds.
 
@@ -46,6 +50,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     Raises:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal asked to stop; a checkpoint was written.
+        RankLost, SaidElsewhere: see engine/one_voice.py.
     """
     with launched(config.trainer) as device:
         log_to_console()
@@ -53,11 +58,20 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
         run = RunFolder(folder)
         store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
         # Rank 0 decides, because the others may see the folder later.
+        if rank() == 0:
+            resume = run.resume_in_restart(resume, store.latest())
         checkpoint = broadcast_object(resolve_resume(resume, store) if rank() == 0 else None)
         state = store.load(checkpoint) if checkpoint else None
-        run.start(to_yaml(config), resume=resume, resumed_from=checkpoint)
+        run.claim(resume=resume, resumed_from=checkpoint)
         try:
-            return _run(config, run, store, device, checkpoint, state)
+            summary = broadcast_object(_summary_if_done(config, run, state))
+            return summary or _run(config, run, store, device, checkpoint, state)
+        except RuntimeError as error:
+            what, found, _ = str(error).partition(" does not have a deterministic implementation")
+            if not found:
+                raise
+            line = f"trainer.deterministic: {what} is not on {device}; take trainer.deterministic=false"
+            raise UserError(line) from None
         finally:
             run.close()
 
@@ -74,8 +88,10 @@ def build_trainer(
     torch.manual_seed(config.trainer.seed)
     encoders = _build_encoders(config, device)
     method = METHODS[config.method](getattr(config, config.method), config.projector.dim)
-    method.check_views(sum(view.count for view in config.views))
+    method.check_views([view.size for view in config.views for _ in range(view.count)])
     method.to(device)
+    if config.trainer.compile:
+        compile_step(encoders, method, device)
     loader = build_train_loader(
         config.data,
         config.views,
@@ -86,15 +102,17 @@ def build_trainer(
         device=device,
     )
     trainer_config, optimizer = config.trainer, config.optimizer
-    lr = peak_lr(optimizer, trainer_config.batch_size)
+    batch_size = trainer_config.batch_size
+    lr = peak_lr(optimizer, batch_size)
+    scaler = gradient_scaler(trainer_config.precision, device)
     return Trainer(
         trainer_config,
         config.checkpoint,
         device=device,
         encoders=encoders,
         method=method,
-        optimizer=build_optimizer(optimizer, encoders.query.parameters(), trainer_config.batch_size),
-        scaler=gradient_scaler(trainer_config.precision, device),
+        optimizer=build_optimizer(optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled()),
+        scaler=scaler,
         schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
         loader=loader,
         evaluator=_build_evaluator(config, device),
@@ -131,13 +149,44 @@ def _run(
             trainer.load_state_dict(state, str(checkpoint))
             at = trainer.position
             log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
-        if trainer.finished:
-            log.info("the run in %s is complete; for another one choose another run.folder", run.path)
-        else:
+        run.start(to_yaml(config), resumed_from=checkpoint)
+        if not trainer.finished:
+            trainer.metrics.open()
             trainer.run()
-        return _finish(config, run, trainer)
+        summary = _finish(config, run, trainer)
+        if broadcast_object(trainer.save_failed):
+            raise UserError(
+                f"the run ended without its last checkpoint, the newest is {store.latest() or 'none'}; make room and "
+                "go on from there with --resume auto"
+            )
+        return summary
     finally:
         trainer.close()
+
+
+def _summary_if_done(config: Config, run: RunFolder, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Shows and returns the summary of a finished run that is resumed, {} where there is something left to do."""
+    if rank() != 0 or state is None or state["position"]["epochs_ended"] < config.trainer.epochs:
+        return {}
+    log.info("the run in %s is complete; for another one choose another run.folder", run.path)
+    summary = run.read_summary()
+    here = summary.get("finished") and summary["steps"] == state["position"]["total_steps"]
+    if not here or summary.get("evaluated") != _evaluated(config):
+        return {}
+    _show(config, run, summary)
+    return summary
+
+
+def _evaluated(config: Config) -> dict[str, Any]:
+    """The settings that the scores in summary.json depend on, beside those of the training."""
+    free = ("evaluation.every_epochs", "evaluation.batch_size")
+    data = ("data.source", "data.path", "data.eval_resize", "data.eval_size", "data.mean", "data.std")
+    settings = settings_of(config)
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in data or (key.startswith("evaluation.") and key not in free)
+    }
 
 
 def _score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Encoder) -> None:
@@ -149,8 +198,17 @@ def _score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encod
     # Rank 0 decides, because the others may see the folder later.
     if broadcast_object(run.read_summary().get("baselines") == asked):
         return
-    log.info("scoring raw pixels (a linear probe of them takes some 20 s)")
-    raw = _named("raw", evaluator.raw_scores())
+    raw: dict[str, float] = {}
+    if (size := evaluator.raw_bytes()) > RAW_LIMIT:
+        log.warning(
+            "evaluation.baselines: raw pixels are left out, as features they take %.0f GiB of at most %.0f GiB; "
+            "evaluation.train_share makes them fewer",
+            size / 2**30,
+            RAW_LIMIT / 2**30,
+        )
+    else:
+        log.info("scoring raw pixels (a linear probe of them takes some 20 s)")
+        raw = _named("raw", evaluator.raw_scores())
     log.info("scoring the random-initialised encoder")
     run.summary(raw | _named("random", evaluator.scores(encoder)) | {"baselines": asked})
 
@@ -167,20 +225,22 @@ def _finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
     }
     values |= trainer.positives
-    values["bad_images"] = len(trainer.loader.bad_images)
+    # Each rank knows those that it met itself.
+    values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
     if trainer.evaluator is not None:
         values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
-    run.summary(values)
-    summary = run.read_summary()
+    summary = run.summary(values | {"evaluated": _evaluated(config)})
     if rank() == 0:
         # Here, because matplotlib takes a second to import and the other ranks don't need it.
         from caco_fast.engine.curves import draw_curves
 
-        if read_metrics(run.path):
-            draw_curves(run.path)
+        try:
+            if read_metrics(run.path):
+                draw_curves(run.path, summary)
+        except OSError as error:
+            log.error("%s can't be written: %s", run.path / "curves.png", error.strerror or error)
         _show(config, run, summary)
-    barrier()
-    return summary
+    return broadcast_object(summary)
 
 
 def _show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
@@ -218,14 +278,12 @@ def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
 def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
-    encoders = build_encoder_pair(config.backbone, config.projector, channels, autocast)
-    if is_distributed():
-        synchronise_batch_norm(encoders, device)
+    joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
+    options = dict(autocast=autocast, joint_views=joint_views, ema_backend=config.optimizer.backend)
+    encoders = build_encoder_pair(config.backbone, config.projector, channels, **options)
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
-        ids = [device.index] if device.type == "cuda" else None
-        # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-        encoders.wrap_query(DistributedDataParallel(encoders.query, device_ids=ids, broadcast_buffers=False))
+        encoders.distribute(device)
     return encoders
 
 

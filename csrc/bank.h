@@ -106,6 +106,7 @@ struct StepParams {
     OperandType type;
     float temperature, lr, momentum;
     bool project;
+    const float *skip = nullptr;  // [] or null; where it is not 0, bank and velocity stay as they are
 };
 int64_t bank_step_workspace(int64_t rows);  // bytes
 void bank_step(const StepParams &params, const Target &target);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bank.h"
+#include "optim/optim.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -121,7 +122,7 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         [](const caco::Target &target, Address bank, Address velocity, Address bank_operand, Address queries,
            Address exact_queries, Address lse, Address row_weight, Address positive_row, Address positive_place,
            Address positive_weight, Address workspace, int64_t rows, int64_t bank_rows, int channels, int positives,
-           const std::string &type, float temperature, float lr, float momentum, bool project) {
+           const std::string &type, float temperature, float lr, float momentum, bool project, Address skip) {
             caco::bank_step({at<float>(bank),
                              at<float>(velocity),
                              at<void>(bank_operand),
@@ -141,12 +142,53 @@ PYBIND11_MODULE(CACO_MODULE, m) {
                              temperature,
                              lr,
                              momentum,
-                             project},
+                             project,
+                             at<float>(skip)},
                             target);
         },
         "target"_a, py::kw_only(), "bank"_a, "velocity"_a, "bank_operand"_a, "queries"_a, "exact_queries"_a, "lse"_a,
         "row_weight"_a, "positive_row"_a, "positive_place"_a, "positive_weight"_a, "workspace"_a, "rows"_a,
-        "bank_rows"_a, "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a);
+        "bank_rows"_a, "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a,
+        "skip"_a);
+
+    m.attr("chunk_elements") = caco::kChunkElements;
+    m.def(
+        "tensor_table_bytes", [](int64_t tensors) { return (tensors + 1) * int64_t(sizeof(caco::TensorRecord)); },
+        "tensors"_a);
+    m.def(
+        "write_tensor_table",
+        [](const caco::Target &target, const std::vector<int64_t> &counts,
+           const std::vector<std::vector<uint64_t>> &lists, Address table) {
+            if (lists.size() > caco::kMaxLists) throw py::value_error("write_tensor_table: too many lists");
+            std::vector<uint64_t> addresses;
+            for (const auto &list : lists) {
+                if (list.size() != counts.size()) throw py::value_error("write_tensor_table: lists differ in length");
+                addresses.insert(addresses.end(), list.begin(), list.end());
+            }
+            caco::write_tensor_table({counts.data(), addresses.data(), static_cast<int>(counts.size()),
+                                      static_cast<int>(lists.size()), at<caco::TensorRecord>(table)},
+                                     target);
+        },
+        "target"_a, py::kw_only(), "counts"_a, "lists"_a, "table"_a);
+    m.def(
+        "ema_update",
+        [](const caco::Target &target, Address table, int tensors, int64_t chunks, Address skip, float weight) {
+            caco::ema_update({at<caco::TensorRecord>(table), tensors, chunks, at<float>(skip), weight}, target);
+        },
+        "target"_a, py::kw_only(), "table"_a, "tensors"_a, "chunks"_a, "skip"_a, "weight"_a);
+    m.def("lars_step_workspace", &caco::lars_step_workspace, "trusted"_a, "trusted_chunks"_a);
+    m.def(
+        "lars_step",
+        [](const caco::Target &target, Address table, int tensors, int trusted, int64_t chunks, int64_t trusted_chunks,
+           Address grad_scale, Address skip, Address workspace, float lr, float momentum, float weight_decay,
+           float trust) {
+            caco::lars_step(
+                {at<caco::TensorRecord>(table), tensors, trusted, chunks, trusted_chunks, at<float>(grad_scale),
+                 at<float>(skip), at<void>(workspace), lr, momentum, weight_decay, trust},
+                target);
+        },
+        "target"_a, py::kw_only(), "table"_a, "tensors"_a, "trusted"_a, "chunks"_a, "trusted_chunks"_a, "grad_scale"_a,
+        "skip"_a, "workspace"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "trust"_a);
 
 #ifdef CACO_EMULATE
     bind_emulation(m);

@@ -9,6 +9,9 @@ BINDINGS = "bindings.cpp"
 KERNELS = (
     "bank.cu",
     "stages.cu",
+    "optim/tensor_table.cu",
+    "optim/ema_update.cu",
+    "optim/lars_step.cu",
     "sm70/bank_attend.cu",
     "sm70/bank_select.cu",
     "sm70/bank_step.cu",

@@ -42,6 +42,10 @@ __device__ __forceinline__ void step_row(const StepParams &params, int64_t j, Ro
     row.load(bank, params.channels, lane);
     speed.load(velocity, params.channels, lane);
     const float inverse_norm = row.inverse_norm();
+    if (params.skip != nullptr && *params.skip != 0.f) {
+        if (params.bank_operand == nullptr) return;
+        return row.store_operand(static_cast<T *>(params.bank_operand) + j * kPadded, inverse_norm, lane);
+    }
     Row<kPadded> unit;
 #pragma unroll
     for (int c = 0; c < row.kValues; c++) unit.value[c] = row.value[c] * inverse_norm;

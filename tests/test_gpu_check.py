@@ -161,7 +161,7 @@ def test_the_result_names_gpu_sources_and_stages_and_a_second_run_adds_to_it(mon
     monkeypatch.setattr(gpu_check, "stages", lambda *arguments: fake)
     monkeypatch.setattr(gpu_check, "kernel_paths", lambda: ["sm70", "sm80"])
     assert gpu_check.main(["--output", str(output), "--commit", "f00"]) == 1
-    assert json.loads(output.read_text())["results"]["benchmark"] == "bench_bank_nvidia_h200.json"
+    assert json.loads(output.read_text())["results"]["benchmarks"] == ["bench_bank_nvidia_h200.json"]
     assert (tmp_path / "bench_bank_nvidia_h200.json").read_text() == "{}"
     fake[1] = stage("tests", "print('now')")
     assert gpu_check.main(["--output", str(output), "--only", "tests"]) == 0

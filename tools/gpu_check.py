@@ -1,7 +1,8 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
     python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
-                                                     beside it, bench_bank_<gpu>.json
+                                                     beside it, bench_bank_<gpu>.json and
+                                                     bench_optim_<gpu>.json
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
@@ -39,6 +40,7 @@ SITE = WORK / "site"
 TOTAL_SECONDS = 570
 TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
 OUTPUT_LINES = 40
+BENCHMARKS = ("bench_bank", "bench_optim", "bench_train")
 # What the build, the tests and caco_fast.data import beside torch, torchvision and numpy.
 PACKAGES = ("setuptools", "pybind11", "ninja", "pytest", "iniconfig", "pluggy", "packaging", "pygments", "pyyaml")
 PACKAGES += ("omegaconf", "timm", "rich", "markdown-it-py", "mdurl")
@@ -101,6 +103,24 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
         ),
         sanitized("memcheck", "no access out of bounds", r"ERROR SUMMARY: 0 errors"),
         sanitized("racecheck", "no race in shared memory", r"RACECHECK SUMMARY: 0 hazards"),
+        Stage(
+            "optimiser benchmark",
+            "times of EMA and LARS: torch's foreach, the kernels, torch.compile",
+            100,
+            ((python, "tools/bench_optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
+            proof=False,
+        ),
+        Stage(
+            "step benchmark",
+            "pairs/s and the split of whole steps: CaCo, MoCo v2, CaCo as released",
+            90,
+            (
+                (python, "tools/bench_train.py", "--config", "configs/imagenet_resnet50_200ep_batch1024.yaml")
+                + ("--batch", "128", "256", "--rounds", "4", "--seconds", "30", "trainer.device=cuda")
+                + ("--output", str(WORK / "bench_train_cuda.json")),
+            ),
+            proof=False,
+        ),
         Stage("other tests", "gpu tests of other parts pass", 60, ((*pytest, *elsewhere),), some, proof=False),
     ]
 
@@ -313,14 +333,15 @@ def check(options: argparse.Namespace) -> int:
         if before["settings"]["csrc_hash"] == present:
             kept = before["results"]["stages"]
 
-    measured = WORK / "bench_bank_cuda.json"
-    measured.unlink(missing_ok=True)
+    for name in BENCHMARKS:
+        (WORK / f"{name}_cuda.json").unlink(missing_ok=True)
     found = run_stages(todo, options.seconds)
-    results: dict[str, Any] = {"stages": {**kept, **found}}
-    if measured.exists():
-        results["benchmark"] = f"bench_bank_{slug(gpu['gpu'])}.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(measured, output.parent / results["benchmark"])
+    results: dict[str, Any] = {"stages": {**kept, **found}, "benchmarks": []}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name in BENCHMARKS:
+        if (WORK / f"{name}_cuda.json").exists():
+            results["benchmarks"].append(f"{name}_{slug(gpu['gpu'])}.json")
+            shutil.copy(WORK / f"{name}_cuda.json", output.parent / results["benchmarks"][-1])
     from caco_fast.benchmarking import write_result
 
     settings = {**gpu, "csrc_hash": present, "paths": paths_run(gpu["capability"], kernel_paths())}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the README's measured tables from benchmarks/results/: python tools/make_tables.py [--check]
+"""Writes the measured tables of README.md and docs/ from benchmarks/results/: python tools/make_tables.py [--check]
 
 A table stands between `<!-- table: NAME.json -->` and `<!-- end table -->`; the script that wrote NAME.json prints it.
 With --check nothing is written, and the exit status is 1 if a table differs from its result.
@@ -28,22 +28,23 @@ def table(name: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the README's measured tables from benchmarks/results/.")
+    parser = argparse.ArgumentParser(description="Write the measured tables of README.md and docs/.")
     parser.add_argument("--check", action="store_true", help="only compare; exit status 1 if a table is out of date")
     arguments = parser.parse_args()
 
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
-    if made == text:
-        print("README.md: every table is that of its result")
-        return 0
-    if arguments.check:
-        print("error: README.md: a table is not that of its result; run python tools/make_tables.py", file=sys.stderr)
-        return 1
-    readme.write_text(made)
-    print("README.md: tables written")
-    return 0
+    stale = False
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        name, text = page.relative_to(ROOT), page.read_text()
+        made = BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
+        if made == text:
+            print(f"{name}: every table is that of its result")
+        elif arguments.check:
+            stale = True
+            print(f"error: {name}: a table is not that of its result; run python tools/make_tables.py", file=sys.stderr)
+        else:
+            page.write_text(made)
+            print(f"{name}: tables written")
+    return int(stale)
 
 
 if __name__ == "__main__":

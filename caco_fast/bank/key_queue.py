@@ -31,10 +31,10 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=queue.device))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:  # [R, C]
+    def enqueue(self, keys: Tensor, *, skip: Tensor | None = None) -> None:  # [R, C], []
         """Replace the oldest rows by the keys of all ranks, in rank order; every rank brings as many.
 
-        Of more keys than the queue has rows only the latest stay.
+        Of more keys than the queue has rows only the latest stay. Where the flag `skip` is not 0 nothing changes.
         """
         size, dim = self.queue.shape
         if keys.dim() != 2 or keys.shape[1] != dim:
@@ -44,11 +44,14 @@ class KeyQueue(nn.Module):
         kept = keys[-size:] if count > size else keys
         # All on the device: reading the pointer here would make the host wait.
         rows = torch.arange(count - kept.shape[0], count, device=self.pointer.device)
-        self.queue[(self.pointer + rows) % size] = kept.to(self.queue.dtype)
+        rows, kept = (self.pointer + rows) % size, kept.to(self.queue.dtype)
+        if skip is not None:
+            kept, count = torch.where(skip != 0, self.queue[rows], kept), count * (skip == 0)
+        self.queue[rows] = kept
         self.pointer.add_(count).remainder_(size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        check_loaded_shape(state_dict, prefix + "queue", self.queue, "KeyQueue")
+        check_loaded_shape(state_dict, prefix + "queue", self.queue.shape, "KeyQueue")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

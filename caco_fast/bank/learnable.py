@@ -3,17 +3,26 @@
 Legend: R query rows on this rank, K bank rows, C channels, M positives per row.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
-from caco_fast.bank.pending import PendingRows, Rows
+from caco_fast.bank.memory import check_loaded_shape, enough_memory, overlap, random_unit_rows
+from caco_fast.bank.pending import PendingRows, Rows, gather_rows
 from caco_fast.distributed import all_gather_rows
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_attend, bank_select, bank_step_
 from caco_fast.ops.tiling import unit_rows
+
+NORMS = ("implicit", "project")
+
+
+class Contrast(NamedTuple):
+    """What queries give against the bank and their positives in it."""
+
+    loss: Tensor  # [R]: lse_i - sum_m o_im s_i,pi_m / t, differentiable in the queries
+    probability: Tensor  # [R, M] of the positives, without gradient
 
 
 class LearnableBank(nn.Module):
@@ -28,7 +37,8 @@ class LearnableBank(nn.Module):
     size: K, any number of rows. dim: C. momentum: mu in [0, 1). norm: "implicit" stores rows of any length, as
     the released code does; "project" rescales them to unit length after each step. backend: of the bank operations.
     max_records: records kept without a step before that is taken for a mistake. generator: draws the first rows; on
-    several ranks give all the same seed, for the bank is replicated and kept equal.
+    several ranks give all the same seed, for each keeps the whole bank and they stay equal; `ShardedBank` keeps a part
+    on each.
 
     state_dict: `bank` [K, C] and `velocity` [K, C], f32. Raises UserError if 2 K C numbers do not fit the memory.
     Source: CaCo, eq. 7-11; AdCo with records that have no positives.
@@ -52,10 +62,13 @@ class LearnableBank(nn.Module):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UserError(f"LearnableBank: momentum: found {momentum}, wanted a number in [0, 1)")
-        if norm not in ("implicit", "project"):
+        if norm not in NORMS:
             raise UserError(f"LearnableBank: norm: found {norm!r}, wanted 'implicit' or 'project'")
-        with enough_memory("the bank with its velocity", size, dim, copies=2):
-            bank = random_unit_rows(size, dim, generator)
+        self.size = size
+        # Of the K rows those that this rank keeps: bank and velocity hold no others.
+        self.own = self._own_rows(size)
+        with enough_memory("the bank with its velocity", len(self.own), dim, copies=2):
+            bank = random_unit_rows(size, dim, generator, self.own)
             self.register_buffer("bank", bank)
             self.register_buffer("velocity", torch.zeros_like(bank))
         # Rows that a step left out since they were not finite; on the device, so that counting them waits for nothing.
@@ -63,9 +76,8 @@ class LearnableBank(nn.Module):
         self.momentum, self.norm, self.backend = momentum, norm, backend
         self.pending = PendingRows(max_records)
 
-    @property
-    def size(self) -> int:
-        return self.bank.shape[0]
+    def _own_rows(self, size: int) -> range:
+        return range(size)
 
     @property
     def dim(self) -> int:
@@ -90,6 +102,30 @@ class LearnableBank(nn.Module):
         # Multiplied and summed, since autocast would do a dot product in low precision.
         return (queries.to(self.bank.dtype) * self.rows(index)).sum(dim=-1)
 
+    def contrast(
+        self,
+        queries: Tensor,  # [R, C]
+        positives: Tensor,  # [R, M]
+        positive_weight: Tensor,  # [R, M]
+        temperature: float,
+        bank_temperature: float,
+        operands: torch.dtype = torch.float32,
+        row_weight: Tensor | None = None,  # [R]
+    ) -> Contrast:
+        """The loss of every query against its positives in the bank (eq. 3), and with `row_weight` a `record` of it.
+
+        operands: dtype of the queries in attend and step. row_weight, positive_weight: as in `record`.
+        """
+        operand_rows = queries.to(operands)
+        (lse, bank_lse), _ = self.attend(operand_rows, (temperature, bank_temperature))
+        # Not a matrix product, which an autocast around the caller's loop would run in low precision.
+        similarity = (queries.to(self.bank.dtype).unsqueeze(1) * self.rows(positives)).sum(dim=2)  # [R, M]
+        logits = similarity / temperature
+        if row_weight is not None:
+            self.record(operand_rows, bank_lse, bank_temperature, row_weight, positives, positive_weight)
+        loss = lse - (positive_weight * logits).sum(dim=1)
+        return Contrast(loss, (logits - lse.unsqueeze(1)).detach().exp())
+
     def record(
         self,
         queries: Tensor,  # [R, C]
@@ -110,10 +146,11 @@ class LearnableBank(nn.Module):
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
     @torch.no_grad()
-    def step(self, lr: float, scale: float = 1.0) -> None:
+    def step(self, lr: float, scale: float = 1.0, *, skip: Tensor | None = None) -> None:
         """One bank step with all recorded rows of all ranks, which are consumed.
 
-        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches.
+        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches. skip: a flag on the
+        device, such as GradScaler's found_inf: where it is not 0 the rows are consumed, and nothing else changes.
         Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
         `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
         host wait for the device. A trainer looks at its loss before it comes here.
@@ -121,8 +158,9 @@ class LearnableBank(nn.Module):
         Raises UserError if nothing was recorded.
         """
         rows, temperature = self.pending.take(self.bank)
+        rows = self._of_all_ranks(rows)
         finite = rows.queries.isfinite().all(dim=1) & rows.lse.isfinite() & rows.row_weight.isfinite()  # [R]
-        self.skipped_rows += (~finite).sum()
+        self.skipped_rows += (~finite).sum() if skip is None else (~finite).sum() * (skip == 0)
         bank_step_(
             self.bank,
             self.velocity,
@@ -135,19 +173,26 @@ class LearnableBank(nn.Module):
             positives=rows.positives,
             positive_weight=rows.positive_weight,
             norm=self.norm,
+            skip=skip,
             backend=self.backend,
         )
+
+    def _of_all_ranks(self, rows: Rows) -> Rows:
+        """What was recorded, as the step of this rank's bank rows takes it."""
+        return gather_rows(rows)
 
     def discard(self) -> int:
         """Forget the recorded rows, as after a loss that is not finite. Returns how many records there were."""
         return self.pending.discard()
 
     @torch.no_grad()
-    def fill(self, keys: Tensor, start: int = 0, wrap: bool = False) -> int:  # [R, C]
+    def fill(
+        self, keys: Tensor, start: int = 0, wrap: bool = False, *, skip: Tensor | None = None
+    ) -> int:  # [R, C], []
         """Write the keys of all ranks, as unit rows at rest, from row `start` on; every rank brings as many.
 
         Keys beyond the last row are dropped, or with `wrap` go on at row 0. Returns the row after the last one written:
-        `size` when the bank is full (with `wrap` a number below `size`).
+        `size` when the bank is full (with `wrap` a number below `size`). Where the flag `skip` is not 0 no row changes.
         Source: CaCo, initialisation of the bank.
         """
         if keys.dim() != 2 or keys.shape[1] != self.dim:
@@ -155,16 +200,20 @@ class LearnableBank(nn.Module):
         if not 0 <= start <= self.size:
             raise ValueError(f"LearnableBank.fill: start: found {start}, wanted a row in [0, {self.size}]")
         unit, _ = unit_rows(all_gather_rows(keys).to(self.bank.dtype))
-        count = unit.shape[0]
-        if not wrap:
-            unit = unit[: self.size - start]
-            at = torch.arange(start, start + unit.shape[0], device=self.bank.device)
-        else:
+        end = start + unit.shape[0]
+        if wrap:
+            # Of more keys than the bank has rows the last stay.
             unit = unit[-self.size :]
-            at = torch.arange(start + count - unit.shape[0], start + count, device=self.bank.device) % self.size
-        self.bank[at] = unit
-        self.velocity[at] = 0
-        return (start + count) % self.size if wrap else start + unit.shape[0]
+            start = (end - unit.shape[0]) % self.size
+            self._write(0, unit[self.size - start :], skip)
+        self._write(start, unit[: self.size - start], skip)
+        return end % self.size if wrap else min(end, self.size)
+
+    def _write(self, start: int, unit: Tensor, skip: Tensor | None) -> None:  # [n, C], []
+        """Put unit rows at rest at bank rows start..start+n-1, as far as this rank keeps them."""
+        here, there = overlap(self.own, range(start, start + unit.shape[0]))
+        for rows, new in ((self.bank, unit[there]), (self.velocity, torch.zeros_like(unit[there]))):
+            rows[here] = new if skip is None else torch.where(skip != 0, rows[here], new)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -172,9 +221,12 @@ class LearnableBank(nn.Module):
         self.bank.copy_(unit_rows(self.bank)[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for key in ("bank", "velocity"):
-            check_loaded_shape(state_dict, prefix + key, getattr(self, key), "LearnableBank")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        own = {}
+        for key in (prefix + "bank", prefix + "velocity"):
+            check_loaded_shape(state_dict, key, (self.size, self.dim), type(self).__name__)
+            if isinstance(state_dict.get(key), Tensor):
+                own[key] = state_dict[key][self.own.start : self.own.stop]
+        super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
 
     def extra_repr(self) -> str:
         settings = f"momentum={self.momentum}, norm={self.norm!r}, backend={self.backend!r}"

@@ -12,16 +12,36 @@ from torch import Tensor
 
 from caco_fast.errors import UserError
 from caco_fast.host import available_bytes
+from caco_fast.ops.tiling import spans
 
 # How torch words a refused allocation on the CPU, which is a plain RuntimeError there.
 REFUSALS = ("can't allocate memory", "not enough memory")
 
 
-def random_unit_rows(size: int, dim: int, generator: torch.Generator | None) -> Tensor:
-    """f32 rows drawn evenly from the unit sphere, on the generator's device. [K, C]"""
+# Rows that are drawn at a time.
+DRAW_ROWS = 65536
+
+
+def random_unit_rows(size: int, dim: int, generator: torch.Generator | None, own: range | None = None) -> Tensor:
+    """f32 rows drawn evenly from the unit sphere, on the generator's device: of all K those in `own`, or all. [k, C]
+
+    All K are drawn, a block at a time, so that a row does not depend on who keeps it.
+    """
+    own = range(size) if own is None else own
     device = generator.device if generator is not None else None
-    rows = torch.randn(size, dim, generator=generator, device=device, dtype=torch.float32)
+    rows = torch.empty(len(own), dim, device=device, dtype=torch.float32)
+    for span in spans(size, DRAW_ROWS):
+        drawn = torch.randn(span.stop - span.start, dim, generator=generator, device=device, dtype=torch.float32)
+        here, there = overlap(own, range(span.start, span.stop))
+        rows[here] = drawn[there]
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def overlap(first: range, second: range) -> tuple[slice, slice]:
+    """Where the numbers that are in both ranges stand in the first and in the second."""
+    start, stop = max(first.start, second.start), min(first.stop, second.stop)
+    stop = max(start, stop)
+    return slice(start - first.start, stop - first.start), slice(start - second.start, stop - second.start)
 
 
 @contextmanager
@@ -44,11 +64,11 @@ def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]
         raise
 
 
-def check_loaded_shape(state: Mapping[str, Any], key: str, buffer: Tensor, what: str) -> None:
+def check_loaded_shape(state: Mapping[str, Any], key: str, wanted: tuple[int, int], what: str) -> None:
     """Refuse a saved bank of another size."""
     saved = state.get(key)
-    if isinstance(saved, Tensor) and saved.shape != buffer.shape:
+    if isinstance(saved, Tensor) and saved.shape != wanted:
         raise UserError(
-            f"{what}: the saved {key!r} has shape {list(saved.shape)}, wanted {list(buffer.shape)}: "
+            f"{what}: the saved {key!r} has shape {list(saved.shape)}, wanted {list(wanted)}: "
             "set size and dim as they were when it was saved"
         )

@@ -1,4 +1,4 @@
-"""Rows that wait for the next bank step: recorded during the forward passes, gathered over the ranks, consumed.
+"""Rows that wait for the next bank step: recorded during the forward passes, consumed by the step.
 
 Legend: R query rows, C channels, M positives per row.
 """
@@ -19,6 +19,11 @@ class Rows(NamedTuple):
     row_weight: Tensor  # [R]
     positives: Tensor | None  # [R, M] int64
     positive_weight: Tensor | None  # [R, M]
+
+
+def gather_rows(rows: Rows) -> Rows:
+    """Those of all ranks, in rank order; every rank brings as many, with the same M."""
+    return Rows(*(None if value is None else all_gather_rows(value) for value in rows))
 
 
 class PendingRows:
@@ -62,7 +67,7 @@ class PendingRows:
         return count
 
     def take(self, bank: Tensor) -> tuple[Rows, float]:
-        """All records of all ranks as one, and their temperature; nothing is left behind."""
+        """All records as one, and their temperature; nothing is left behind."""
         if not self.records:
             raise UserError(
                 "bank.step(lr): no rows were recorded since the last step: run the criterion in training mode and with "
@@ -70,7 +75,7 @@ class PendingRows:
             )
         rows = concatenate(self.records, bank)
         self.discard()
-        return Rows(*(None if value is None else all_gather_rows(value) for value in rows)), self.temperature
+        return rows, self.temperature
 
 
 def concatenate(records: list[Rows], bank: Tensor) -> Rows:

@@ -41,8 +41,8 @@ class ViewDraws:
 
 def draw_views(
     config: ViewConfig,
-    height: int,
-    width: int,
+    height: int | np.ndarray,
+    width: int | np.ndarray,
     channels: int,
     *,
     seed: int,
@@ -52,14 +52,15 @@ def draw_views(
 ) -> ViewDraws:
     """Parameters of the views `view` [B] of the images `index` [B], distributed as torchvision's transforms draw them.
 
-    Each row is a function of (seed, epoch, index, view) alone. Images are `height` x `width`; with one channel the
-    jitter has no saturation or hue, and nothing is made grey.
+    Each row is a function of (seed, epoch, index, view) and of its image's size alone. Images are `height` x `width`,
+    one number for all or one for each row [B]; with one channel the jitter has no saturation or hue, and nothing is
+    made grey.
     """
     random = iter(uniforms(seed, epoch, index, view, _DRAWS).T)
     rows = len(index)
     area = np.stack([next(random) for _ in range(_TRIES)])
     aspect = np.stack([next(random) for _ in range(_TRIES)])
-    box = _crop_boxes(config, height, width, area, aspect, next(random), next(random))
+    box = _crop_boxes(config, np.asarray(height), np.asarray(width), area, aspect, next(random), next(random))
 
     jittered = next(random) < config.jitter_p
     factors = np.empty((rows, 4))
@@ -117,8 +118,8 @@ def _between(low: float, high: float, uniform: np.ndarray) -> np.ndarray:
 
 def _crop_boxes(
     config: ViewConfig,
-    height: int,
-    width: int,
+    height: np.ndarray,
+    width: np.ndarray,
     area: np.ndarray,
     aspect: np.ndarray,
     down: np.ndarray,
@@ -135,8 +136,8 @@ def _crop_boxes(
     found = fits.any(axis=0)
 
     # The image cut to the nearest permitted ratio: where the image itself is within the limits, all of it.
-    most_width = width if width / height <= high else max(1, round(height * high))
-    most_height = height if width / height >= low else max(1, round(width / low))
+    most_width = np.where(width / height <= high, width, np.maximum(1, np.rint(height * high))).astype(np.int64)
+    most_height = np.where(width / height >= low, height, np.maximum(1, np.rint(width / low))).astype(np.int64)
     box_width = np.where(found, np.take_along_axis(widths, first, axis=0)[0], most_width)
     box_height = np.where(found, np.take_along_axis(heights, first, axis=0)[0], most_height)
     top = np.where(found, np.floor(down * (height - box_height + 1)), (height - most_height) // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,11 +13,15 @@ from caco_fast.data.cifar10 import cifar10
 from caco_fast.data.evaluation import EvalLoader
 from caco_fast.data.fashion_mnist import fashion_mnist
 from caco_fast.data.folder import FolderSource
+from caco_fast.data.index import IndexSource
 from caco_fast.data.loader import TrainLoader
 from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import ArraySource, Source
 from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.data.webdataset import WebDatasetSource
 from caco_fast.errors import UserError
+
+log = logging.getLogger("caco_fast.data")
 
 SPLITS = ("train", "test")
 MEMORY_LIMIT = 2 * 1024**3  # bytes of pixels, up to which `loader: auto` keeps a set in memory
@@ -30,6 +36,10 @@ def build_source(config: DataConfig, split: str) -> Source:
         source: Source = fashion_mnist(split)
     elif config.source == "cifar10":
         source = cifar10(os.path.expanduser(config.path), split)
+    elif config.source == "index":
+        source = IndexSource(config.path, split, config.root)
+    elif config.source == "webdataset":
+        source = WebDatasetSource(config.path, split)
     else:
         source = FolderSource(os.path.expanduser(config.path), split)
     for name in ("mean", "std"):
@@ -61,7 +71,29 @@ def build_train_loader(
         from caco_fast.data.memory import MemoryLoader
 
         return MemoryLoader(source, config, views, **options)
+    if config.loader == "dali" or (config.loader == "auto" and _dali_installed()):
+        if not _dali_installed():
+            raise UserError(f"data.loader is dali, but NVIDIA DALI is not installed; {_how_to_install()}")
+        from caco_fast.data.dali_loader import DaliLoader
+
+        return DaliLoader(source, config, views, **options)
+    if config.loader == "auto" and rank == 0:
+        log.info(
+            "loading by torchvision, because NVIDIA DALI, which is faster, is not installed; %s", _how_to_install()
+        )
     return TorchvisionLoader(source, config, views, **options)
+
+
+def _dali_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _how_to_install() -> str:
+    extra = "dali-cuda12" if (torch.version.cuda or "13").startswith("12.") else "dali-cuda13"
+    return f'install it with: pip install "caco-fast[{extra}]"'
 
 
 def build_eval_loader(

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from caco_fast.data.source import Source
+
 
 @dataclass
 class Batch:
@@ -28,6 +30,11 @@ class TrainLoader(Protocol):
     The images of step s are `epoch_order(seed, epoch, N)[s * batch_size : (s + 1) * batch_size]` over all ranks; rank r
     takes the r-th contiguous share of them. What is left after the last whole batch is dropped.
     """
+
+    # What kind of random numbers makes the views: a run can't change it in mid-epoch. See `draws_name`.
+    draws: str
+    # Which images there are, in which order; a run can't change that in mid-epoch either. See `images_name`.
+    images: str
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -48,3 +55,13 @@ class TrainLoader(Protocol):
     def close(self) -> None:
         """Ends worker processes and frees memory; the loader can't be used afterwards."""
         ...
+
+
+def draws_name(kind: str, jitter: str) -> str:
+    """A name for what decides the views beside seed and recipe: the kind of draws, and how the jitter is computed."""
+    return f"{kind} draws, {jitter} jitter"
+
+
+def images_name(source: Source) -> str:
+    """A name for the list of images that the positions of an epoch refer to."""
+    return f"{len(source)} images, list {source.list_hash()[:8]}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from caco_fast.data.batched_draws import draw_views
 from caco_fast.data.batched_views import make_views
-from caco_fast.data.loader import Batch
+from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.reading import BadImages
 from caco_fast.data.settings import DataConfig, ViewConfig
@@ -49,7 +49,9 @@ class MemoryLoader:
     ) -> None:
         """Decodes the whole set. UserError where it is too large, of mixed sizes, or has too many unreadable images."""
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
-        self._views, self._seed = list(views), seed
+        self.draws = draws_name("batched", config.jitter)
+        self.images = images_name(source)
+        self._views, self._seed, self._jitter = list(views), seed, config.jitter
         self._share = (batch_size, rank, world_size)
         self._device = torch.device(device)
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
@@ -102,7 +104,8 @@ class MemoryLoader:
         held = self._readable[index]
         # The trainer may ask for the next batch inside its autocast; pixels need more than 8 bits of mantissa.
         with torch.autocast(self._device.type, enabled=False):
-            views = [make_views(self._images, held[p], draws.take(p), config, self._mean, self._std) for p in parts]
+            constant = (config, self._mean, self._std, self._jitter)
+            views = [make_views(self._images, held[p], draws.take(p), *constant) for p in parts]
         return torch.cat(views) if len(views) > 1 else views[0]
 
 

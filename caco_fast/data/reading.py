@@ -41,8 +41,9 @@ def as_is(batch: Any) -> Any:
 
 
 def leave_interrupts_to_the_trainer(worker: int) -> None:
-    """For `worker_init_fn`: Ctrl-C reaches every process of the terminal, but only one should report it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For `worker_init_fn`: Ctrl-C, torchrun and SLURM reach every process, but the trainer wants its last batches."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ViewBatches(Dataset[RawBatch]):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
 
-SOURCES = ("folder", "cifar10", "embedded")
-LOADERS = ("auto", "torchvision", "memory")
+SOURCES = ("folder", "index", "webdataset", "cifar10", "embedded")
+LOADERS = ("auto", "dali", "torchvision", "memory")
+JITTERS = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,38 @@ class ViewConfig:
                 upper = "" if largest == float("inf") else f" <= {largest:g}"
                 raise UserError(f"{where}.{name} is {list(pair)}; it must be [low, high] with 0 < low <= high{upper}")
 
+_PATHS = {
+    "index": "the file that tools/index_data.py wrote: data.path=FILE",
+    "webdataset": "the directory of the shards or a pattern: data.path=DIR or data.path='DIR/train-{000..146}.tar'",
+}
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they are read."""
 
     source: str = setting(
-        "folder", "folder (path/train/<class>/*.JPEG), cifar10 (release files) or embedded (Fashion-MNIST)"
+        "folder",
+        "folder (path/train/<class>/*.JPEG), index (file by tools/index_data.py), webdataset (.tar shards), cifar10 "
+        "(release files) or embedded (Fashion-MNIST)",
     )
-    path: str = setting("", "directory of the data; not used by the embedded source")
+    path: str = setting(
+        "",
+        "directory of the data; index: the file; webdataset: also a pattern, DIR/train-{000..146}.tar; embedded: none",
+    )
+    root: str = setting("", "index: directory of the images, if they are not where the index says")
     loader: str = setting(
-        "auto", "torchvision (worker processes), memory (whole set in memory) or auto (memory for small sets)"
+        "auto",
+        "dali, torchvision (worker processes, slower), memory (whole set in memory) or auto (memory for small sets, "
+        "else dali, or torchvision where DALI is not installed)",
     )
-    workers: int | None = setting(None, "worker processes of a rank; 0: it reads by itself; null: one a core, up to 12")
-    prefetch: int = setting(2, "batches that each worker prepares ahead (>= 1)")
+    jitter: str = setting(
+        "exact", "colour jitter: exact (torchvision's) or fast (one linear map of the colours, see docs/data.md)"
+    )
+    workers: int | None = setting(
+        None, "worker processes, with dali threads, of a rank; 0: no process; null: one a core, up to 12"
+    )
+    prefetch: int = setting(2, "batches that each worker, or dali, prepares ahead (>= 1)")
     mean: list[float] | None = setting(None, "mean of each channel in [0, 1] to subtract; null: the source's own")
     std: list[float] | None = setting(None, "standard deviation of each channel to divide by; null: the source's own")
     eval_resize: int | None = setting(
@@ -91,13 +110,14 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first field that is out of range or unknown."""
-        for name, known in (("source", SOURCES), ("loader", LOADERS)):
+        for name, known in (("source", SOURCES), ("loader", LOADERS), ("jitter", JITTERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"data.{name} is '{getattr(self, name)}'; it must be one of {', '.join(known)}")
         if self.source != "embedded" and not self.path:
-            raise UserError(
-                f"data.path is empty; the {self.source} source needs the directory of the data: data.path=DIR"
-            )
+            wanted = _PATHS.get(self.source, "the directory of the data: data.path=DIR")
+            raise UserError(f"data.path is empty; the {self.source} source needs {wanted}")
+        if self.root and self.source != "index":
+            raise UserError(f"data.root is '{self.root}', but data.source is {self.source}; only an index has a root")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"data.workers is {self.workers}; it must be 0 or more, or null")
         if self.prefetch < 1:

@@ -1,7 +1,7 @@
 """A run at a glance: `curves.png`, small multiples over the steps, from the run folder's metrics.jsonl."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +20,9 @@ from caco_fast.errors import UserError
 Points = tuple[list[float], list[float]]
 COLOURS = ("#1f5fa8", "#d9660b", "#3a8a3e", "#8f4aa3")
 INITIALISATION = "#ece7da"
+KNN = "weighted kNN"
+# What the summary calls them, and how the picture does.
+YARDSTICKS = {"raw": ("raw pixels", "--"), "random": ("random encoder", ":")}
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,18 @@ PANELS = (
     Panel("loss", "nats", lambda name: name == "loss", from_zero=False),
     Panel("positive probability", "", lambda name: name == "positive_probability"),
     Panel("rows chosen as positives", "perplexity", lambda name: name == "positive_perplexity"),
-    Panel("weighted kNN", "per cent", lambda name: name.startswith("knn"), from_zero=False),
+    Panel(KNN, "per cent", lambda name: name.startswith("knn"), from_zero=False),
     # Rates differ by orders of magnitude (encoder 0.3, bank 3): two scales show the shape of both.
     Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),
     Panel("speed", "pairs/s", lambda name: name == "pairs_per_second"),
 )
 
 
-def draw_curves(run_folder: Path) -> Path:
+def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
     """Draws `curves.png` anew and returns its path; a panel without measurements says so.
 
-    Steps of the bank's initialisation (negative epochs) are shaded. Raises UserError when the run has no metrics.
+    Steps of the bank's initialisation (negative epochs) are shaded. `summary`: that of the run; its scores of raw
+    pixels and of the random encoder stand beside the kNN of the run. Raises UserError when the run has no metrics.
     """
     run_folder = Path(run_folder)
     lines = read_metrics(run_folder)
@@ -54,15 +58,42 @@ def draw_curves(run_folder: Path) -> Path:
     initialised = max((line["step"] for line in lines if (line.get("epoch") or 0) < 0), default=None)
     figure = Figure(figsize=(13.5, 7.2), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.03))
     shading = " (shaded: initialisation of the bank)" if initialised is not None else ""
-    figure.suptitle(
-        f"{run_folder.resolve().name}, {lines[-1]['step']:,} steps{shading}", x=0.01, ha="left", fontsize=12
-    )
+    result = _result(lines, summary or {})
+    headline = f"{run_folder.resolve().name}: {result}{lines[-1]['step']:,} steps{shading}"
+    figure.suptitle(headline, x=0.01, ha="left", fontsize=12)
     for panel, axes in zip(PANELS, figure.subplots(2, 3).flat):
         _draw(panel, axes, lines, initialised)
+        if panel.title == KNN:
+            _draw_yardsticks(axes, summary or {})
     path = run_folder / "curves.png"
     with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
     return path
+
+
+def _result(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
+    """The last kNN by the first k, and what it is to be compared with."""
+    k = next(iter((summary.get("evaluated") or {}).get("evaluation.k", [])), None)
+    values = _points(lines, f"knn_{k}")[1]
+    if not values:
+        return ""
+    beside = [f"{name} {_figure(summary[f'knn_{what}'])}" for what, (name, _) in YARDSTICKS.items()
+              if f"knn_{what}" in summary]  # fmt: skip
+    return f"kNN (k {k}) {_figure(values[-1])} %" + (f", {', '.join(beside)}; " if beside else "; ")
+
+
+def _draw_yardsticks(axes: Axes, summary: Mapping[str, Any]) -> None:
+    """A level line for each k that is drawn, in its colour, and what the strokes mean below the title."""
+    curves = {str(line.get_gid()): line for line in axes.get_lines()}
+    drawn = set()
+    for position, k in enumerate((summary.get("evaluated") or {}).get("evaluation.k", [])):
+        for what, (name, stroke) in YARDSTICKS.items():
+            level = summary.get(f"knn_{what}" if position == 0 else f"knn_{what}_k{k}")
+            if level is not None and (curve := curves.get(f"knn_{k}")) is not None:
+                axes.axhline(level, color=curve.get_color(), ls=stroke, lw=1.2)
+                drawn.add(f"{'- -' if stroke == '--' else '· ·'} {name}")
+    if drawn:
+        axes.set_title(", ".join(sorted(drawn)), loc="right", fontsize=9, color="#555555")
 
 
 def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: int | None) -> None:
@@ -89,7 +120,7 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
     drawn = []
     for scale, colour, (name, (steps, values)) in zip(scales, cycle(COLOURS), series.items()):
         mark = "o" if len(steps) <= 40 else None
-        drawn += scale.plot(steps, values, color=colour, lw=1.6, marker=mark, ms=3.5, label=_label(name))
+        drawn += scale.plot(steps, values, color=colour, lw=1.6, marker=mark, ms=3.5, label=_label(name), gid=name)
         scale.yaxis.set_major_locator(MaxNLocator(5))
         scale.margins(y=0.12)
         if panel.from_zero:
@@ -109,7 +140,7 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
     elif not two_scales:
         for line, (_, values) in zip(drawn, series.values()):
             line.set_label(f"{line.get_label()}: {_figure(values[-1])}")
-        axes.legend(handles=drawn, frameon=False, fontsize=9, loc="lower right")
+        axes.legend(handles=drawn, fontsize=9, loc="lower right", framealpha=0.85, edgecolor="none")
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> Points:

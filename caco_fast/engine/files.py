@@ -1,8 +1,10 @@
-"""Writing a file so that a reader finds the old one or the new one, and never a part."""
+"""Writing a file so that a reader finds the old one or the new one and never a part, or line by line on a full disk."""
 
 import fcntl
+import io
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +47,66 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class PatientFile:
+    """A text file to append to, made with its first line. What a full disk refuses waits in memory, in order, and is
+    tried again each time.
+
+    `report` gets a line when the disk begins to refuse, when it takes text again, and when text is lost for good: at
+    the end, or the oldest beyond `LIMIT` bytes.
+    """
+
+    LIMIT = 2**24
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self.path = path
+        self._report = report
+        self._file: io.RawIOBase | None = None
+        self._waiting: deque[bytes] = deque()
+        self._refused = False
+        self._lost = 0
+
+    def write(self, line: str) -> None:
+        """One or more whole lines; on the disk's side of our buffers when this returns, unless the disk refused."""
+        self._waiting.append(line.encode())
+        self._drain()
+        while sum(map(len, self._waiting)) > self.LIMIT:
+            # A line of which the beginning is on the disk stays whole.
+            del self._waiting[1 if len(self._waiting) > 1 else 0]
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Nothing: `write` keeps nothing back by choice."""
+
+    def close(self) -> None:
+        if self._waiting:
+            self._drain()
+        if lost := self._lost + len(self._waiting):
+            self._report(f"{self.path}: {lost} lines are lost, the disk never took them")
+        if self._file is not None:
+            self._file.close()
+
+    def _drain(self) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
+            while self._waiting:
+                text = self._waiting[0]
+                taken = self._file.write(text) or 0
+                if taken == len(text):
+                    self._waiting.popleft()
+                else:
+                    self._waiting[0] = text[taken:]
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                reason = error.strerror or error
+                self._report(f"{self.path} can't be written: {reason}; training goes on, its lines wait in memory")
+            return
+        if self._refused:
+            self._refused = False
+            self._report(f"{self.path} is written again, with the lines that waited")
 
 
 def remove_leftovers(folder: Path) -> None:

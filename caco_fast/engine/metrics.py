@@ -8,14 +8,15 @@ and the values. JSON has no word for NaN and the infinities: they stand as the s
 import json
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from caco_fast.distributed import rank
-from caco_fast.engine.files import atomic_write_text
+from caco_fast.engine.files import PatientFile, atomic_write_text
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
 
@@ -41,7 +42,8 @@ class MetricsWriter:
     """Appends to the metrics of a run folder; on ranks other than 0 it does nothing.
 
     `resume_at`: the step of the checkpoint that the run goes on from; lines of later steps are cut, so that the file
-    reads as one run. None: a new run, which begins an empty file.
+    reads as one run. None: a new run, which begins an empty file. Nothing is cut before `open`: a start that fails
+    before leaves all as it was. A full disk ends neither the run nor the metrics: lines wait in memory.
     """
 
     def __init__(
@@ -54,34 +56,48 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._file: TextIO | None = None
+        self._file: PatientFile | None = None
+        self._opened = True
         self._tensorboard: Any = None
         self._wandb: Any = None
         if rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS_FILE
-        cut_metrics(path, resume_at)
-        self._file = open(path, "a", encoding="utf-8")
-        if tensorboard:
-            self._tensorboard = _open_tensorboard(self.folder / "tensorboard", resume_at)
+        self._resume_at = resume_at
+        self._open_tensorboard = _tensorboard_opener(self.folder / "tensorboard", resume_at) if tensorboard else None
+        self._opened = False
         if wandb is not None:
             wandb.validate()
             if wandb.mode != "off":
                 self._wandb = _open_wandb(wandb, self.folder, run_config)
 
+    def open(self) -> None:
+        """Cuts what `resume_at` leaves behind and takes the files; the first `write` does it otherwise.
+
+        Raises UserError where they can't be written.
+        """
+        if self._opened:
+            return
+        self._opened = True
+        path = self.folder / METRICS_FILE
+        try:
+            cut_metrics(path, self._resume_at)
+            self._file = PatientFile(path, log.warning)
+            if self._open_tensorboard is not None:
+                self._tensorboard = self._open_tensorboard()
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
     def write(self, step: int, values: Mapping[str, float], *, epoch: int | None = None) -> None:
         """One line, on the disk's side of our buffers when this returns."""
+        self.open()
         if self._file is None:
             return
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         line = {"step": int(step), "epoch": epoch, "time": round(time.time(), 3)}
         line |= {name: to_json(value) for name, value in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self._to_tensorboard(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
         if self._wandb is not None:
             self._wandb.log({**numbers, "step": step, "epoch": epoch})
 
@@ -89,12 +105,25 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        self._to_tensorboard(lambda board: board.close())
+        self._tensorboard = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+
+    def _to_tensorboard(self, act: Callable[[Any], Any]) -> None:
+        """Its writer's thread ends at the first error, which the next call raises."""
+        if self._tensorboard is None:
+            return
+        try:
+            act(self._tensorboard)
+        except OSError as error:
+            self._tensorboard = None
+            log.warning(
+                "%s can't be written: %s; training goes on, TensorBoard's events stop here, metrics.jsonl has all",
+                self.folder / "tensorboard",
+                error.strerror or error,
+            )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -141,14 +170,26 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _open_tensorboard(folder: Path, resume_at: int | None) -> Any:
+def _tensorboard_opener(folder: Path, resume_at: int | None) -> Callable[[], Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("tensorboard is on but not installed: pip install tensorboard, or turn it off") from None
     # TensorBoard hides the points of its older files from this step on, which are those of the future left behind.
     purge = None if not folder.exists() else 0 if resume_at is None else resume_at + 1
-    return SummaryWriter(str(folder), purge_step=purge)
+    _hush_writer_thread()
+    return lambda: SummaryWriter(str(folder), purge_step=purge)
+
+
+def _hush_writer_thread() -> None:
+    """What ends TensorBoard's thread is raised by its next call too, and reported in a line, not as a stack trace."""
+    usual = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            usual(args)
+
+    threading.excepthook = hook
 
 
 def _open_wandb(config: WandbConfig, folder: Path, run_config: Mapping[str, Any] | None) -> Any:

@@ -1,8 +1,12 @@
-"""What the encoders compute in."""
+"""What the encoders compute in, and the optimiser's step under the gradient scaling that fp16 needs."""
 
 import torch
+from torch.optim import Optimizer
 
 from caco_fast.errors import UserError
+
+# A loss scale under which gradients overflow for another reason than their size.
+LEAST_SCALE = 2.0**-10
 
 AUTOCAST = {"f32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,3 +34,35 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The scaler of fp16 gradients; disabled, so transparent, for every other precision."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def optimizer_step(optimizer: Optimizer, loss: torch.Tensor, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    """The backward pass and the optimiser's step.
+
+    Under a scaler it returns a 0-d flag on the device: not 0 where a gradient overflowed, and so the optimiser has
+    skipped the step. Bank and key encoder take the flag and skip it too, and the host never looks at it. All ranks
+    find the same, since DistributedDataParallel has averaged their gradients. Without a scaler it returns None.
+    """
+    scaler.scale(loss).backward()
+    if not scaler.is_enabled():
+        optimizer.step()
+        return None
+    # Before the step, so that the norms of LARS are those of the gradients themselves.
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    (overflowed,) = scaler._found_inf_per_device(optimizer).values()  # torch has no public name for it
+    scaler.update()
+    return overflowed
+
+
+def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Reads the scale, for which the host waits.
+
+    Raises:
+        UserError: it has fallen so far that no step can succeed.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        raise UserError(
+            f"trainer.precision: the fp16 gradients are not finite at step {step} even with the loss scaled by "
+            f"{scaler.get_scale():.1g}, so that every step is skipped; lower optimizer.lr, or take bf16 or f32"
+        )

@@ -1,7 +1,7 @@
 """How far a run is: a live bar on a terminal, plain lines elsewhere, and both in the run's log.
 
 A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | eta 0:03:10`, eta
-being that of the whole run. Rank 0 alone prints.
+being that of the whole run; before the epochs, `eta 0:00:20 of the initialisation`. Rank 0 alone prints.
 """
 
 import io
@@ -44,7 +44,7 @@ class Progress:
         self._plain = not console.is_terminal if plain is None else plain
         self._bar: RichProgress | None = None
         self._task = TaskID(-1)
-        self._title = ""
+        self._title = self._of_phase = ""
         self._steps = self._step = 0
         self._later_steps = total_epochs * steps_per_epoch
         self._started = self._logged = time.monotonic()
@@ -72,17 +72,22 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
             # The bar is wiped; how far the run came stays to be read.
-            if self._line:
-                console.print(self._line, markup=False)
+            self._leave_line()
+            self._bar = None
 
     def start_phase(self, name: str, steps: int, first_step: int = 0) -> None:
-        """A stretch of steps before the epochs, such as the bank's initialisation."""
-        self._start(name, steps, first_step, later=self.total_epochs * self.steps_per_epoch)
+        """A stretch of steps before the epochs, such as the bank's initialisation.
+
+        Its steps cost less or more than those of the epochs, so the time left is told of this stretch alone.
+        """
+        self._start(name, steps, first_step, later=0)
+        self._of_phase = f" of the {name}"
 
     def start_epoch(self, epoch: int, first_step: int = 0) -> None:
         """`epoch` counts from 0; `first_step` is the first one still to be done, in a run resumed in mid-epoch."""
+        if self._of_phase:
+            self._of_phase, self._started, self._steps_here = "", time.monotonic(), 0
         later = (self.total_epochs - epoch - 1) * self.steps_per_epoch
         self._start(f"epoch {epoch + 1}/{self.total_epochs}", self.steps_per_epoch, first_step, later)
 
@@ -102,12 +107,24 @@ class Progress:
             self.pairs_per_second = self._unlogged * self.batch_size / max(now - self._logged, 1e-9)
             self._logged, self._unlogged = now, 0
             shown = self._shown(values)
-            self._line = f"{self._title} step {self._step}/{self._steps} | {shown} | eta {self._eta_run()}"
+            eta = f"eta {self._eta_run()}{self._of_phase}"
+            self._line = f"{self._title} step {self._step}/{self._steps} | {shown} | {eta}"
             log.info(self._line, extra={"file_only": self._bar is not None})
             if self._bar is not None:
-                self._bar.update(self._task, values=shown, eta=f"eta {self._eta_phase()}, run {self._eta_run()}")
+                of_bar = f"eta {self._eta_phase()}"
+                if not self._of_phase:
+                    of_bar += f", run {self._eta_run()}"
+                self._bar.update(self._task, values=shown, eta=of_bar)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step)
+        if self._step == self._steps:
+            # One line of each finished epoch stays above the bar, and above what is said of it afterwards.
+            self._leave_line()
+
+    def _leave_line(self) -> None:
+        if self._bar is not None and self._line:
+            console.print(self._line, markup=False)
+        self._line = ""
 
     def _start(self, title: str, steps: int, first_step: int, later: int) -> None:
         self._title, self._steps, self._step, self._later_steps = title, steps, first_step, later
@@ -116,10 +133,6 @@ class Progress:
             return
         if self._bar.tasks:
             self._bar.remove_task(self._task)
-            # One line of each finished epoch stays above the bar.
-            if self._line:
-                console.print(self._line, markup=False)
-        self._line = ""
         self._task = self._bar.add_task(title, total=steps, completed=first_step, values="", eta="")
 
     def _shown(self, values: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, where it changed)
 environment.json   commit, versions, machine, command line: one entry for each start of the run
 log.txt            the log of all starts
+log.rank1.txt      warnings of the other ranks, as of bad images that rank 0 never met; only where there are any
 metrics.jsonl      see metrics.py; tensorboard/ holds the same
 checkpoints/       see checkpoint.py
 summary.json       the final figures
@@ -11,22 +12,47 @@ curves.png         see curves.py
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from caco_fast import provenance
 from caco_fast.distributed import rank
-from caco_fast.engine.files import atomic_write_text
+from caco_fast.engine.files import PatientFile, atomic_write_text
 from caco_fast.engine.metrics import METRICS_FILE, to_json
+from caco_fast.engine.progress import console
 from caco_fast.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
+def job() -> dict[str, str]:
+    """What started this process and may start it again: torchrun, by its run's id or its process, and SLURM."""
+    found = {}
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):
+        found["torchrun"] = run if run != "none" else f"{socket.gethostname()} {os.getppid()}"
+    if slurm := os.environ.get("SLURM_JOB_ID"):
+        found["slurm"] = slurm
+    return found
+
+
+def same_job(before: Mapping[str, str]) -> bool:
+    """Whether a start by the job `before` was by the one that has now restarted this process."""
+    restarts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+    return any(
+        before.get(kind) == name and int(os.environ.get(restarts[kind], "0")) > 0 for kind, name in job().items()
+    )
+
+
 class RunFolder:
-    """Paths of a run folder; `start` makes it. Only rank 0 writes, the others may read the paths."""
+    """Paths of a run folder; `claim` makes it, `start` fills it.
+
+    Rank 0 writes; the others read the paths, and keep a log of warnings.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -37,42 +63,73 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.summary_file = self.path / "summary.json"
         self._handler: logging.Handler | None = None
+        self._unwritten: dict[str, Any] = {}
 
     def holds_run(self) -> bool:
         """Whether something was trained here; a start that failed before its first log line leaves the folder free."""
         logged = self.metrics.exists() and self.metrics.stat().st_size > 0
         return logged or any(self.checkpoints.glob("*.pt"))
 
-    def start(self, config_yaml: str, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
-        """Makes the folder, opens its log and writes configuration and environment, before anything is trained.
+    def claim(self, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
+        """Makes the folder and opens its log.
 
         `resume` is the option as the user gave it, `resumed_from` the checkpoint it led to. Raises UserError for a new
         run (`never`) in a folder that holds one; with `auto`, a run killed before its first checkpoint starts over
         here.
         """
         if rank() != 0:
+            self._log_to(self.path / f"log.rank{rank()}.txt", logging.WARNING)
             return
         # Going on from elsewhere would cut the metrics and prune the checkpoints of the run that is here.
         foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
-        if (resume == "never" or foreign) and self.holds_run():
+        if (resume == "never" or foreign) and self.holds_run() and not self._own_starts():
             raise UserError(
                 f"run folder {self.path} already holds a run: go on with it by --resume auto, or choose another folder"
             )
-        try:
+        with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._open_log()
-            self._write_config(config_yaml)
-            self._write_environment(resumed_from)
-        except OSError as error:
-            raise UserError(f"run folder {self.path} can't be written: {error.strerror or error}") from error
+            self.log.touch()
+        self._log_to(self.log, logging.INFO)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Merges the values into summary.json, atomically."""
+    def start(self, config_yaml: str, *, resumed_from: Path | None = None) -> None:
+        """Writes configuration and environment: all components are built, and training begins."""
         if rank() == 0:
-            merged = self.read_summary() | {name: to_json(value) for name, value in values.items()}
+            with self._writing():
+                self._write_config(config_yaml)
+                self._write_environment(resumed_from)
+
+    def resume_in_restart(self, resume: str, latest: Path | None) -> str:
+        """What `--resume` means: as given, but `auto` where torchrun or SLURM started this very run before.
+
+        A restart has the arguments of the first start, by which it would be refused (`never`) or begin again (a path).
+        """
+        own = self._own_starts()
+        if not own or resume == "auto":
+            return resume
+        since = datetime.fromisoformat(own[0]["started"]).timestamp()
+        if resume != "never" and (latest is None or latest.stat().st_mtime < since):
+            return resume
+        log.info("this is a restart of the run in %s: --resume %s means auto", self.path, resume)
+        return "auto"
+
+    def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Merges the values into summary.json, atomically, and returns the whole of it; on rank 0 only, else {}.
+
+        Where the disk refuses, the values stand in the log.
+        """
+        if rank() != 0:
+            return {}
+        merged = self.read_summary() | {name: to_json(value) for name, value in values.items()}
+        try:
             atomic_write_text(self.summary_file, json.dumps(merged, indent=2) + "\n")
+        except OSError as error:
+            log.error("%s can't be written: %s; it lacks %s", self.summary_file, error.strerror or error, values)
+            self._unwritten = merged
+        return merged
 
     def read_summary(self) -> dict[str, Any]:
+        if self._unwritten:
+            return self._unwritten
         return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
 
     def close(self) -> None:
@@ -80,11 +137,21 @@ class RunFolder:
         if self._handler is not None:
             logging.getLogger("caco_fast").removeHandler(self._handler)
             self._handler.close()
+            self._file.close()
             self._handler = None
 
-    def _open_log(self) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run folder {self.path} can't be written: {error.strerror or error}") from error
+
+    def _log_to(self, path: Path, level: int) -> None:
         self.close()
-        self._handler = logging.FileHandler(self.log, encoding="utf-8")
+        self._file = PatientFile(path, lambda line: console.print(f"warning: {line}", markup=False))
+        self._handler = logging.StreamHandler(self._file)
+        self._handler.setLevel(level)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("caco_fast")
         logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
@@ -102,13 +169,20 @@ class RunFolder:
     def _earlier_config(self, number: int) -> Path:
         return self.path / f"config.{number}.yaml"
 
+    def _starts(self) -> list[dict[str, Any]]:
+        return json.loads(self.environment.read_text()) if self.environment.exists() else []
+
+    def _own_starts(self) -> list[dict[str, Any]]:
+        return [start for start in self._starts() if same_job(start.get("job", {}))]
+
     def _write_environment(self, resumed_from: Path | None) -> None:
-        starts = json.loads(self.environment.read_text()) if self.environment.exists() else []
+        starts = self._starts()
         starts.append(
             {
                 "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "command": provenance.command_line(),
                 "resumed_from": str(resumed_from) if resumed_from else None,
+                "job": job(),
                 **provenance.commit(),
                 "versions": provenance.versions(),
                 "machine": provenance.machine(),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from caco_fast.settings import require_at_least, setting
+from caco_fast.settings import require_at_least, setting, switch
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,24 @@ class TrainerConfig:
     precision: str = setting("bf16", "of the encoders: f32, tf32, bf16 or fp16; embeddings and losses are f32")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
     cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
+    joint_views: str = setting(
+        "auto",
+        "views of one size as one batch through the convolutions, BatchNorm still per view: on, off, or "
+        "auto: with several ranks, where it halves the collectives",
+    )
+    compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
+    deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")
+    collective_timeout: int = setting(600, "seconds that a rank waits for the others before the run ends (status 75)")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "joint_views", switch("trainer.joint_views", self.joint_views))
 
     def validate(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
+        require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
 
 
 @dataclass(frozen=True)

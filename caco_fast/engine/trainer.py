@@ -7,10 +7,9 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from caco_fast.engine import random_state
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
 from caco_fast.engine.interrupt import Interrupt, Interrupted
 from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.precision import optimizer_step, require_scale
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
 from caco_fast.errors import UserError
@@ -55,6 +55,7 @@ class Rates(NamedTuple):
     """What the schedule sets for one step."""
 
     lr: float
+    # Of the EMA at the step's end, which makes the keys of the next step.
     key_momentum: float
     warmup: float
 
@@ -77,6 +78,14 @@ class Interval:
         """Means over these steps and over all ranks, each of which calls."""
         totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
         return dict(zip(self.sums, totals.tolist()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
+        sums = dict(self.sums)
+        if sums:
+            means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
+            sums = dict(zip(sums, means.unbind()))
+        return asdict(replace(self, sums=sums))
 
     def clear(self) -> None:
         self.sums, self.steps, self.seconds = {}, 0, 0.0
@@ -117,14 +126,18 @@ class Trainer:
         self.metrics = metrics
         self.progress = progress
         self.resolved_config = resolved_config
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(config.collective_timeout)
         self.position = Position()
         self._interval = Interval()
+        # Steps that overflowed gradients made the optimiser, the bank and the EMA skip; each still counts as a step.
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         # Of the chosen positives in the first and the last log line of the training phase, for the summary.
         self.positives: dict[str, float] = {}
         self._rates = Rates(0.0, 0.0, 0.0)
         self._mark = 0.0
         self._saved: tuple[int, int] | None = None
+        # On rank 0: whether the latest checkpoint that was due could not be written.
+        self.save_failed = False
 
     def run(self) -> None:
         """From the present position to the end of the run, or to `max_steps`.
@@ -184,7 +197,7 @@ class Trainer:
             for batch in self._batches(epoch, first, per_epoch):
                 step = self.position.step
                 rates = Rates(
-                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step), self.schedule.warmup_at(step)
+                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step + 1), self.schedule.warmup_at(step)
                 )
                 self._step(batch, self.method, rates)
                 self._after_step(epoch, step=self.position.step - epoch * per_epoch)
@@ -213,10 +226,11 @@ class Trainer:
             # On a GPU reading the loss would stall every step; there the log lines and checkpoints look.
             self._require_finite(self.position.total_steps + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.method.update(rates.warmup)
+        skip = optimizer_step(self.optimizer, output.loss, self.scaler)
+        self.method.update(rates.warmup, skip)
+        self.encoders.advance_key(skip)
+        if skip is not None:
+            self.skipped_steps += skip != 0
 
         self._rates = rates
         self.position.step += 1
@@ -227,6 +241,7 @@ class Trainer:
         values = None
         if self.progress.is_log_step(step - 1):
             self._require_finite(self.position.total_steps)
+            require_scale(self.scaler, self.position.total_steps)
             values = self._interval.means()
         now = time.perf_counter()
         self._interval.seconds += now - self._mark
@@ -239,18 +254,18 @@ class Trainer:
         every = self.checkpoint.every_steps
         if every and self.position.total_steps % every == 0:
             self._save()
-        if self._asked_to_stop(log_step=values is not None):
-            self._save()
-            asked = self.interrupt.signal or signal.SIGTERM
-            raise Interrupted(f"stopped by {asked.name} after step {self.position.total_steps}", 128 + asked.value)
+        self._stop_if_asked()
         self._mark = time.perf_counter()
 
-    def _asked_to_stop(self, log_step: bool) -> bool:
-        """Whether a signal came, on any rank. The ranks must stop at the same step, and meet at log steps anyway."""
-        asked = self.interrupt.signal is not None
-        if world_size() == 1 or not log_step:
-            return asked and world_size() == 1
-        return bool(all_reduce_sum(torch.tensor([float(asked)], device=self.device)))
+    def _stop_if_asked(self) -> None:
+        asked = self.interrupt.agreed()
+        if asked is None:
+            return
+        self._save()
+        done = f"stopped by {asked.name} after step {self.position.total_steps}"
+        if self.save_failed:
+            done += f", without a checkpoint of it: the newest is {self.store.latest() or 'none'}"
+        raise Interrupted(done, 128 + asked.value)
 
     def _log(self, values: dict[str, float], epoch: int) -> None:
         shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
@@ -263,6 +278,8 @@ class Trainer:
             "pairs_per_second": self._interval.steps * self.config.batch_size / self._interval.seconds,
             "bad_images": len(self.loader.bad_images),
         }
+        if self.scaler.is_enabled():
+            values |= {"skipped_steps": int(self.skipped_steps), "loss_scale": self.scaler.get_scale()}
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
         if epoch >= 0 and "positive_probability" in values:
             self.positives.setdefault("positive_probability_start", values["positive_probability"])
@@ -276,6 +293,9 @@ class Trainer:
         last = epochs_done == self.config.epochs
         scores = {}
         if self.evaluator is not None and self.evaluator.due(epochs_done, last):
+            # An evaluation may take longer than the grace between a signal and the kill.
+            self._save()
+            self._stop_if_asked()
             scores = self.evaluator.knn(self.encoders.query)
             self.metrics.write(self.position.total_steps, scores, epoch=epochs_done - 1)
             found = ", ".join(f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items())
@@ -306,7 +326,7 @@ class Trainer:
             return
         self._require_finite(self.position.total_steps)
         state = self.state_dict()
-        self._saved = at
+        self._saved, self.save_failed = at, False
         if rank() != 0:
             return
         try:
@@ -314,10 +334,14 @@ class Trainer:
             if score is not None:
                 self.store.save_best(path, self.position.total_steps, score)
         except CheckpointWriteError as error:
+            self.save_failed = True
             log.error("%s; training goes on without it", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, in types that torch.load reads with weights_only=True."""
+        """All that a run needs to go on, in types that torch.load reads with weights_only=True.
+
+        Every rank calls, for rank 0 to save: a bank that the ranks share is in its state alone.
+        """
         epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
         return {
             "config": self.resolved_config,
@@ -328,13 +352,16 @@ class Trainer:
                 "steps_per_epoch": self.loader.steps_per_epoch,
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
+                "draws": self.loader.draws,
+                "images": self.loader.images,
             },
             "encoders": self.encoders.state_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped_steps": int(self.skipped_steps),
             "random": random_state.capture_ranks(),
-            "interval": asdict(self._interval),
+            "interval": self._interval.state_dict(),
             "positives": dict(self.positives),
         }
 
@@ -345,11 +372,14 @@ class Trainer:
             UserError: other shapes, or a position in an epoch that the present batches do not have.
         """
         position = Position(**state["position"])
-        then = state["loader"]
+        # Checkpoints of the first versions name neither draws nor images.
+        then = {"draws": self.loader.draws, "images": self.loader.images} | state["loader"]
         now = {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
+            "draws": self.loader.draws,
+            "images": self.loader.images,
         }
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
         if changed and (then["step"] or position.phase == PREPARATION):
@@ -357,6 +387,10 @@ class Trainer:
                 f"{name} stands in the middle of an epoch, which can't go on with {', '.join(changed)}; "
                 "resume with the settings it was made with, or from a checkpoint at an epoch's end"
             )
+        if then["draws"] != now["draws"]:
+            log.warning("the views have other random numbers from here on: %s, was %s", now["draws"], then["draws"])
+        if then["images"] != now["images"]:
+            log.warning("other training images from here on: %s, was %s", now["images"], then["images"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
         parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         for part, target in parts.items():
@@ -368,6 +402,7 @@ class Trainer:
                     f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
                     "or the settings it was made with, which stand in config.yaml there"
                 ) from None
+        self.skipped_steps.fill_(state.get("skipped_steps", 0))
         random_state.restore_ranks(state["random"])
         self._interval = Interval(**state["interval"])
         self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}

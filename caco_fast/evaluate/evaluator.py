@@ -3,14 +3,15 @@
 Legend: N rows of this rank, D feature size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from caco_fast.distributed import all_gather_uneven
+from caco_fast.distributed import all_gather_uneven, all_reduce_sum
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import extract_features
 from caco_fast.evaluate.knn import knn_accuracy
@@ -18,7 +19,15 @@ from caco_fast.evaluate.linear_probe import linear_probe
 from caco_fast.models import Encoder
 from caco_fast.settings import require_at_least, setting
 
-EvalBatches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+class EvalBatches(Protocol):
+    """(images, labels, index) of every batch, as often as it is iterated."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
+
+
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,12 @@ class Evaluator:
     def scores(self, encoder: Encoder) -> dict[str, float]:
         """kNN, and with `linear_probe` also {"linear": per cent}."""
         return self._scores(encoder.backbone, encoder.precision(self.device))
+
+    def raw_bytes(self) -> int:
+        """At most what `raw_scores` takes as f32 features over all ranks, judged by the first batch of each set."""
+        firsts = ((next(iter(loader), None), len(loader)) for loader in (self.train, self.test))
+        total = sum(4 * first[0].numel() * batches for first, batches in firsts if first is not None)
+        return int(all_reduce_sum(torch.tensor([total], device=self.device)))
 
     def raw_scores(self) -> dict[str, float]:
         """The same for pixel values in [0, 1]: what the data give without any encoder."""

@@ -27,24 +27,32 @@ class StepOutput:
 class Method(nn.Module, ABC):
     """One self-supervised objective with the bank or queue that it learns from.
 
-    The trainer calls, at every step: `forward`, then the backward pass and the optimiser, then `update`. Everything
-    that must survive a restart is a parameter or buffer, so that `state_dict` holds it.
+    The trainer calls, at every step: `forward`, then the backward pass and the optimiser, then `update`, and then lets
+    the key encoder follow (`EncoderPair.advance_key`). Everything that must survive a restart is a parameter or buffer,
+    so that `state_dict` holds it.
 
     A method that fills its bank first has `preparation_steps` > 0; during that phase the trainer calls `prepare` in
     place of `forward`, and `finish_preparation` once at its end, before it restarts optimiser and data order.
     """
 
     @abstractmethod
-    def check_views(self, count: int) -> None:
-        """Raises UserError where the method can't use `count` views of an image."""
+    def check_views(self, sizes: Sequence[int]) -> None:
+        """Raises UserError where the method can't use views of these sides in pixels, in the configured order."""
 
     @abstractmethod
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         """Views [B, channels, h, w] each, in the configured order, to the loss of this step."""
 
     @abstractmethod
-    def update(self, warmup: float) -> None:
-        """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1]."""
+    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
+        """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1].
+
+        skip: a 0-d flag on the device; where it is not 0 the optimiser has skipped this step, and so does the bank.
+        """
+
+    def losses(self) -> Sequence[nn.Module]:
+        """The parts of `forward` behind the encoders that torch.compile may take, each without a graph break."""
+        return ()
 
     def rates(self, warmup: float) -> dict[str, float]:
         """The rates of `update` at this warm-up, and what else is read on log steps only."""

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from caco_fast.bank import LearnableBank
-from caco_fast.distributed import world_size
+from caco_fast.bank import NORMS, LearnableBank, ShardedBank
+from caco_fast.distributed import all_gather_rows, is_distributed, world_size
 from caco_fast.errors import UserError
 from caco_fast.methods.base import Method, StepOutput, check_settings
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
 from caco_fast.settings import setting
 
+# How several ranks hold the bank; `auto` is sharded where there are several.
+BANKS = {"sharded": ShardedBank, "replicated": LearnableBank}
 OPERANDS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +30,9 @@ class CaCoConfig:
     bank_temperature: float = setting(0.08, "t_m of the bank's step")
     bank_lr: float = setting(3.0, "eta of the bank's step after the warm-up; constant")
     bank_momentum: float = setting(0.9, "mu of the bank's velocity")
+    bank_parallel: str = setting(
+        "auto", "sharded: every rank keeps K / ranks rows; replicated: all of them; auto: sharded on several ranks"
+    )
     norm: str = setting(
         "implicit", "implicit: rows keep the length they grow to (released code); project: unit rows (paper, IV-C)"
     )
@@ -49,7 +54,7 @@ class CaCoLoss(nn.Module):
 
     In training mode each call records on the bank what its next `step` needs (eq. 7-10). `positive_probability` and
     `positive_perplexity` hold 0-d tensors of the last call: the mean probability of the chosen positives (paper,
-    Fig. 4) and how many rows, in effect, they spread over.
+    Fig. 4) of this rank, and how many rows, in effect, they spread over: in training mode those of all ranks.
     """
 
     def __init__(
@@ -117,21 +122,22 @@ class CaCoLoss(nn.Module):
         row_weight: torch.Tensor,  # [R], sums to the number of means in the loss
     ) -> torch.Tensor:
         shares = torch.full_like(positives, 1.0 / positives.shape[1], dtype=self.bank.bank.dtype)
-        operands = queries.to(self.operands)
-        (lse, bank_lse), _ = self.bank.attend(operands, (self.temperature, self.bank_temperature))
-        # Not a matrix product, which an autocast around the caller's loop would run in low precision.
-        similarity = (queries.to(self.bank.bank.dtype).unsqueeze(1) * self.bank.rows(positives)).sum(dim=2)  # [R, M]
-        logits = similarity / self.temperature
-        loss = (row_weight * (lse - (shares * logits).sum(dim=1))).sum()
-        with torch.no_grad():
-            self.positive_probability = (logits - lse[:, None]).exp().mean()
-            self.positive_perplexity = _perplexity(positives, self.bank.size)
-        if self.training and torch.is_grad_enabled():
+        recorded = self.training and torch.is_grad_enabled()
+        loss, probability = self.bank.contrast(
+            queries,
+            positives,
+            shares,
+            self.temperature,
+            self.bank_temperature,
+            self.operands,
             # The loss is a mean over this rank's images, which DistributedDataParallel averages; the bank's step sums
             # over the rows of all ranks.
-            weight = row_weight / world_size()
-            self.bank.record(operands, bank_lse, self.bank_temperature, weight, positives, shares)
-        return loss
+            row_weight / world_size() if recorded else None,
+        )
+        self.positive_probability = probability.mean()
+        chosen = all_gather_rows(positives) if recorded else positives
+        self.positive_perplexity = _perplexity(chosen, self.bank.size)
+        return (row_weight * loss).sum()
 
 
 def _perplexity(index: torch.Tensor, rows: int) -> torch.Tensor:
@@ -154,10 +160,16 @@ class CaCo(Method):
         check_settings("caco", config, ("temperature", "bank_temperature", "warm_start_temperature"))
         if not config.bank_lr >= 0:
             raise UserError(f"caco.bank_lr: must not be negative, found {config.bank_lr}")
+        if not 0 <= config.bank_momentum < 1:
+            raise UserError(f"caco.bank_momentum: found {config.bank_momentum}, wanted a number in [0, 1)")
+        if config.norm not in NORMS:
+            raise UserError(f"caco.norm: found '{config.norm}', want one of {', '.join(NORMS)}")
+        if config.bank_parallel not in ("auto", *BANKS):
+            raise UserError(f"caco.bank_parallel: found '{config.bank_parallel}', want one of auto, {', '.join(BANKS)}")
         self.config = config
-        bank = LearnableBank(
-            config.bank_size, dim, momentum=config.bank_momentum, norm=config.norm, backend=config.backend
-        )
+        many = "sharded" if is_distributed() else "replicated"
+        kind = BANKS[many if config.bank_parallel == "auto" else config.bank_parallel]
+        bank = kind(config.bank_size, dim, momentum=config.bank_momentum, norm=config.norm, backend=config.backend)
         self.criterion = CaCoLoss(bank, config.temperature, config.bank_temperature, OPERANDS[config.operands])
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
         self._keys: torch.Tensor | None = None
@@ -167,13 +179,17 @@ class CaCo(Method):
         # Not a second submodule: state_dict would hold the bank twice.
         return self.criterion.bank
 
-    def check_views(self, count: int) -> None:
-        if count < 2:
-            raise UserError(f"views: caco takes 2 large views and any number of small ones, found {count} in all")
+    def check_views(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2:
+            raise UserError(f"views: caco takes 2 large views and any number of small ones, found {len(sizes)} in all")
+        if min(sizes[:2]) < max(sizes[2:], default=0):
+            raise UserError(
+                f"views: caco takes the first 2 for the large ones, found sizes {', '.join(map(str, sizes))}; "
+                "put the largest first"
+            )
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         q_a, q_b, *small = encoders.queries(views)
-        encoders.advance_key()
         k_a, k_b = encoders.keys(views[:2])
         loss = self.criterion(q_a, q_b, k_a, k_b, small)
         metrics = {
@@ -182,14 +198,19 @@ class CaCo(Method):
         }
         return StepOutput(loss, metrics)
 
-    def update(self, warmup: float) -> None:
+    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
         if self._keys is None:
-            self.bank.step(self.config.bank_lr * warmup)
+            self.bank.step(self.config.bank_lr * warmup, skip=skip)
             return
         # The batch that reaches the last row ends there: the bank fills once, then goes on as a queue from row 0.
-        next_row = self.bank.fill(self._keys, int(self.next_row))
-        self.next_row.fill_(next_row % self.bank.size)
+        next_row = self.bank.fill(self._keys, int(self.next_row), skip=skip)
+        after = torch.full_like(self.next_row, next_row % self.bank.size)
+        self.next_row.copy_(after if skip is None else torch.where(skip != 0, self.next_row, after))
         self._keys = None
+
+    def losses(self) -> Sequence[nn.Module]:
+        # With several ranks the loss may hold collectives, which a graph can't.
+        return (self.criterion,) if world_size() == 1 else ()
 
     def rates(self, warmup: float) -> dict[str, float]:
         return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}
@@ -207,11 +228,9 @@ class CaCo(Method):
     def prepare(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         """InfoNCE of q_a against its key k_b and the bank, whose rows the keys then fill (bank initialisation)."""
         (q_a,) = encoders.queries(views[:1])
-        encoders.advance_key()
         (self._keys,) = encoders.keys(views[1:2])
-        loss, probability = info_nce(
-            q_a, self._keys, self.bank.bank, self.config.warm_start_temperature, self.config.backend
-        )
+        temperature = self.config.warm_start_temperature
+        loss, probability = info_nce(q_a, self._keys, self.bank.attend(q_a, temperature)[0], temperature)
         return StepOutput(loss, {"positive_probability": probability})
 
     def finish_preparation(self, encoders: EncoderPair) -> None:

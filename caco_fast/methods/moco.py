@@ -13,6 +13,7 @@ from caco_fast.errors import UserError
 from caco_fast.methods.base import Method, StepOutput, check_settings
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
+from caco_fast.ops import bank_attend
 from caco_fast.settings import setting
 
 
@@ -34,23 +35,23 @@ class MoCo(Method):
         self.queue = KeyQueue(config.queue_size, dim)
         self._keys: list[torch.Tensor] = []
 
-    def check_views(self, count: int) -> None:
-        if count != 2:
-            raise UserError(f"views: moco takes 2 views of an image, found {count}")
+    def check_views(self, sizes: Sequence[int]) -> None:
+        if len(sizes) != 2:
+            raise UserError(f"views: moco takes 2 views of an image, found {len(sizes)}")
 
     def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
         queries = encoders.queries(views if self.config.symmetric else views[:1])
-        encoders.advance_key()
         # The key of view a's query is view b, and the reverse.
         self._keys = encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:])
+        queue, temperature = self.queue.queue, self.config.temperature
         halves = [
-            info_nce(q, k, self.queue.queue, self.config.temperature, self.config.backend)
+            info_nce(q, k, bank_attend(q, queue, temperature, self.config.backend)[0], temperature)
             for q, k in zip(queries, self._keys)
         ]
         loss = torch.stack([half[0] for half in halves]).mean()
         return StepOutput(loss, {"positive_probability": torch.stack([half[1] for half in halves]).mean()})
 
-    def update(self, warmup: float) -> None:
+    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
         for keys in self._keys:
-            self.queue.enqueue(keys)
+            self.queue.enqueue(keys, skip=skip)
         self._keys = []

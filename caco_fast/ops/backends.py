@@ -7,7 +7,8 @@ the module `caco_fast.ops.cuda`, imported on first use and allowed to be absent.
     why_not(device) -> str | None                                          one line for the user if it is not
     attend(queries, bank, temperatures) -> (lse, other_lse, mean_row)      as `attend_tiled`
     select(keys, bank) -> (index, similarity)                              as `select_tiled`
-    step_(bank, velocity, queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm) -> None
+    step_(bank, velocity, queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm, skip)
+        -> None
 """
 
 import functools

@@ -34,6 +34,7 @@ def bank_step_(
     positives: Tensor | None = None,  # [R, M] int64
     positive_weight: Tensor | None = None,  # [R, M]
     norm: str = "implicit",
+    skip: Tensor | None = None,  # []
     backend: str = "auto",
 ) -> None:
     """Move the bank rows and their velocity; positives descend the contrastive loss and negatives ascend it.
@@ -43,6 +44,8 @@ def bank_step_(
     positives: None or M = 0 for AdCo (negatives only), M = 1 for CaCo. An index out of range is an IndexError on the
         CPU; on an accelerator it is not looked at, the device's own check reports it.
     norm: "implicit" keeps the rows' lengths as they come, "project" rescales every row to unit length after the step.
+    skip: an f32 flag on the device, such as GradScaler's found_inf; where it is not 0 bank and velocity stay as they
+        are.
 
     Raises ValueError, TypeError or IndexError for a bad argument, RuntimeError if the named backend is not there.
     Source: CaCo, eq. 7-10 and section IV-C; AdCo for M = 0.
@@ -57,6 +60,7 @@ def bank_step_(
     checks.check_like(OP, "row_weight", row_weight, (rows,), "[R]", bank)
     checks.check_temperature(OP, temperature)
     checks.check_step_settings(OP, lr, momentum, norm)
+    checks.check_flag(OP, "skip", skip, bank.device)
     if positives is not None:
         checks.check_positives(OP, positives, rows, bank)
         if positives.shape[1] == 0:
@@ -82,6 +86,7 @@ def bank_step_(
             positives,
             positive_weight,
             norm,
+            skip,
             backend,
         )
 
@@ -206,28 +211,24 @@ def _bank_step_(
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
+    skip: Tensor | None,
     backend: str,
 ) -> None:
     if positives is not None:
         checks.check_positive_range(OP, positives, bank.shape[0])
     chosen = backends.resolve(OP, backend, bank.device, bank.dtype)
-    steps = {"reference": step_reference_, "tiled": step_tiled_}
-    step = backends.cuda_backend().step_ if chosen == "cuda" else steps[chosen]
+    settings = (queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm)
     # Autocast would turn the f32 products into bf16 ones.
     with torch.autocast(bank.device.type, enabled=False):
-        step(
-            bank,
-            velocity,
-            queries,
-            lse,
-            temperature,
-            lr,
-            momentum,
-            row_weight,
-            positives,
-            positive_weight,
-            norm,
-        )
+        if chosen == "cuda":
+            backends.cuda_backend().step_(bank, velocity, *settings, skip)
+            return
+        # Whether to skip is decided on the device, where the host does not wait for it.
+        kept = None if skip is None else (bank.clone(), velocity.clone())
+        step = step_reference_ if chosen == "reference" else step_tiled_
+        step(bank, velocity, *settings)
+        for changed, before in zip((bank, velocity), kept or ()):
+            changed.copy_(torch.where(skip != 0, before, changed))
 
 
 @_bank_step_.register_fake
@@ -243,6 +244,7 @@ def _(
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
+    skip: Tensor | None,
     backend: str,
 ) -> None:
     return None

@@ -45,6 +45,16 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name}: found {type(value).__name__}, wanted a tensor")
 
 
+def check_flag(op: str, name: str, flag: Tensor | None, device: torch.device) -> None:
+    """One f32 number on the device that the operation runs on, or None."""
+    if flag is None:
+        return
+    check_tensor(op, name, flag)
+    if flag.numel() != 1 or flag.dtype != torch.float32 or flag.device != device:
+        found = f"{flag.dtype} {shape(flag)} on {flag.device}"
+        raise ValueError(f"{op}: {name}: found {found}, wanted one torch.float32 on {device}")
+
+
 def check_like(op: str, name: str, value: Tensor, wanted: tuple[int, ...], what: str, bank: Tensor) -> None:
     """A floating tensor of the wanted shape on the bank's device."""
     check_tensor(op, name, value)

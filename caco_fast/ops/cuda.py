@@ -177,8 +177,10 @@ def step_(
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
+    skip: Tensor | None = None,
 ) -> None:
-    """As `step_tiled_`; positives outside the bank are ignored. Writes the operand copy for the next attend as well."""
+    """As `step_tiled_`, with `skip`; positives outside the bank are ignored. Writes the operand copy that the next
+    attend reads as well."""
     check_bank("bank_step_", bank)
     (rows, channels), bank_rows = queries.shape, bank.shape[0]
     many = 0 if positives is None or rows == 0 else positives.shape[1]
@@ -218,6 +220,7 @@ def step_(
         lr=lr,
         momentum=momentum,
         project=norm == "project",
+        skip=address_or_null(skip),
     )
     if exact_bank is not bank:
         bank.copy_(exact_bank)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from caco_fast.ops import lars_step_
+
 
 class LARS(Optimizer):
     """SGD with momentum whose step on each tensor is scaled by its trust ratio.
@@ -18,7 +20,12 @@ class LARS(Optimizer):
         w <- w - lr v
 
     Tensors of one dimension (biases, BatchNorm) get neither decay nor trust scaling. The norms never leave the device.
+
+    backend: of `ops.lars_step_`. Under a GradScaler it unscales and skips on the device, as torch's fused optimisers
+    do: the scaler sets `grad_scale` and `found_inf` for the call of `step`.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -27,10 +34,12 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1.5e-6,
         trust: float = 0.001,
+        backend: str = "auto",
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("trust", trust)):
             if not value >= 0.0:
                 raise ValueError(f"LARS: {name} must not be negative, found {value}")
+        self.backend = backend
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
@@ -40,27 +49,23 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for trusted in (True, False):
-                params = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == trusted]
-                if params:
-                    self._step_tensors(params, group, trusted)
+            params = [p for p in group["params"] if p.grad is not None]
+            lars_step_(
+                params,
+                [p.grad for p in params],
+                [self._velocity(p) for p in params],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                trust=group["trust"],
+                grad_scale=getattr(self, "grad_scale", None),
+                skip=getattr(self, "found_inf", None),
+                backend=self.backend,
+            )
         return loss
 
-    def _step_tensors(self, params: list[Tensor], group: dict, trusted: bool) -> None:
-        velocities = []
-        for p in params:
-            state = self.state[p]
-            if "velocity" not in state:
-                state["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            velocities.append(state["velocity"])
-        grads = [p.grad for p in params]
-        if trusted:
-            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            ratios = []
-            for weight, grad in zip(torch._foreach_norm(params), torch._foreach_norm(grads)):
-                known = (weight > 0) & (grad > 0)
-                ratios.append(torch.where(known, group["trust"] * weight / grad, torch.ones_like(weight)))
-            torch._foreach_mul_(grads, ratios)
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, grads)
-        torch._foreach_add_(params, velocities, alpha=-group["lr"])
+    def _velocity(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state["velocity"]

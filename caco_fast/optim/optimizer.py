@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from caco_fast.errors import UserError
+from caco_fast.ops import tensor_lists
+from caco_fast.optim.apex import fused_sgd
 from caco_fast.optim.lars import LARS
-from caco_fast.settings import setting
+from caco_fast.settings import setting, switch
 
 NAMES = ("lars", "sgd", "adamw")
 
@@ -21,6 +25,13 @@ class OptimizerConfig:
     momentum: float = setting(0.9, "momentum of lars and sgd")
     weight_decay: float = setting(1.5e-6, "weight decay; lars leaves one-dimensional tensors out")
     trust: float = setting(0.001, "trust coefficient of lars")
+    backend: str = setting(
+        "auto", "lars and the key encoder's EMA: foreach (torch), cuda (csrc/optim) or reference; auto: foreach"
+    )
+    apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: where it is built")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "apex", switch("optimizer.apex", self.apex))
 
 
 def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
@@ -28,17 +39,43 @@ def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
     return config.lr * batch_size / 256 if config.scale_lr else config.lr
 
 
-def build_optimizer(config: OptimizerConfig, params: Iterable[Tensor], batch_size: int) -> Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, params: Iterable[Tensor], batch_size: int, scaled: bool = False
+) -> Optimizer:
+    """The optimiser of the settings. `scaled`: under a GradScaler, whose overflow flag it then reads on the device."""
     if not config.lr > 0:
         raise UserError(f"optimizer.lr: must be positive, found {config.lr}")
     if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
         found = f"{config.momentum}, {config.weight_decay} and {config.trust}"
         raise UserError(f"optimizer: want momentum in [0, 1), weight_decay 0 or more and trust above 0, found {found}")
+    params = list(params)
+    try:
+        tensor_lists.resolve("optimizer.backend", config.backend, params[0].device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+    if config.apex == "on" and config.name != "sgd":
+        raise UserError(f"optimizer.apex: Apex serves sgd here, not {config.name}; set it to off or auto")
     lr = peak_lr(config, batch_size)
+    # Of torch's own optimisers the fused form alone leaves it to the device whether a step is skipped.
+    fused = True if scaled else None
     if config.name == "lars":
-        return LARS(params, lr, config.momentum, config.weight_decay, config.trust)
+        return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
     if config.name == "sgd":
-        return SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        if (of_apex := fused_sgd(config.apex, params, lr, config.momentum, config.weight_decay)) is not None:
+            return of_apex
+        optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+        if scaled:
+            optimizer.register_step_pre_hook(_start_at_rest)
+        return optimizer
     if config.name == "adamw":
-        return AdamW(params, lr, weight_decay=config.weight_decay)
+        return AdamW(params, lr, weight_decay=config.weight_decay, fused=fused)
     raise UserError(f"optimizer.name: found '{config.name}', want one of {', '.join(NAMES)}")
+
+
+def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Momentum buffers of zeros: torch's fused SGD (2.11) makes them of uninitialised memory, which a first step that
+    is skipped leaves as it is and the second takes for momentum."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -1,10 +1,13 @@
 """What changes over a run: the learning rate, the EMA momentum, and the warm-up that the bank shares."""
 
+import logging
 import math
 from dataclasses import dataclass
 
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Schedule:
             raise UserError(f"schedule.per: found '{self.config.per}', want step or epoch")
         if not 0 <= self.config.warmup_epochs:
             raise UserError(f"schedule.warmup_epochs: must not be negative, found {self.config.warmup_epochs}")
+        if self.config.warmup_epochs >= self.epochs:
+            log.warning(
+                "schedule.warmup_epochs %g leaves nothing of trainer.epochs %d: the learning rate only rises",
+                self.config.warmup_epochs,
+                self.epochs,
+            )
         if not 0 <= self.config.final_ratio <= 1:
             raise UserError(f"schedule.final_ratio: must lie in [0, 1], found {self.config.final_ratio}")
         if not 0 <= self.config.key_momentum <= 1:

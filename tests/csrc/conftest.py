@@ -31,6 +31,12 @@ def path(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def device() -> torch.device:
+    """Where tests make their tensors; tests/gpu has one of its own."""
+    return torch.device("cpu")
+
+
+@pytest.fixture
 def cuda_ops(emulated: ModuleType, path: int, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """caco_fast.ops.cuda over the emulated kernels, answering `backend="cuda"` for CPU tensors.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import ADVERSARIAL, RAGGED, SPACING, Case, attend, rounded, step, unit_rows
 
-from caco_fast.ops import bank_step_
+from caco_fast.ops import bank_attend, bank_step_
 
 TEMPERATURE, LR, MOMENTUM = 0.1, 0.5, 0.9
 
@@ -125,6 +125,24 @@ def test_step_with_unusual_row_weights(cuda_ops, weights):
     _, expected = step(bank, velocity, queries, p, TEMPERATURE, LR, MOMENTUM, row_weight, index, weight, False)
     scale = max((expected - MOMENTUM * velocity).abs().amax().item(), 1e-3)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-3 * scale)
+
+
+@pytest.mark.parametrize("set_to", [0.0, 1.0])
+def test_step_is_skipped_where_the_flag_is_set(cuda_ops, set_to):
+    """And the operand copy is of the bank as it then is: the next attend reads it."""
+    queries, bank, velocity, lse, _, row_weight, index, weight = make_step(Case(20, 150, 64), 1)
+    settings = dict(
+        temperature=TEMPERATURE, lr=LR, momentum=MOMENTUM, row_weight=row_weight, positives=index,
+        positive_weight=weight, norm="project", backend="cuda",
+    )  # fmt: skip
+    stepped, found = (bank.clone(), velocity.clone()), (bank.clone(), velocity.clone())
+    bank_step_(*stepped, queries, lse, **settings)
+    bank_step_(*found, queries, lse, **settings, skip=torch.tensor(set_to))
+    for changed, wanted in zip(found, (bank, velocity) if set_to else stepped):
+        assert torch.equal(changed, wanted)
+    after, _ = bank_attend(queries, found[0], TEMPERATURE, backend="cuda")
+    wanted, _ = bank_attend(queries, found[0].clone(), TEMPERATURE, backend="cuda")
+    assert torch.equal(after, wanted)
 
 
 def test_step_without_rows_only_decays_the_velocity(cuda_ops):

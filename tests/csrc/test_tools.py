@@ -21,7 +21,7 @@ import check_sm70  # noqa: E402
 def test_selftest_passes_on_emulated_kernels(cuda_ops, capsys):
     assert selftest.run(torch.device("cpu"), ((1, 1, 64), (70, 133, 80)))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 3 * 8 and all(line.startswith("ok") for line in lines)
+    assert len(lines) == 2 * 3 * 8 + 4 and all(line.startswith("ok") for line in lines)
 
 
 @pytest.mark.parametrize("operation, output", [("attend", 2), ("attend", 0), ("select", 0)])
@@ -36,6 +36,15 @@ def test_selftest_fails_on_a_wrong_result(cuda_ops, monkeypatch, capsys, operati
     monkeypatch.setattr(cuda_ops, operation, wrong)
     assert not selftest.run(torch.device("cpu"), ((70, 133, 80),))
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [80], indirect=True)
+@pytest.mark.parametrize("operation, left_out", [("ema_update", {"weight": 0.31}), ("lars_step", {"skip": 0})])
+def test_selftest_fails_on_a_wrong_list(cuda_ops, emulated, monkeypatch, capsys, operation, left_out):
+    right = getattr(emulated, operation)
+    monkeypatch.setattr(emulated, operation, lambda target, **arguments: right(target, **{**arguments, **left_out}))
+    assert not selftest.run(torch.device("cpu"), ())
+    assert capsys.readouterr().out.count("FAIL") == 1
 
 
 def test_selftest_without_a_gpu_says_so_in_one_line():

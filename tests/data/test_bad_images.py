@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caco_fast.data import DataConfig, ViewConfig, build_train_loader
+from caco_fast.data import DataConfig, TrainLoader, ViewConfig, build_train_loader
 from caco_fast.data.order import epoch_order
 from caco_fast.data.source import ArraySource
 from caco_fast.data.torchvision_loader import TorchvisionLoader
@@ -35,16 +35,23 @@ def damaged(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
     return tmp_path
 
 
-def build(path: Path, limit: float, workers: int = 0) -> TorchvisionLoader:
-    config = DataConfig(path=str(path), workers=workers, bad_image_limit=limit)
+@pytest.fixture(params=["torchvision", "dali"])
+def loader_name(request: pytest.FixtureRequest) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    return request.param
+
+
+def build(path: Path, name: str, limit: float, workers: int = 0) -> TrainLoader:
+    config = DataConfig(path=str(path), loader=name, workers=workers, bad_image_limit=limit)
     loader = build_train_loader(config, VIEWS, batch_size=6, seed=0)
     (path / "train" / "a" / "a_09.jpg").unlink(missing_ok=True)
     return loader
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_replaced_by_the_next_good_one(damaged: Path, workers: int) -> None:
-    loader = build(damaged, limit=0.5, workers=workers)
+def test_bad_images_are_replaced_by_the_next_good_one(damaged: Path, workers: int, loader_name: str) -> None:
+    loader = build(damaged, loader_name, limit=0.5, workers=workers)
     for epoch in (0, 1):
         index = torch.cat([batch.index for batch in loader.batches(epoch)]).tolist()
         assert index == [FOLLOWING.get(position, position) for position in epoch_order(0, epoch, 12).tolist()]
@@ -53,9 +60,9 @@ def test_bad_images_are_replaced_by_the_next_good_one(damaged: Path, workers: in
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_named_once_with_their_reason(
-    damaged: Path, workers: int, caplog: pytest.LogCaptureFixture
+    damaged: Path, workers: int, caplog: pytest.LogCaptureFixture, loader_name: str
 ) -> None:
-    loader = build(damaged, limit=0.5, workers=workers)
+    loader = build(damaged, loader_name, limit=0.5, workers=workers)
     with caplog.at_level(logging.WARNING, logger="caco_fast.data"):
         for epoch in (0, 1, 2):
             for _ in loader.batches(epoch):
@@ -70,21 +77,23 @@ def test_bad_images_are_named_once_with_their_reason(
 
 
 def test_the_other_images_are_augmented_as_if_nothing_were_bad(
-    damaged: Path, tmp_path_factory: pytest.TempPathFactory, write_image: Callable[..., Path]
+    damaged: Path, tmp_path_factory: pytest.TempPathFactory, write_image: Callable[..., Path], loader_name: str
 ) -> None:
     whole = tmp_path_factory.mktemp("whole")
     for number in range(12):
         write_image(whole / "train" / "a" / f"a_{number:02}.jpg", seed=number)
-    left = torch.cat([batch.views[1] for batch in build(damaged, limit=0.5).batches(0)])
-    config = DataConfig(path=str(whole), workers=0)
+    left = torch.cat([batch.views[1] for batch in build(damaged, loader_name, limit=0.5).batches(0)])
+    config = DataConfig(path=str(whole), loader=loader_name, workers=0)
     right = torch.cat([batch.views[1] for batch in build_train_loader(config, VIEWS, batch_size=6, seed=0).batches(0)])
     for row, position in enumerate(epoch_order(0, 0, 12).tolist()):
         assert torch.equal(left[row], right[row]) == (position not in FOLLOWING)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_more_bad_images_than_the_limit_stop_the_run_with_the_list(damaged: Path, workers: int) -> None:
-    loader = build(damaged, limit=4 / 12, workers=workers)
+def test_more_bad_images_than_the_limit_stop_the_run_with_the_list(
+    damaged: Path, workers: int, loader_name: str
+) -> None:
+    loader = build(damaged, loader_name, limit=4 / 12, workers=workers)
     with pytest.raises(UserError, match=r"5 of 12 training images can't be read, more than the 4") as error:
         list(loader.batches(0))
     loader.close()
@@ -95,15 +104,15 @@ def test_more_bad_images_than_the_limit_stop_the_run_with_the_list(damaged: Path
     written.unlink()
 
 
-def test_a_limit_of_as_many_as_there_are_is_kept_to_exactly(damaged: Path) -> None:
-    assert len(list(build(damaged, limit=5 / 12).batches(0))) == 2
+def test_a_limit_of_as_many_as_there_are_is_kept_to_exactly(damaged: Path, loader_name: str) -> None:
+    assert len(list(build(damaged, loader_name, limit=5 / 12).batches(0))) == 2
 
 
-def test_only_the_first_twenty_are_listed(tmp_path: Path) -> None:
+def test_only_the_first_twenty_are_listed(tmp_path: Path, loader_name: str) -> None:
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     loader = build_train_loader(
-        DataConfig(path=str(tmp_path), workers=0, bad_image_limit=0.8), VIEWS, batch_size=6, seed=0
+        DataConfig(path=str(tmp_path), loader=loader_name, workers=0, bad_image_limit=0.8), VIEWS, batch_size=6, seed=0
     )
     with pytest.raises(UserError, match=r"25 of 30 training images") as error:
         list(loader.batches(0))
@@ -112,11 +121,11 @@ def test_only_the_first_twenty_are_listed(tmp_path: Path) -> None:
     Path(lines[0].split("All of them: ")[1]).unlink()
 
 
-def test_no_readable_image_at_all_is_an_error_even_without_a_limit(tmp_path: Path) -> None:
+def test_no_readable_image_at_all_is_an_error_even_without_a_limit(tmp_path: Path, loader_name: str) -> None:
     for number in range(8):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     loader = build_train_loader(
-        DataConfig(path=str(tmp_path), workers=0, bad_image_limit=1.0), VIEWS, batch_size=4, seed=0
+        DataConfig(path=str(tmp_path), loader=loader_name, workers=0, bad_image_limit=1.0), VIEWS, batch_size=4, seed=0
     )
     with pytest.raises(UserError, match="none of the 8 training images can be read"):
         list(loader.batches(0))

@@ -146,6 +146,16 @@ def test_blur_is_pils_to_the_rounding_of_its_passes(size: int, sigma: float) -> 
     assert levels.max() < 4 and levels.mean() < 0.8
 
 
+@pytest.mark.parametrize("size", [56, 57, 113, 200])
+def test_blur_by_bands_is_that_of_the_whole_matrix(size: int) -> None:
+    pixels, sigma = torch.rand(3, size, 3, size), np.array([0.1, 1.0, 2.0])
+    radius = torch.from_numpy(batched_views.box_radius(sigma)).float()
+    whole = batched_views.blur_matrices(radius, 2, size)
+    assert torch.allclose(
+        batched_views.blur(pixels, radius, 2), batched_views.along_axes(pixels, whole, whole), atol=1e-6
+    )
+
+
 def test_no_blur_beside_blurred_images_leaves_pixels_untouched() -> None:
     images = photographs(8, 28, 1)
     draws = drawn(ViewConfig(size=28), len(images), 28, 1)
@@ -194,8 +204,38 @@ def test_normalisation_is_that_of_mean_and_std() -> None:
     plain = batched(images, draws, config)
     mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
     views = make_views(held(images), np.arange(6), draws, config, mean, std)
-    assert views.shape == (6, 3, 32, 32) and views.dtype == torch.float32 and views.is_contiguous()
+    assert views.shape == (6, 3, 32, 32) and views.dtype == torch.float32
+    assert views.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(views, F.normalize(plain, mean.tolist(), std.tolist()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operation, factor",
+    [(BRIGHTNESS, 0.7), (CONTRAST, 0.6), (SATURATION, 0.8), (HUE, 1 / 3), (HUE, -1 / 3), (HUE, 0.0)],
+)
+def test_fast_jitter_is_torchvisions_where_that_is_linear(operation: int, factor: float) -> None:
+    images = photographs(8, 32, 3)
+    factors = np.tile([1.0, 1, 1, 0], (len(images), 1))
+    factors[:, operation] = factor
+    config = ViewConfig(size=32)
+    draws = only(drawn(config, 8, 32, 3), order=np.full((8, 1), operation), factors=factors)
+    ours = make_views(held(images), np.arange(8), draws, config, torch.zeros(3), torch.ones(3), "fast")
+    # The luminance coefficients are normalised here, and torchvision's sum to 0.9999.
+    assert (ours - one_by_one(images, draws, 32, rounded=False)).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("channels, limit", [(1, 1.5), (3, 8)])
+def test_fast_jitter_stays_near_the_exact_one(channels: int, limit: float) -> None:
+    config = ViewConfig(size=32, blur_p=0.0, scale=(1.0, 1.0))
+    images = photographs(64, 32, channels)
+    draws = drawn(config, len(images), 32, channels)
+    exact, fast = (
+        make_views(held(images), np.arange(64), draws, config, torch.zeros(channels), torch.ones(channels), jitter)
+        for jitter in ("exact", "fast")
+    )
+    grey = torch.from_numpy(draws.grey)
+    assert 0.1 < (fast - exact).abs().mean() * 255 < limit
+    assert all(view.std(dim=0).max() < 1e-5 for view in fast[grey])
 
 
 def test_nothing_reads_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

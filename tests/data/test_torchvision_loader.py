@@ -143,16 +143,23 @@ def test_the_embedded_set_trains_through_the_builder() -> None:
     assert loader.bad_images == {}
 
 
-def test_auto_keeps_small_sets_in_memory_and_reads_folders(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed, large", [(True, "DaliLoader"), (False, "TorchvisionLoader")])
+def test_auto_keeps_small_sets_in_memory_and_reads_folders(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, large: str
+) -> None:
+    if installed:
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    monkeypatch.setattr(build, "_dali_installed", lambda: installed)
+
     def kind(**settings: object) -> str:
         return type(build_train_loader(DataConfig(workers=0, **settings), VIEWS, batch_size=4, seed=0)).__name__
 
     assert kind(source="embedded") == "MemoryLoader"
     assert kind(source="embedded", loader="torchvision") == "TorchvisionLoader"
-    assert kind(path=str(image_folder)) == "TorchvisionLoader"
+    assert kind(path=str(image_folder)) == large
     assert kind(path=str(image_folder), loader="memory") == "MemoryLoader"
     monkeypatch.setattr(build, "MEMORY_LIMIT", 10_000 * 28 * 28 - 1)
-    assert kind(source="embedded") == "TorchvisionLoader"
+    assert kind(source="embedded") == large
 
 
 def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -> None:
@@ -165,7 +172,8 @@ def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -
     ("settings", "views", "options", "line"),
     [
         ({"source": "imagenet"}, VIEWS, {}, r"data.source is 'imagenet'; it must be one of folder, cifar10, embedded"),
-        ({"loader": "dali"}, VIEWS, {}, r"data.loader is 'dali'"),
+        ({"loader": "daly"}, VIEWS, {}, r"data.loader is 'daly'"),
+        ({"jitter": "quick"}, VIEWS, {}, r"data.jitter is 'quick'; it must be one of exact, fast"),
         ({"source": "folder"}, VIEWS, {}, r"data.path is empty"),
         ({"workers": -1}, VIEWS, {}, r"data.workers is -1"),
         ({"mean": [0.5, 0.5, 0.5]}, VIEWS, {}, r"data.mean has 3 values, the images have 1 channels"),

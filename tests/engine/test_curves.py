@@ -6,9 +6,10 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from caco_fast.engine.curves import INITIALISATION, draw_curves
-from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.curves import INITIALISATION, KNN, PANELS, _draw, _draw_yardsticks, _result, draw_curves
+from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.errors import UserError
 
 SHADE = np.array([int(INITIALISATION[i : i + 2], 16) for i in (1, 3, 5)]) / 255
@@ -39,6 +40,27 @@ def test_whole_run_with_initialisation_shaded(tmp_path: Path) -> None:
     assert image.shape[0] > 700 and image.shape[1] > 1200
     # A third of five of the six panels (the sixth has no measurements), which cover most of the picture.
     assert 0.05 < shaded_share(image) < 0.3
+
+
+def test_yardsticks_of_the_summary_stand_beside_the_knn(tmp_path: Path) -> None:
+    lines = [(step, 0, whole_run(step) | {"knn_20": 70.0 + step / 10, "knn_200": 60.0}) for step in range(10, 101, 10)]
+    plain = draw(tmp_path, lines)
+    levels = {"knn_raw": 50.0, "knn_raw_k20": 65.0, "knn_random": 40.0, "knn_random_k20": 55.0}
+    summary = {"evaluated": {"evaluation.k": [200, 20]}, **levels}
+    drawn = _level_lines(tmp_path, summary)
+    assert sorted(drawn) == sorted(levels.values()) and not _level_lines(tmp_path, {})
+    assert np.abs(matplotlib.image.imread(draw_curves(tmp_path, summary))[..., :3] - plain).max() > 0.1
+    headline = _result(read_metrics(tmp_path), summary)
+    assert headline == "kNN (k 200) 60.0 %, raw pixels 50.0, random encoder 40.0; "
+
+
+def _level_lines(folder: Path, summary: dict) -> list[float]:
+    axes = Figure().subplots()
+    panel = next(panel for panel in PANELS if panel.title == KNN)
+    _draw(panel, axes, read_metrics(folder), None)
+    before = len(axes.get_lines())
+    _draw_yardsticks(axes, summary)
+    return [float(line.get_ydata()[0]) for line in axes.get_lines()[before:]]
 
 
 def test_without_initialisation_nothing_is_shaded(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_phase_before_the_epochs_has_its_name(screen: io.StringIO) -> None:
     with progress:
         progress.start_phase("initialisation", 30, first_step=19)
         progress.step(VALUES)
-    assert re.fullmatch(rf"initialisation step 20/30 \| {LINE}\n", screen.getvalue())
+    assert re.fullmatch(rf"initialisation step 20/30 \| {LINE} of the initialisation\n", screen.getvalue())
 
 
 def test_rate_and_eta(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +108,33 @@ def test_bar_with_messages_above_and_a_line_of_each_epoch(terminal: io.StringIO)
     assert max(len(line) for line in shown.splitlines() if "━" in line) <= 80
     # The cursor is hidden while the bar lives, and shown again.
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
+
+
+def test_what_is_said_of_an_epoch_stands_below_its_last_line(terminal: io.StringIO) -> None:
+    with Progress(2, 4, 8, log_every=2) as progress:
+        for epoch in range(2):
+            progress.start_epoch(epoch)
+            for step in range(4):
+                progress.step(VALUES if progress.is_log_step(step) else None)
+            logging.getLogger("caco_fast.test").info("epoch %d/2: knn 60 %%", epoch + 1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n")
+    said = re.findall(r"^epoch \d/2(?: step 4/4 \||: knn)", shown, re.M)
+    assert said == ["epoch 1/2 step 4/4 |", "epoch 1/2: knn", "epoch 2/2 step 4/4 |", "epoch 2/2: knn"]
+
+
+def test_time_left_in_the_epochs_forgets_the_steps_before_them(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress(1, 10, 64, log_every=10) as progress:
+        for start, seconds in ((lambda: progress.start_phase("initialisation", 20), 1), (progress.start_epoch, 4)):
+            start(*([0] if seconds == 4 else []))
+            for _ in range(5):
+                clock[0] += seconds
+                progress.step(VALUES)
+    lines = screen.getvalue().splitlines()
+    assert lines[4].endswith("eta 0:00:15 of the initialisation") and lines[-1].endswith("eta 0:00:20")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=["exception", "ctrl-c"])

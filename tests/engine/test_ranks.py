@@ -42,6 +42,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def _run(rank: int, folder: Path) -> None:
     run = RunFolder(folder)
+    run.claim()
     run.start(f"rank: {rank}\n")
     metrics = MetricsWriter(folder, tensorboard=False)
     with Progress(1, 2, 8, log_every=1) as progress:

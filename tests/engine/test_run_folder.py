@@ -19,6 +19,7 @@ from caco_fast.errors import UserError
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[RunFolder]:
     made = RunFolder(tmp_path / "runs" / "one")
+    made.claim()
     yield made
     made.close()
 
@@ -41,13 +42,12 @@ def test_new_run_in_a_used_folder_is_refused_with_both_ways_out(folder: RunFolde
     folder.start("a: 1\n")
     folder.metrics.write_text('{"step": 1, "epoch": 0}\n')
     with pytest.raises(UserError, match=r"already holds a run.*--resume auto, or choose another folder"):
-        RunFolder(folder.path).start("a: 2\n", resume="never")
+        RunFolder(folder.path).claim(resume="never")
     assert folder.config.read_text() == "a: 1\n"
 
 
 def test_new_run_in_an_empty_folder_is_fine(folder: RunFolder) -> None:
-    folder.path.mkdir(parents=True)
-    folder.start("a: 1\n", resume="never")
+    folder.claim(resume="never")
 
 
 def test_resume_adds_an_entry_and_goes_on_in_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,6 +70,53 @@ def test_changed_configuration_keeps_the_earlier_one(folder: RunFolder) -> None:
     assert "WARNING the configuration differs" in folder.log.read_text()
 
 
+def as_job(patch: pytest.MonkeyPatch, kind: str, name: str, restarts: int) -> None:
+    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
+        patch.delenv(variable, raising=False)
+    names = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+    patch.setenv(names[kind], name)
+    patch.setenv(counts[kind], str(restarts))
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "slurm"])
+def test_a_restart_of_the_job_that_began_the_run_goes_on_and_no_other(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    as_job(monkeypatch, kind, "job 1", 0)
+    folder.start("a: 1\n")
+    folder.metrics.write_text('{"step": 1, "epoch": 0}\n')
+    found = {}
+    for name, restarts in (("job 1", 0), ("job 1", 1), ("job 2", 0), ("job 2", 1)):
+        as_job(monkeypatch, kind, name, restarts)
+        found[name, restarts] = RunFolder(folder.path).resume_in_restart("never", None)
+    assert [start for start, resume in found.items() if resume == "auto"] == [("job 1", 1)]
+
+
+def test_torchrun_without_an_id_is_known_by_its_process(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_job(monkeypatch, "torchrun", "none", 0)
+    folder.start("a: 1\n")
+    as_job(monkeypatch, "torchrun", "none", 1)
+    assert folder.resume_in_restart("never", None) == "auto"
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert folder.resume_in_restart("never", None) == "never"
+
+
+def test_a_restart_of_a_start_from_a_path_takes_what_was_written_since(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_job(monkeypatch, "slurm", "7", 0)
+    left, written = folder.checkpoints / "step_00000030.pt", folder.checkpoints / "step_00000020.pt"
+    left.write_bytes(b"")
+    os.utime(left, (1e9, 1e9))
+    folder.start("a: 1\n")
+    as_job(monkeypatch, "slurm", "7", 1)
+    assert folder.resume_in_restart("elsewhere.pt", None) == "elsewhere.pt"
+    assert folder.resume_in_restart("elsewhere.pt", left) == "elsewhere.pt"
+    written.write_bytes(b"")
+    assert folder.resume_in_restart("elsewhere.pt", written) == "auto"
+
+
 def test_summary_merges(folder: RunFolder) -> None:
     folder.start("")
     folder.summary({"knn_raw": 72.6, "knn_trained": 70.0})
@@ -80,7 +127,7 @@ def test_summary_merges(folder: RunFolder) -> None:
 def test_path_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run can't be written: Not a directory"):
-        RunFolder(tmp_path / "file" / "run").start("")
+        RunFolder(tmp_path / "file" / "run").claim()
 
 
 def test_close_ends_the_log(folder: RunFolder) -> None:

@@ -102,6 +102,17 @@ def test_resuming_a_finished_run_changes_nothing(images, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_is_evaluated_anew_only_for_other_settings(images, tmp_path, monkeypatch):
+    from caco_fast.evaluate.evaluator import Evaluator
+
+    train(config(images), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "scores", lambda *_: pytest.fail("evaluated again"))
+        train(config(images, "evaluation.batch_size=8"), tmp_path / "run", "auto")
+    assert "knn_trained_k1" in train(config(images, "evaluation.k=[3, 1]"), tmp_path / "run", "auto")
+    assert train(config(images, "trainer.epochs=3"), tmp_path / "run", "auto")["steps"] == 20
+
+
 def test_two_runs_from_one_seed_are_equal_and_from_two_are_not(images, tmp_path):
     runs = {name: train(config(images, f"trainer.seed={seed}"), tmp_path / name) and losses(tmp_path / name)
             for name, seed in (("a", 1), ("b", 1), ("c", 2))}  # fmt: skip
@@ -120,11 +131,32 @@ def test_changed_settings_are_named_on_resume(images, tmp_path, caplog):
     assert "resuming with another optimizer.lr: 0.1, was 0.3" in caplog.text
 
 
+def test_another_kind_of_draws_is_named_at_an_epochs_end(images, tmp_path, caplog):
+    train(config(images, "trainer.max_steps=10"), tmp_path / "run")
+    train(config(images, "data.loader=memory"), tmp_path / "run", "auto")
+    assert "other random numbers from here on: batched draws, exact jitter, was torchvision draws" in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "goes_on"), [(7, False), (10, True)])
+def test_other_training_images_are_refused_in_mid_epoch_and_named_at_its_end(tmp_path, caplog, steps, goes_on):
+    images = write_images(tmp_path / "images")
+    train(config(images, f"trainer.max_steps={steps}"), tmp_path / "run")
+    # As many steps as before, in which every image behind it would be another one.
+    (images / "train" / "cold" / "003.png").rename(images / "train" / "cold" / "9.png")
+    if goes_on:
+        train(config(images), tmp_path / "run", "auto")
+        assert "other training images from here on: 40 images, list " in caplog.text
+    else:
+        with pytest.raises(UserError, match="middle of an epoch.*images 40 images, list .* -> 40 images, list"):
+            train(config(images), tmp_path / "run", "auto")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
         ("trainer.batch_size=10", "middle of an epoch.*batch_size 8 -> 10"),
         ("trainer.seed=5", "middle of an epoch.*seed 0 -> 5"),
+        ("data.loader=memory", "middle of an epoch.*torchvision draws, exact jitter -> batched draws, exact jitter"),
         ("projector.dim=8", "does not fit this configuration"),
         ("caco.bank_size=64", "does not fit this configuration"),
     ],
@@ -160,8 +192,10 @@ def test_training_goes_on_where_the_disk_refuses_a_checkpoint(images, tmp_path, 
         raise CheckpointWriteError("no space left on device")
 
     monkeypatch.setattr(CheckpointStore, "save", full)
-    assert train(config(images), tmp_path / "run")["finished"]
-    assert "training goes on without it" in caplog.text
+    with pytest.raises(UserError, match="the run ended without its last checkpoint, the newest is none; make room"):
+        train(config(images), tmp_path / "run")
+    assert caplog.text.count("training goes on without it") == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
 def test_baselines_and_linear_probe_stand_in_the_summary(images, tmp_path):
@@ -188,6 +222,25 @@ def test_a_start_that_failed_leaves_the_folder_free(images, tmp_path):
     with pytest.raises(UserError, match="optimizer.name"):
         train(config(images, "optimizer.name=adam"), tmp_path / "run")
     assert train(config(images, "trainer.max_steps=1"), tmp_path / "run")["steps"] == 1
+
+
+def test_a_resume_that_failed_leaves_the_run_as_it_was(images, tmp_path):
+    train(config(images), tmp_path / "run")
+    folder = tmp_path / "run"
+    kept = ("config.yaml", "metrics.jsonl", "environment.json")
+    before = {name: (folder / name).read_text() for name in kept}
+    with pytest.raises(UserError, match="does not fit"):
+        train(config(images, "projector.dim=8"), folder, str(folder / "checkpoints" / "step_00000010.pt"))
+    assert {name: (folder / name).read_text() for name in kept} == before
+    assert not list(folder.glob("config.*.yaml"))
+
+
+def test_raw_pixels_of_large_sets_are_left_out_with_a_line(images, tmp_path, monkeypatch, caplog):
+    # 50 images of 3 x 40 x 40 are 960,000 bytes in f32.
+    monkeypatch.setattr("caco_fast.training.RAW_LIMIT", 960_000 - 1)
+    summary = train(config(images, "evaluation.baselines=true", "trainer.max_steps=1"), tmp_path / "run")
+    assert "knn_random" in summary and "knn_raw" not in summary
+    assert "evaluation.baselines: raw pixels are left out" in caplog.text
 
 
 def test_an_epoch_whose_end_was_missed_is_ended_on_resume(images, tmp_path, monkeypatch):

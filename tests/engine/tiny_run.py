@@ -9,6 +9,7 @@ from caco_fast.config import Config, load_config
 
 SETTINGS = (
     "data.source=folder",
+    "data.loader=torchvision",
     "data.workers=0",
     "views=[{size: 32, blur_p: 0.5}, {size: 32, blur_p: 0.1, solarize_p: 0.2}]",
     "backbone.name=resnet18",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from caco_fast.models import Encoder, EncoderPair
+from caco_fast.models import Encoder, EncoderPair, segment_batch_norm
 
 
 class ScriptedEncoders:
@@ -29,15 +29,13 @@ class ScriptedEncoders:
         self.calls.append(f"keys of {len(views)}")
         return [self.key_of(view) for view in views]
 
-    def advance_key(self) -> None:
-        self.calls.append("advance")
-
     def copy_query_to_key(self) -> None:
         self.calls.append("copy")
 
 
-def small_pair(dim: int) -> EncoderPair:
-    """A linear backbone and projector with BatchNorm: [B, 3, 2, 2] to [B, C]."""
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU())
+def small_pair(dim: int, joint_views: bool = False) -> EncoderPair:
+    """A linear backbone and a projector with BatchNorm: [B, 3, 2, 2] to [B, C]."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU())
     projector = nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
-    return EncoderPair(Encoder(backbone, projector))
+    backbone, projector = segment_batch_norm(backbone), segment_batch_norm(projector)
+    return EncoderPair(Encoder(backbone, projector, joint_views=joint_views))

@@ -29,11 +29,11 @@ def make(**settings: Any) -> CaCo:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_a_step_asks_for_all_queries_then_the_ema_then_two_keys(count: int) -> None:
+def test_a_step_asks_for_all_queries_then_two_keys(count: int) -> None:
     method, encoders = make(), ScriptedEncoders(C)
     views = [unit() for _ in range(count)]
     output = method(views, encoders)
-    assert encoders.calls == [f"queries of {count}", "advance", "keys of 2"]
+    assert encoders.calls == [f"queries of {count}", "keys of 2"]
     keys = [encoders.key_of(view).double() for view in views[:2]]
     wanted = oracle.loss([v.double() for v in views], keys, method.bank.bank.double(), 0.1)
     torch.testing.assert_close(output.loss.double(), wanted, rtol=1e-5, atol=0)
@@ -64,7 +64,7 @@ def test_preparation_fills_successive_rows_with_successive_keys() -> None:
     for step in range(method.preparation_steps(B)):
         views = [unit(), unit()]
         method.prepare(views, encoders)
-        assert encoders.calls[-3:] == ["queries of 1", "advance", "keys of 1"]
+        assert encoders.calls[-2:] == ["queries of 1", "keys of 1"]
         method.update(0.3)
         keys.append(encoders.key_of(views[1]))
         full = min(K, B * (step + 1))
@@ -166,8 +166,8 @@ def test_state_dict_holds_the_bank_once() -> None:
         ({"operands": "f64"}, "caco.operands: found 'f64', want one of f32, bf16, fp16"),
         ({"warm_start_steps": -1}, "caco.warm_start_steps: must not be negative, found -1"),
         ({"bank_size": 0}, "found size 0 and dim 6, wanted at least 1 each"),
-        ({"bank_momentum": 1.0}, "momentum: found 1.0, wanted a number in [0, 1)"),
-        ({"norm": "unit"}, "norm: found 'unit', wanted 'implicit' or 'project'"),
+        ({"bank_momentum": 1.0}, "caco.bank_momentum: found 1.0, wanted a number in [0, 1)"),
+        ({"norm": "unit"}, "caco.norm: found 'unit', want one of implicit, project"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
@@ -177,7 +177,13 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 
 
 def test_one_view_is_too_few() -> None:
-    make().check_views(2)
-    make().check_views(8)
+    make().check_views([224, 160])
+    make().check_views([224, 224, 96, 96])
     with pytest.raises(UserError, match="views: caco takes 2 large views and any number of small ones, found 1 in all"):
-        make().check_views(1)
+        make().check_views([224])
+
+
+@pytest.mark.parametrize("sizes", [[96, 224, 224], [224, 96, 224], [96, 96, 224, 224]])
+def test_the_large_views_come_first(sizes: list[int]) -> None:
+    with pytest.raises(UserError, match="views: .* the first 2 for the large ones, found sizes .*largest first"):
+        make().check_views(sizes)

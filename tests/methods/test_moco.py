@@ -54,7 +54,7 @@ def test_one_way_loss_gradient_and_queue_over_several_steps() -> None:
     for step in range(5):
         views = [unit().requires_grad_(), unit().requires_grad_()]
         output = method(views, encoders)
-        assert encoders.calls[-3:] == ["queries of 1", "advance", "keys of 1"]
+        assert encoders.calls[-2:] == ["queries of 1", "keys of 1"]
         keys = encoders.key_of(views[1])
         loss, probability, gradient = by_hand(views[0], keys, torch.tensor(queue, dtype=torch.float64), 0.2)
         output.loss.backward()
@@ -73,7 +73,7 @@ def test_symmetric_loss_is_the_mean_of_both_ways() -> None:
     queue = method.queue.queue.clone()
     views = [unit().requires_grad_(), unit().requires_grad_()]
     output = method(views, encoders)
-    assert encoders.calls == ["queries of 2", "advance", "keys of 2"]
+    assert encoders.calls == ["queries of 2", "keys of 2"]
     k_a, k_b = encoders.key_of(views[0]), encoders.key_of(views[1])
     forth, back = by_hand(views[0], k_b, queue, 0.2), by_hand(views[1], k_a, queue, 0.2)
     output.loss.backward()
@@ -121,6 +121,6 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_it_takes_two_views(count: int) -> None:
-    make().check_views(2)
+    make().check_views([224, 224])
     with pytest.raises(UserError, match=f"views: moco takes 2 views of an image, found {count}"):
-        make().check_views(count)
+        make().check_views([224] * count)

@@ -12,10 +12,15 @@ from caco_fast.models import BackboneConfig, Encoder, EncoderPair, ProjectorConf
 B, C = 4, 6
 
 
+def make(joint_views: bool = False) -> EncoderPair:
+    torch.manual_seed(3)
+    backbone = BackboneConfig("resnet18", "small_stride2", {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]})
+    return build_encoder_pair(backbone, ProjectorConfig(hidden=16, dim=C), channels=1, joint_views=joint_views)
+
+
 @pytest.fixture
 def pair() -> EncoderPair:
-    backbone = BackboneConfig("resnet18", "small_stride2", {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]})
-    return build_encoder_pair(backbone, ProjectorConfig(hidden=16, dim=C), channels=1)
+    return make()
 
 
 def images() -> Tensor:
@@ -40,7 +45,7 @@ def shift_query(pair: EncoderPair) -> None:
             p.add_(torch.randn_like(p))
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["f32", "bf16", "fp16"])
 def test_embeddings_are_unit_rows_in_f32(pair: EncoderPair, autocast: torch.dtype | None) -> None:
     pair.query.autocast = autocast
     computed: list[torch.dtype] = []
@@ -59,6 +64,42 @@ def test_every_view_is_a_forward_of_its_own(pair: EncoderPair) -> None:
     assert int(pair.query.backbone.bn1.num_batches_tracked) == 2
     for view, embedding in zip(views, together):
         torch.testing.assert_close(pair.queries([view])[0], embedding)
+
+
+def test_views_together_are_what_separate_forwards_give() -> None:
+    """Two large views and three small ones, in f64; the second forward finds the running statistics of the first."""
+    apart, together = make().double(), make(joint_views=True).double()
+    sizes: list[int] = []
+    together.query.backbone.conv1.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    for _ in range(2):
+        views = [s + torch.randn(B, 1, side, side, dtype=torch.float64) for s, side in enumerate([28, 28, 16, 16, 16])]
+        results = []
+        for pair in (apart, together):
+            pair.query.zero_grad()
+            queries, keys = pair.queries(views), pair.keys(views[:2])
+            sum((i + 1) * q[:, 0].sum() for i, q in enumerate(queries)).backward()
+            results.append([*queries, *keys, *(p.grad for p in pair.query.parameters()), *pair.buffers()])
+        # Embeddings leave the encoder in f32.
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert sizes == 2 * [2 * B, 3 * B]
+    assert int(together.query.backbone.bn1.num_batches_tracked) == 10
+    assert int(together.key.backbone.bn1.num_batches_tracked) == 4
+
+
+def test_views_in_evaluation_mode_pass_together_unchanged() -> None:
+    pair = make(joint_views=True).eval()
+    views = [images(), 3 + images()]
+    for view, embedding in zip(views, pair.queries(views)):
+        torch.testing.assert_close(pair.queries([view])[0], embedding)
+    assert int(pair.query.backbone.bn1.num_batches_tracked) == 0
+
+
+def test_a_batch_norm_of_another_kind_keeps_every_view_a_forward_of_its_own() -> None:
+    encoder = Encoder(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()), nn.Linear(784, C), joint_views=True)
+    assert not encoder.joint_views
+    encoder(images(), 3 + images())
+    assert int(encoder.backbone[0].num_batches_tracked) == 2
 
 
 def test_key_starts_as_a_copy_without_gradient(pair: EncoderPair) -> None:

@@ -92,3 +92,10 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         schedule(**settings)
     assert str(error.value) == line
+
+
+def test_a_warm_up_as_long_as_the_run_is_named(caplog) -> None:
+    Schedule(ScheduleConfig(warmup_epochs=3.0), lr=1.0, epochs=4, steps_per_epoch=2)
+    assert caplog.text == ""
+    Schedule(ScheduleConfig(warmup_epochs=4.0), lr=1.0, epochs=4, steps_per_epoch=2)
+    assert "schedule.warmup_epochs 4 leaves nothing of trainer.epochs 4" in caplog.text

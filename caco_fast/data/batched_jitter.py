@@ -1,0 +1,144 @@
+"""Colour jitter and grey of a whole batch, exact or fast, each image with parameters of its own.
+
+`exact` is torchvision's: brightness, contrast about the mean grey, saturation and the hue of HSV, in an order drawn for
+each image, clamped after every one of them. `fast` is one linear map of the colours for each image, clamped once: the
+same factors in a fixed order, with the hue turned by rotating the colours about the grey axis of the RGB cube. That is
+HSV's turn for thirds of the circle, and nearer to it between them than a rotation in YIQ.
+Pixels lie as [B, y, ch, x] in [0, 1].
+
+Legend: B views, ch channels, S slots of the colour jitter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws
+
+# ITU-R 601, as torchvision rounds it.
+_LUMINANCE = (0.2989, 0.587, 0.114)
+
+
+def by_hue_slot(draws: ViewDraws) -> tuple[np.ndarray, np.ndarray]:
+    """An order [B] of the views by the slot in which their hue shifts, and where each slot's ends, [S + 1].
+
+    Side by side, the images whose hue shifts in the same slot are a slice, and the others are left alone. Views without
+    such a slot come first, so entry 0 is their number.
+    """
+    slots = draws.order.shape[1]
+    shifts = (draws.order == HUE) & (draws.factors[:, [HUE]] != 0)  # [B, S]
+    slot = np.where(shifts.any(axis=1), shifts.argmax(axis=1), -1) if slots else np.full(len(draws.flip), -1)
+    return np.argsort(slot, kind="stable"), np.cumsum(np.bincount(slot + 1, minlength=slots + 1))
+
+
+def exact_table(draws: ViewDraws) -> np.ndarray:
+    """What `exact_jitter` needs of each view, as rows [1 + 3 (S + 1), B] float32.
+
+    The shift of the hue; then the coefficients of `blend`, for each slot of the jitter and for dropping the colour.
+    """
+    rows = [draws.factors[:, HUE]]
+    for operation in draws.order.T:  # [B]
+        factor = np.where(operation == HUE, 1.0, draws.factors[np.arange(len(operation)), operation])
+        rows += [factor, (operation == SATURATION) * (1 - factor), (operation == CONTRAST) * (1 - factor)]
+    rows += [~draws.grey, draws.grey, np.zeros_like(draws.grey)]
+    return np.stack(rows).astype(np.float32)
+
+
+def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.ndarray) -> None:
+    """Jitter and grey of pixels [B, y, ch, x], sorted by `by_hue_slot`, in place."""
+    hue, *blends = table  # each [B]
+    neutral = (draws.factors == (1, 1, 1, 0)).all(axis=1)
+    first = int(np.append(neutral, False).argmin())
+    for slot in range(draws.order.shape[1]):
+        start, stop = hue_ends[slot : slot + 2]
+        for part in (slice(first, max(first, start)), slice(stop, len(neutral))):
+            if part.start < part.stop:
+                blend_(pixels[part], *(row[part] for row in blends[3 * slot : 3 * slot + 3]))
+        if start < stop:
+            shift_hue_(pixels[start:stop], hue[start:stop])
+    if draws.grey.any():
+        blend_(pixels, *blends[-3:])
+
+
+def fast_table(draws: ViewDraws) -> np.ndarray:
+    """What `fast_jitter` needs of each view, as rows [10, B] float32: a matrix [3, 3] by rows, a weight of the mean.
+
+    Brightness, contrast, saturation, hue, grey; the last three leave grey as it is, so the mean's share passes them.
+    """
+    brightness, contrast, saturation = (_factor(draws, n)[:, None, None] for n in (BRIGHTNESS, CONTRAST, SATURATION))
+    luminance = np.tile(_LUMINANCE, (3, 1)) / sum(_LUMINANCE)  # [3, 3], each row the grey of a pixel
+    colours = _grey_axis_rotation(2 * np.pi * _factor(draws, HUE))
+    colours = colours @ (saturation * np.eye(3) + (1 - saturation) * luminance)  # [B, 3, 3]
+    colours = brightness * contrast * np.where(draws.grey[:, None, None], luminance @ colours, colours)
+    return np.concatenate([colours.reshape(-1, 9), (brightness * (1 - contrast))[:, :, 0]], axis=1).T.astype(np.float32)
+
+
+def _grey_axis_rotation(angle: np.ndarray) -> np.ndarray:
+    """Matrices [B, 3, 3] that turn red, green, blue by angle [B] about (1, 1, 1), red towards green (Rodrigues)."""
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    return cos * np.eye(3) + sin * cross + (1 - cos) / 3
+
+
+def _factor(draws: ViewDraws, operation: int) -> np.ndarray:
+    """The factor of an operation, [B], neutral where the recipe doesn't have it."""
+    neutral = 0.0 if operation == HUE else 1.0
+    return np.where((draws.order == operation).any(axis=1), draws.factors[:, operation], neutral)
+
+
+def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
+    """The linear map of each image's colours, and a weight times its mean grey on top, clamped to [0, 1]; a copy."""
+    batch, height, channels, width = pixels.shape
+    if channels == 1:
+        # Every row of the matrix sums to brightness * contrast.
+        scale = table[:3].sum(dim=0).view(-1, 1, 1, 1)
+        offset = (table[9] * pixels.mean(dim=(1, 2, 3))).view(-1, 1, 1, 1)
+        return torch.addcmul(offset, pixels, scale).clamp_(0, 1)
+    red, green, blue = pixels.mean(dim=(1, 3)).unbind(1)  # [B]
+    grey = _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
+    colours = table[:9].T.reshape(batch, 1, 3, 3).expand(-1, height, -1, -1)
+    return torch.matmul(colours, pixels).add_((table[9] * grey).view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def blend_(pixels: Tensor, keep: Tensor, own: Tensor, average: Tensor) -> None:
+    """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
+
+    Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0).
+    In place, and by operations of two operands, which are the ones that a CPU vectorises.
+    """
+    keep, own, average = (value[:, None, None, None] for value in (keep, own, average))
+    if pixels.shape[2] == 1:
+        mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+        pixels.mul_(keep + own).add_(average * mean).clamp_(0, 1)
+        return
+    red, green, blue = pixels.split(1, dim=2)  # [B, y, 1, x]
+    grey = (red * _LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
+    pixels.mul_(keep).add_(grey.mul_(own).add_(average * mean)).clamp_(0, 1)
+
+
+def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
+    """The hue of pixels [B, y, 3, x] in HSV turned by shift [B], in turns, in place.
+
+    With the hue h in sixths of a turn, V the largest and V - D the smallest of a pixel's channels, channel n is
+    V - D clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue. That is
+    V + D clamp(| |k - 5| - 3 | - 2, -1, 0) for any k from -1 to 11, which spares the mod: h is in [-1, 5).
+    """
+    red, green, blue = pixels.unbind(2)  # [B, y, x]
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    spread = torch.minimum(red, green)
+    torch.minimum(spread, blue, out=spread)
+    torch.sub(value, spread, out=spread)
+    # Where the spread is zero so are the differences below, and any hue will do.
+    divisor = spread.clamp_min(torch.finfo(torch.float32).tiny)
+    # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
+    hue = torch.lerp((blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4), (value - green).sign_())
+    hue = torch.lerp((green - blue).div_(divisor), hue, (value - red).sign_())
+    channel = torch.arange(5, 0, -2, device=pixels.device)  # red 5, green 3, blue 1
+    turned = (channel + 6 * shift[:, None]).remainder_(6).sub_(5)  # [B, 3]
+    amount = hue[:, :, None] + turned[:, None, :, None]  # k - 5, [B, y, 3, x]
+    amount.abs_().sub_(3).abs_().sub_(2).clamp_(-1, 0)
+    torch.addcmul(value[:, :, None], spread[:, :, None], amount, out=pixels)

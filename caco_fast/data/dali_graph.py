@@ -1,0 +1,113 @@
+"""Decoding and cropping by NVIDIA DALI: one graph, on a GPU or on the CPU.
+
+On the CPU the graph ends with the decoded images, and `crop_view` cuts and resizes them: torch's uint8 resize takes a
+sixth of the time of DALI's there, and is within one level of PIL's instead of six.
+
+The graph is a pure function of what it is fed: encoded files, and a box for each view. So it has no state that a
+resumed run would need, and a graph that broke is replaced by another.
+
+Legend: B images, V views of an image, ch channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+# Batches that DALI works on at a time.
+DEPTH = 2
+
+
+class DaliGraph:
+    """Decodes each image once and cuts all its views; up to `DEPTH` batches may be fed before one is collected."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        channels: int,
+        batch_size: int,
+        *,
+        threads: int,
+        device: torch.device,
+        crops: bool | None = None,
+    ) -> None:
+        """`sizes` [V]: side of each view in pixels; `threads` of the CPU work for it.
+
+        `crops`: whether the graph cuts and resizes, or gives whole images; None: on a GPU it does.
+        """
+        gpu = device.type == "cuda"
+        self.sizes, self.channels, self.device = list(sizes), channels, device
+        self.crops = gpu if crops is None else crops
+        self._pipe = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=(device.index if device.index is not None else torch.cuda.current_device()) if gpu else None,
+            prefetch_queue_depth=DEPTH,
+            exec_dynamic=True,
+            exec_pipelined=False,
+            seed=0,
+        )
+        with self._pipe:
+            encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+            image = fn.decoders.image(
+                encoded,
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB if channels == 3 else types.GRAY,
+                adjust_orientation=False,
+            )
+            outputs = [_crop(image, view) for view in range(len(self.sizes))] if self.crops else [image]
+            self._pipe.set_outputs(*outputs)
+        self._pipe.build()
+
+    def feed(self, files: Sequence[np.ndarray], boxes: Sequence[np.ndarray], flips: Sequence[np.ndarray]) -> None:
+        """Starts a batch: B files, each [bytes] uint8; for each view boxes [B, 4] in pixels and flips [B] bool."""
+        self._pipe.feed_input("encoded", list(files))
+        for view, (box, flip, size) in enumerate(zip(boxes, flips, self.sizes) if self.crops else ()):
+            # A negative extent mirrors.
+            extent = np.stack([np.full(len(flip), size), np.where(flip, -size, size)], axis=1)
+            self._pipe.feed_input(f"start{view}", np.ascontiguousarray(box[:, :2], dtype=np.int32))
+            self._pipe.feed_input(f"shape{view}", np.ascontiguousarray(box[:, 2:], dtype=np.int32))
+            self._pipe.feed_input(f"extent{view}", extent.astype(np.float32))
+        self._pipe.schedule_run()
+
+    def collect(self) -> list[Tensor]:
+        """Of the batch that was fed first: the crops, V tensors [B, s, s, ch] uint8 on the device; or B whole images.
+
+        Raises:
+            RuntimeError: DALI couldn't do it, for one of the files most likely; the graph can't be used any more.
+        """
+        outputs = self._pipe.share_outputs()
+        if self.crops:
+            tensors = [self._copied(crops.as_tensor()) for crops in outputs]
+        else:
+            tensors = [self._copied(image) for image in outputs[0]]
+        self._pipe.release_outputs()
+        return tensors
+
+    def _copied(self, source: object) -> Tensor:
+        tensor = torch.empty(source.shape(), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        return feed_ndarray(source, tensor, cuda_stream=stream)
+
+
+def crop_view(image: Tensor, box: np.ndarray, flip: bool, size: int) -> Tensor:
+    """The box [4] of an image [h, w, ch] uint8 on the CPU, resized as PIL does and flipped: [size, size, ch] uint8."""
+    top, left, height, width = box.tolist()
+    cut = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    resized = interpolate(cut, size=(size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return resized.flip(1) if flip else resized
+
+
+def _crop(image: object, view: int) -> object:
+    """Cut, then resized as PIL does: with a region of interest the filter would see the pixels around the box."""
+    start = fn.external_source(name=f"start{view}", ndim=1, dtype=types.INT32)
+    shape = fn.external_source(name=f"shape{view}", ndim=1, dtype=types.INT32)
+    extent = fn.external_source(name=f"extent{view}", ndim=1, dtype=types.FLOAT)
+    cut = fn.slice(image, start=start, shape=shape, axes=[0, 1])
+    return fn.resize(cut, size=extent, interp_type=types.INTERP_TRIANGULAR, antialias=True)

@@ -1,0 +1,275 @@
+"""The training loader by NVIDIA DALI: threads read ahead, DALI decodes, crops and resizes, batched views do the rest.
+
+Everything random is drawn on the host from (seed, epoch, index, view), and the order is that of every other loader. So
+there is no reader state: a batch can be made anew at any time, which is how a run goes on after a broken file, and in
+mid-epoch after a stop.
+
+Legend: N images of the training set, B images of this rank in one step, V views of an image, ch channels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caco_fast.data.batched_draws import ViewDraws, draw_views
+from caco_fast.data.batched_views import finish_crops
+from caco_fast.data.dali_graph import DEPTH, DaliGraph, crop_view
+from caco_fast.data.encoded import Encoded, prepare, through_pil
+from caco_fast.data.loader import Batch, draws_name, images_name
+from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
+from caco_fast.data.reading import BadImages
+from caco_fast.data.settings import DataConfig, ViewConfig
+from caco_fast.data.source import BadImageError, Source
+from caco_fast.errors import UserError
+
+# Threads that wait for files; they take no processor time to speak of.
+_READERS = 16
+# Values finished at a time by one thread on a CPU: as much as stays in its cache. A function of the view alone, so that
+# the pixels don't depend on the number of threads.
+_CPU_VALUES = 2 * 3 * 224 * 224
+
+
+@dataclass
+class _Flight:
+    """A batch on its way; it keeps its files until it has arrived."""
+
+    epoch: int
+    drawn: np.ndarray  # [B] int64: positions as drawn; all random numbers are theirs
+    held: np.ndarray  # [B] int64: positions as read
+    files: list[Encoded]  # B
+    draws: list[ViewDraws]  # V, each [B]
+
+
+class DaliLoader:
+    """Decodes once, cuts all views, finishes them in batches; see `TrainLoader` for what it gives.
+
+    The order of the images is that of the other loaders, the random numbers those of the memory loader. Views lie on
+    `device`, in channels_last. On the CPU they are the same, bit for bit, for any number of threads.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        views: Sequence[ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
+        self.draws = draws_name("batched", config.jitter)
+        self.images = images_name(source)
+        self._source, self._seed, self._jitter = source, seed, config.jitter
+        self._views = [view for view in views for _ in range(view.count)]
+        self._share = (batch_size, rank, world_size)
+        self._prefetch = config.prefetch
+        self._device = torch.device(device)
+        self._threads = max(1, config.worker_processes())
+        self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
+        # Positions that PIL decodes and DALI doesn't.
+        self._refused: set[int] = set()
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=self._device)
+            for values in (config.mean or source.mean, config.std or source.std)
+        )
+        self._graph: DaliGraph | None = None
+        self._readers: ThreadPoolExecutor | None = ThreadPoolExecutor(_READERS, "caco_fast reader")
+        # Each of the threads that finish views runs by itself; many threads in each would fight for the cores.
+        self._finishers = ThreadPoolExecutor(self._threads, "caco_fast views", torch.set_num_threads, (1,))
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    @property
+    def bad_images(self) -> dict[str, str]:
+        return self._bad.reasons
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        if self._readers is None:
+            raise RuntimeError("the loader is closed")
+        made = self._batches(epoch, first_step)
+        with ThreadPoolExecutor(1, "caco_fast loader") as thread:
+            try:
+                waiting = deque(thread.submit(next, made, None) for _ in range(self._prefetch))
+                while (batch := waiting.popleft().result()) is not None:
+                    waiting.append(thread.submit(next, made, None))
+                    yield self._handed_over(batch)
+            finally:
+                thread.shutdown(cancel_futures=True)
+                made.close()
+
+    def close(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
+            self._finishers.shutdown(cancel_futures=True)
+        self._readers = self._graph = None
+
+    def _handed_over(self, batch: Batch) -> Batch:
+        """The batch for the stream of the training step, which waits for that of the loader; the host doesn't."""
+        if self._stream is not None:
+            training = torch.cuda.current_stream(self._device)
+            training.wait_stream(self._stream)
+            for view in batch.views:
+                view.record_stream(training)
+        return batch
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        order = epoch_order(self._seed, epoch, len(self._source))
+        shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
+        reading: deque[tuple[np.ndarray, list[Future[Encoded | BadImageError]]]] = deque()
+        flying: deque[_Flight] = deque()
+        try:
+            while True:
+                while len(reading) < self._prefetch and (share := next(shares, None)) is not None:
+                    reading.append((share, [self._readers.submit(self._read, int(position)) for position in share]))
+                while reading and len(flying) < DEPTH:
+                    drawn, files = reading.popleft()
+                    flying.append(self._flight(epoch, drawn, [file.result() for file in files]))
+                    self._feed(flying)
+                if not flying:
+                    return
+                crops = self._collect(flying)
+                yield self._finished(flying.popleft(), crops)
+        finally:
+            if flying:
+                # What is in the graph would be taken for the next epoch's.
+                self._graph = None
+
+    def _read(self, position: int) -> Encoded | BadImageError:
+        known = self._bad.reasons.get(self._source.name(position))
+        if known is not None:
+            return BadImageError(known)
+        try:
+            data = self._source.encoded(position)
+            return through_pil(data) if position in self._refused else prepare(data)
+        except BadImageError as error:
+            return error
+
+    def _flight(self, epoch: int, drawn: np.ndarray, files: list[Encoded | BadImageError]) -> _Flight:
+        flight = _Flight(epoch, drawn, drawn.copy(), files, [])
+        for row, file in enumerate(files):
+            if isinstance(file, BadImageError):
+                self._replace(flight, row, file)
+        return self._with_draws(flight)
+
+    def _with_draws(self, flight: _Flight) -> _Flight:
+        size = np.array([(file.height, file.width) for file in flight.files]).T
+        flight.draws = [
+            draw_views(
+                config, *size, self._source.channels,
+                seed=self._seed, epoch=flight.epoch, index=flight.drawn, view=np.full(len(flight.drawn), number),
+            )
+            for number, config in enumerate(self._views)
+        ]  # fmt: skip
+        return flight
+
+    def _replace(self, flight: _Flight, row: int, error: BadImageError) -> None:
+        """Puts the next readable image, in the order of positions, into a bad one's slot; UserError past the limit."""
+        for _ in range(len(self._source)):
+            position = int(flight.held[row])
+            self._bad.add([(self._source.name(position), str(error))])
+            flight.held[row] = following = (position + 1) % len(self._source)
+            file = self._read(following)
+            if isinstance(file, Encoded):
+                flight.files[row] = file
+                return
+            error = file
+        raise UserError(f"none of the {len(self._source)} training images can be read; check data.path")
+
+    def _feed(self, flying: deque[_Flight]) -> None:
+        """Starts the newest batch, the others being under way."""
+        try:
+            self._start(flying if self._graph is None else [flying[-1]])
+        except (RuntimeError, IndexError) as error:
+            self._repair(flying, error)
+
+    def _collect(self, flying: deque[_Flight]) -> list[Tensor]:
+        while True:
+            try:
+                with torch.cuda.stream(self._stream):
+                    return self._graph.collect()
+            except RuntimeError as error:
+                self._repair(flying, error)
+
+    def _start(self, flights: Sequence[_Flight]) -> None:
+        if self._graph is None:
+            self._graph = self._new_graph([view.size for view in self._views], len(flights[0].files), self._threads)
+        for flight in flights:
+            boxes, flips = [draws.box for draws in flight.draws], [draws.flip for draws in flight.draws]
+            self._graph.feed([file.data for file in flight.files], boxes, flips)
+
+    def _new_graph(self, sizes: list[int], batch_size: int, threads: int) -> DaliGraph:
+        return DaliGraph(sizes, self._source.channels, batch_size, threads=threads, device=self._device)
+
+    def _repair(self, flying: deque[_Flight], error: Exception) -> None:
+        """Starts the batches again, in another graph and without the files that broke the last one.
+
+        DALI doesn't say which those are, so every file is tried by itself. One that PIL decodes stays, decoded by PIL.
+        Raises `error` where no file is to blame.
+        """
+        while True:
+            self._graph = None
+            if not any([self._without_refused(flight) for flight in flying]):
+                raise error
+            try:
+                return self._start(flying)
+            except (RuntimeError, IndexError) as another:
+                error = another
+
+    def _without_refused(self, flight: _Flight) -> bool:
+        """Whether DALI refused any of the files, all of which it has now accepted, replaced or had decoded by PIL."""
+        graph, found = None, False
+        whole, unflipped = np.zeros((1, 4), dtype=np.int64), np.zeros(1, dtype=bool)
+        for row, file in enumerate(flight.files):
+            graph = graph or self._new_graph([1], 1, 1)
+            whole[0, 2:] = file.height, file.width
+            try:
+                graph.feed([file.data], [whole], [unflipped])
+                graph.collect()
+            except RuntimeError:
+                graph, found = None, True
+                self._refused.add(int(flight.held[row]))
+                try:
+                    flight.files[row] = through_pil(file.data.tobytes())
+                except BadImageError as error:
+                    self._replace(flight, row, error)
+        if found:
+            self._with_draws(flight)
+        return found
+
+    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> Batch:
+        """The batch from what the graph gave: crops on a GPU, whole images on the CPU."""
+        finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
+        return Batch(finish(flight, pixels), torch.from_numpy(flight.held))
+
+    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.stream(self._stream):
+            return [
+                finish_crops(*view, self._mean, self._std, self._jitter)
+                for view in zip(crops, flight.draws, self._views)
+            ]
+
+    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> list[Tensor]:
+        channels, views, parts = self._source.channels, [], []
+        for number, config in enumerate(self._views):
+            shape = (len(images), channels, config.size, config.size)
+            views.append(torch.empty(shape, memory_format=torch.channels_last))
+            count = max(1, _CPU_VALUES // (config.size**2 * channels))
+            parts += [(number, slice(start, start + count)) for start in range(0, len(images), count)]
+
+        def finish(number: int, part: slice) -> None:
+            config, draws = self._views[number], flight.draws[number].take(part)
+            crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
+            views[number][part] = finish_crops(torch.stack(crops), draws, config, self._mean, self._std, self._jitter)
+
+        # As a list, so that an error in a thread is raised here.
+        list(self._finishers.map(finish, *zip(*parts)))
+        return [view.to(self._device, non_blocking=True) for view in views]

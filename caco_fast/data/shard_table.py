@@ -1,0 +1,246 @@
+"""Where each image lies in a tar of a WebDataset: found by reading the tar's headers once, and kept beside the shards.
+
+The tables of all shards of a directory are one file there; a shard that was written since is read again. Where the
+directory can't be written, the headers are read at every start.
+
+Legend: N images of a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from caco_fast.data.files import Names
+from caco_fast.errors import UserError
+
+log = logging.getLogger("caco_fast.data")
+
+CACHE = ".caco_fast_shards.npz"
+VERSION = 1
+IMAGES = ("jpg", "jpeg", "png")
+LABEL_KEYS = ("cls", "label")
+_BLOCK = 512
+_LISTED = 20
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """The images of one shard."""
+
+    names: Names  # N
+    offsets: np.ndarray  # [N] int64: of the first byte in the tar
+    lengths: np.ndarray  # [N] int64
+    labels: np.ndarray  # [N] int32, -1 without one
+
+
+class _Stamp(NamedTuple):
+    """What a shard's table is known to belong to."""
+
+    name: str
+    size: int
+    modified: int  # ns
+
+
+class _BrokenShard(Exception):
+    """The message is what is wrong with it."""
+
+
+def shard_tables(shards: Sequence[Path], cache: Path) -> list[ShardTable]:
+    """The table of each shard. UserError, which names them, where some are broken or compressed."""
+    stamps = [_stamp(shard, cache) for shard in shards]
+    known = _read_cache(cache / CACHE)
+    missing = [number for number, stamp in enumerate(stamps) if stamp not in known]
+    if missing:
+        log.info("reading the headers of %d shards in %s", len(missing), cache)
+    broken = []
+    for number in missing:
+        try:
+            known[stamps[number]] = read_headers(shards[number])
+        except _BrokenShard as error:
+            broken.append(f"{shards[number]}: {error}")
+    if broken:
+        more = [f"... and {len(broken) - _LISTED} more"] if len(broken) > _LISTED else []
+        first = f"{len(broken)} of {len(shards)} shards can't be used; fetch or write them again:"
+        raise UserError("\n  ".join([first, *broken[:_LISTED], *more]))
+    if missing:
+        _write_cache(cache / CACHE, known)
+    return [known[stamp] for stamp in stamps]
+
+
+def read_headers(shard: Path) -> ShardTable:
+    """Goes through the members of a tar without reading the images."""
+    names, offsets, lengths, labels = [], [], [], []
+    for members in _samples(shard):
+        image = next((member for suffix, member in members.items() if suffix in IMAGES), None)
+        if image is None:
+            continue
+        names.append(os.fsencode(image.name))
+        offsets.append(image.offset)
+        lengths.append(image.length)
+        labels.append(_label(members))
+    return ShardTable(
+        Names.of(names), np.array(offsets, np.int64), np.array(lengths, np.int64), np.array(labels, np.int32)
+    )
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    length: int
+    data: bytes | None  # of labels only
+
+
+def _samples(shard: Path) -> Iterator[dict[str, _Member]]:
+    """Members by suffix, for each run of members with one key. The key ends at the first dot of the file name."""
+    key, sample = "", {}
+    for member in _members(shard):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if not stem:
+            continue
+        if (folder, stem) != key:
+            if sample:
+                yield sample
+            key, sample = (folder, stem), {}
+        sample[suffix.lower()] = member
+    if sample:
+        yield sample
+
+
+def _members(shard: Path) -> Iterator[_Member]:
+    try:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            length = os.fstat(file.fileno()).st_size
+            while (member := archive.next()) is not None:
+                # tarfile keeps every member otherwise.
+                archive.members.clear()
+                if not member.isreg():
+                    continue
+                end = member.offset_data + member.size
+                if end > length or member.issparse():
+                    raise _BrokenShard(f"{member.name} goes on to byte {end}, the file ends at {length}")
+                data = None
+                if member.name.lower().endswith((".cls", ".json")):
+                    file.seek(member.offset_data)
+                    data = file.read(member.size)
+                yield _Member(member.name, member.offset_data, member.size, data)
+            # tarfile takes rubbish and a cut header for the end; a whole tar ends with a block of zeros.
+            file.seek(archive.offset)
+            if file.read(_BLOCK) != bytes(_BLOCK):
+                raise _BrokenShard(f"it breaks off at byte {archive.offset} of {length}")
+    except (OSError, tarfile.TarError) as error:
+        raise _BrokenShard(_reason(shard, error)) from error
+
+
+def _reason(shard: Path, error: Exception) -> str:
+    with suppress(OSError), open(shard, "rb") as file:
+        start = file.read(8)
+        for magic, name in _MAGIC.items():
+            if start.startswith(magic):
+                return f"it is compressed by {name}; no single image can be reached in it, decompress it"
+    return f"{type(error).__name__}: {error}"
+
+
+def _label(members: dict[str, _Member]) -> int:
+    """The label of a sample, -1 where it has none."""
+    if "cls" in members:
+        member = members["cls"]
+        found: object = member.data.decode("ascii", "replace").strip()
+    elif "json" in members:
+        member = members["json"]
+        try:
+            entries = json.loads(member.data)
+        except ValueError as error:
+            raise _BrokenShard(f"{member.name} is not JSON: {error}") from error
+        entries = entries if isinstance(entries, dict) else {}
+        found = next((entries[key] for key in LABEL_KEYS if key in entries), None)
+        if found is None:
+            return -1
+    else:
+        return -1
+    try:
+        label = int(str(found))
+    except ValueError:
+        label = -1
+    if not 0 <= label < 2**31:
+        raise _BrokenShard(f"{member.name} holds {str(found)[:40]!r}; wanted the class as a number from 0")
+    return label
+
+
+def _stamp(shard: Path, top: Path) -> _Stamp:
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise UserError(f"{shard} can't be read: {error.strerror}") from error
+    return _Stamp(os.path.relpath(shard, top), status.st_size, status.st_mtime_ns)
+
+
+def _read_cache(path: Path) -> dict[_Stamp, ShardTable]:
+    """What earlier runs found; nothing where the file is missing or damaged, as it can be made again."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if header["version"] != VERSION:
+                return {}
+            block, ends = stored["names"].tobytes(), stored["ends"]
+            offsets, lengths, labels = stored["offsets"], stored["lengths"], stored["labels"]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
+        return {}
+    tables, start = {}, 0
+    for *stamp, count in header["shards"]:
+        part = slice(start, start + count)
+        first = int(ends[start - 1]) if start else 0
+        last = int(ends[start + count - 1]) if count else first
+        names = Names(block[first:last], ends[part] - first)
+        tables[_Stamp(*stamp)] = ShardTable(names, offsets[part], lengths[part], labels[part])
+        start += count
+    return tables
+
+
+def _write_cache(path: Path, tables: dict[_Stamp, ShardTable]) -> None:
+    """Whole or not at all; ranks may write it at the same time."""
+    # One entry for each shard, that of its present state.
+    latest = {stamp.name: (stamp, table) for stamp, table in tables.items()}
+    chosen = list(latest.values())
+    header = {"version": VERSION, "shards": [[*stamp, len(table.labels)] for stamp, table in chosen]}
+    parts = [table for _, table in chosen]
+    starts = np.cumsum([0] + [len(table.names.block) for table in parts])
+    arrays = {
+        "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+        "names": np.frombuffer(b"".join(table.names.block for table in parts), dtype=np.uint8),
+        "ends": np.concatenate([table.names.ends + start for table, start in zip(parts, starts)]),
+        **{
+            name: np.concatenate([getattr(table, name) for table in parts]) for name in ("offsets", "lengths", "labels")
+        },
+    }
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            temporary = file.name
+            np.savez_compressed(file, **arrays)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.info("the table of the shards can't be kept in %s (%s); it is made at every start", path, error.strerror)
+        with suppress(OSError):
+            os.unlink(temporary)

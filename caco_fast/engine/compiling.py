@@ -1,0 +1,39 @@
+"""torch.compile of what a step computes: the encoders' forwards and the loss, with their gradients."""
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from caco_fast.errors import UserError
+from caco_fast.methods import Method
+from caco_fast.models import EncoderPair
+
+# The encoders' state_dict and the checkpoints stay as they are: the modules are compiled in place.
+OPTIONS = {"dynamic": False}
+
+
+def compile_step(encoders: EncoderPair, method: Method, device: torch.device, **options: Any) -> None:
+    """Compiles both encoders and the method's loss in place, at their first call; once for every shape of views.
+
+    `options` are torch.compile's.
+
+    Raises:
+        UserError: the compiler that torch.compile calls is not installed.
+    """
+    _require_compiler(device)
+    # DistributedDataParallel would have the graph cut at its buckets, which does not work across custom Functions, as
+    # BatchNorm over several ranks is one. Uncut, the gradients' averaging begins at the end of the backward pass.
+    torch._dynamo.config.optimize_ddp = False
+    for module in (encoders.query, encoders.key, *method.losses()):
+        module.compile(**{**OPTIONS, **options})
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("trainer.compile: on a GPU it needs triton, which is not installed; set it to off")
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"trainer.compile: on the CPU it needs a C++ compiler, found no {compiler}; set it to off")

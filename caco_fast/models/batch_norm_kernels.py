@@ -1,0 +1,104 @@
+"""The passes over the activations that BatchNorm over several ranks is made of: as formulas, and by torch's kernels.
+
+Both take x and dy as [S * B, C, ...] and per-segment values as [S, C], and leave the collectives to the caller.
+
+Legend: S segments (views) of a batch, B rows of each on this rank, C channels, n values per channel of a segment over
+all ranks; x input, dx and dy the gradients of input and output.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Formulas:
+    """Plain torch: on the CPU, and wherever torch.compile fuses it with what stands around it."""
+
+    @staticmethod
+    def moments(x: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and variance of this rank's values in `dtype`, [S, C] each."""
+        wide = x.to(dtype)
+        values = x.numel() // (segments * x.shape[1])
+        mean = _sum(wide, segments) / values
+        return mean, _sum((wide - _beside(mean, x)).square(), segments) / values
+
+    @staticmethod
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
+        """weight (x - mean) / sigma + bias, in the dtype of x."""
+        centred = x.to(mean.dtype) - _beside(mean, x)
+        return torch.addcmul(_beside(bias[None], x), centred, _beside(weight * inverse, x)).to(x.dtype)
+
+    @staticmethod
+    def sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+        """This rank's sums of dy and of dy (x - mean), [2, S, C]."""
+        wide, centred = dy.to(mean.dtype), x.to(mean.dtype) - _beside(mean, x)
+        return torch.stack([_sum(wide, len(mean)), _sum(wide * centred, len(mean))])
+
+    @staticmethod
+    def input_gradient(
+        dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, sums: Tensor, count: Tensor
+    ) -> Tensor:
+        """dx from the sums over all ranks [2, S, C] and n [S, 1]."""
+        mean_dy, mean_product = sums / count
+        centred = x.to(mean.dtype) - _beside(mean, x)
+        along = centred * _beside(mean_product * inverse.square(), x)
+        dx = (dy.to(mean.dtype) - _beside(mean_dy, x) - along) * _beside(weight * inverse, x)
+        return dx.to(dy.dtype)
+
+
+class CudaKernels:
+    """The kernels of torch's SyncBatchNorm, one call per segment. Its layouts: contiguous or channels_last."""
+
+    @staticmethod
+    def moments(x: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # The second value is 1 / sqrt(variance + eps); with eps 0 it would be 0 where a channel is constant.
+        found = [torch.batch_norm_stats(part, 1e-12) for part in _parts(x, segments)]
+        return torch.stack([mean for mean, _ in found]), torch.stack([inverse for _, inverse in found]).pow(-2)
+
+    @staticmethod
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
+        parts = _parts(x, len(mean))
+        if len(parts) == 1:
+            return torch.batch_norm_elemt(parts[0], weight, bias, mean[0], inverse[0], eps)
+        output = torch.empty_like(x, memory_format=_layout(x))
+        for part, out, m, i in zip(parts, output.chunk(len(mean)), mean, inverse):
+            torch.batch_norm_elemt(part, weight, bias, m, i, eps, out=out)
+        return output
+
+    @staticmethod
+    def sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+        segments = zip(_parts(dy, len(mean)), _parts(x, len(mean)), mean, inverse)
+        # Of what it can give only the two sums are wanted, which serve the input's gradient.
+        found = [torch.batch_norm_backward_reduce(d, p, m, i, None, True, False, False) for d, p, m, i in segments]
+        return torch.stack([torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])])
+
+    @staticmethod
+    def input_gradient(
+        dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, sums: Tensor, count: Tensor
+    ) -> Tensor:
+        segments = zip(_parts(dy, len(mean)), _parts(x, len(mean)), mean, inverse, *sums, count.to(torch.int32))
+        found = [torch.batch_norm_backward_elemt(d, p, m, i, weight, s, t, n) for d, p, m, i, s, t, n in segments]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def kernels_for(x: Tensor) -> type[Formulas] | type[CudaKernels]:
+    return CudaKernels if x.is_cuda and not torch.compiler.is_compiling() else Formulas
+
+
+def _sum(wide: Tensor, segments: int) -> Tensor:  # [S * B, C, ...] -> [S, C]
+    return wide.unflatten(0, (segments, -1)).sum([1, *range(3, wide.dim() + 1)])
+
+
+def _beside(values: Tensor, x: Tensor) -> Tensor:  # [S or 1, C] -> [S * B, C, 1, ...]
+    # By rows, and not x by segments: what a custom Function returns must not be a view, or a ReLU in place is refused.
+    segments, channels = values.shape
+    rows = values[:, None].expand(segments, len(x) // segments, channels).reshape(len(x), channels)
+    return rows.view(*rows.shape, *[1] * (x.dim() - 2))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _parts(x: Tensor, segments: int) -> tuple[Tensor, ...]:
+    return x.contiguous(memory_format=_layout(x)).chunk(segments)

@@ -1,0 +1,77 @@
+"""The DALI loader's views against torchvision's on the same parameters: the bounds of the table in docs/data.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+
+# Mean and largest difference in grey levels; PIL's own rounding after each of several operations is most of it.
+BOUNDS = {
+    "decode, crop, resize": (0.1, 2),
+    "the same by DALI alone, as on a GPU": (0.4, 16),
+    "flip": (0.1, 2),
+    "brightness": (0.7, 3),
+    "contrast about the mean grey": (0.7, 3),
+    "saturation": (0.7, 3),
+    "hue in HSV": (1.0, 30),
+    "jitter, exact: all four, in random order": (1.8, 40),
+    "grey": (0.4, 3),
+    "blur": (0.8, 4),
+    "solarise": (0.1, 255),
+    "view a, exact": (1.6, 40),
+    "view b, exact": (1.8, 255),
+    "small crop of 96, exact": (1.8, 40),
+}
+FAST = {"jitter, fast", "view a, fast", "view b, fast", "small crop of 96, fast"}
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("show_views")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight JPEG files of differing sizes: smooth shapes, edges and a little noise."""
+    generator, paths = np.random.default_rng(0), []
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (width, height) in enumerate([(500, 375), (375, 500), (333, 500), (640, 480), (250, 188)] * 2):
+        coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(float)
+        y, x = np.mgrid[0:height, 0:width]
+        inside = (y - height / 2) ** 2 + (x - width / 3) ** 2 < (height / 4) ** 2
+        pixels += inside[..., None] * generator.uniform(-80, 80, 3) + generator.normal(0, 4, pixels.shape)
+        paths.append(folder / f"{number}.JPEG")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=92)
+    return paths[:8]
+
+
+def test_every_operation_and_the_whole_view_are_torchvisions_within_bounds(
+    tool: ModuleType, pictures: list[Path]
+) -> None:
+    records, shown = tool.compare(pictures)
+    found = {record["operation"]: (record["mean"], record["max"]) for record in records}
+    assert found.keys() == BOUNDS.keys() | FAST
+    over = {name: found[name] for name, bounds in BOUNDS.items() if any(np.array(found[name]) > bounds)}
+    assert over == {}
+    # Fast is another jitter, but no other picture.
+    assert all(1 < found[name][0] < 12 for name in FAST)
+    assert tool.contact_sheet(shown, 2).size == (12 * 228, 2 * 228)
+
+
+def test_crops_are_distributed_as_torchvisions(tool: ModuleType) -> None:
+    assert all(found["p"] > 0.001 for found in tool.distributions())
+
+
+def test_the_test_of_distributions_sees_a_difference(tool: ModuleType) -> None:
+    generator = np.random.default_rng(0)
+    left, right = generator.uniform(0, 1, 5000), generator.uniform(0, 1, 5000)
+    assert tool.same_distribution(left, right)["p"] > 0.01
+    assert tool.same_distribution(left, right**1.2)["p"] < 0.001

@@ -1,0 +1,86 @@
+"""tools/train.py as several ranks over gloo, each a process that can be sent signals, without the cost of imports."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+
+from ranks import CONTEXT  # noqa: E402
+
+
+class Ranks:
+    """Running ranks; what they print goes to files in `folder`."""
+
+    def __init__(self, ranks: int, folder: Path, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = [folder / f"rank_{rank}.txt" for rank in range(ranks)]
+        self.processes: list[BaseProcess] = [
+            CONTEXT.Process(target=_become, args=(rank, ranks, port, path, arguments))
+            for rank, path in enumerate(self.output)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit status of each rank, -n if ended by signal n, None while it runs."""
+        return [process.exitcode for process in self.processes]
+
+    def running(self) -> bool:
+        return None in self.codes
+
+    def wait(self, seconds: float) -> float:
+        """Waits for all to end and returns how long that took; kills them and raises TimeoutError after `seconds`."""
+        begun = time.monotonic()
+        while self.running():
+            if time.monotonic() > begun + seconds:
+                codes = self.codes
+                for process in self.processes:
+                    process.kill()
+                raise TimeoutError(f"after {seconds} s the ranks' codes were {codes}:\n{self.said()}")
+            time.sleep(0.005)
+        return time.monotonic() - begun
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in self.output)
+
+
+def _become(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str, ...]) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    sys.argv = ["train.py", *arguments]
+    import train
+
+    from caco_fast import training
+
+    training.DistributedDataParallel = _with_lasting_buckets
+    train.leave(train.main())
+
+
+def _with_lasting_buckets(module: Any, **options: Any) -> Any:
+    """DistributedDataParallel that keeps the layout of its buckets, so that a resumed run can be equal bit for bit.
+
+    It lays them out anew after the first step of a process, upon which gloo sums three ranks' gradients in another
+    order; not where it looks for unused parameters.
+    """
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True")
+    return DistributedDataParallel(module, **{**options, "find_unused_parameters": True, "static_graph": False})

@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""Pairs per second of whole training steps, where their time goes, and what they are against other ways of doing it.
+
+    python tools/bench_train.py --config configs/quickstart.yaml                   on the device that the settings name
+    python tools/bench_train.py --config configs/... --batch 128 256 --seconds 60      a sweep of (global) batch sizes
+    torchrun --nproc-per-node=4 tools/bench_train.py --config configs/...              one point of a sweep of ranks
+    python tools/bench_train.py --table benchmarks/results/bench_train_cpu_1.json      the result as Markdown
+
+`key=value` arguments change settings for all variants, as in tools/train.py. Variants take turns, so that a disturbance
+meets all of them; the split is measured in steps of its own, which wait for the device after every phase. A pair is an
+image with all its views. Left out are the loader where data.path is not given, the released step on several ranks, and
+both it and MoCo where an image has other than two views. MoCo's queue is as long as CaCo's bank.
+
+The floor of memory traffic is that of a ResNet-50 in bf16 with two views of 224 px, query and key encoder, per pair:
+651 MB where BatchNorm and ReLU ride with the convolutions, 1,318 MB where each is a pass of its own.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Spinning OpenMP threads starve the loader, and everything else, on a machine whose cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import bench_bank_gpu
+import torch
+from PIL import Image
+from train_steps import PHASES, Phases, ReleasedStep, TrainerStep
+
+from caco_fast.benchmarking import ROOT, seconds, spread, write_result
+from caco_fast.config import Config, load_config, settings_of
+from caco_fast.distributed import barrier, rank, world_size
+from caco_fast.engine.launch import launched
+from caco_fast.errors import UserError
+
+RELEASED, MOCO, LOADED = "CaCo as released", "MoCo v2 symmetric", "CaCo, with the loader"
+# What each variant sets; the loader's is the first with real data.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "CaCo": (),
+    "CaCo, views apart": ("trainer.joint_views=off",),
+    "CaCo, views together": ("trainer.joint_views=on",),
+    "CaCo, compiled": ("trainer.compile=true", "trainer.joint_views=on"),
+    MOCO: ("method=moco", "moco.symmetric=true"),
+    LOADED: (),
+    RELEASED: (),
+}
+DEFAULTS = ("CaCo", "CaCo, views together", MOCO, LOADED, RELEASED)
+QUIET = ("evaluation.every_epochs=0", "evaluation.baselines=false", "evaluation.linear_probe=false")
+QUIET += ("run.tensorboard=false", "run.plain=true", "checkpoint.every_steps=0")
+FLOOR_MB = (651, 1318)
+
+Step = TrainerStep | ReleasedStep
+
+
+def with_placeholder(overrides: list[str], batch: int, folder: Path) -> list[str]:
+    """Settings for synthetic views of a configuration without data: a folder of one image under many names."""
+    classes = folder / "train" / "one"
+    if not classes.exists():
+        classes.mkdir(parents=True)
+        (folder / "val" / "one").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(classes / "0.png")
+        for number in range(1, batch):
+            (classes / f"{number}.png").hardlink_to(classes / "0.png")
+    return [*overrides, f"data.path={folder}", "data.workers=0"]
+
+
+def make(variant: str, path: Path, overrides: list[str], batch: int, device: torch.device, folder: Path) -> Step:
+    """The variant's step, built."""
+    settings = [*QUIET, *overrides, *VARIANTS[variant], f"trainer.batch_size={batch}"]
+    if lacks_data(load_config(path, overrides)):
+        settings = with_placeholder(settings, batch, folder / f"rank{rank()}_batch{batch}")
+    if variant == MOCO:
+        settings.append(f"moco.queue_size={load_config(path, settings).caco.bank_size}")
+    config = load_config(path, settings)
+    if variant == RELEASED:
+        return ReleasedStep(config, device)
+    return TrainerStep(config, folder / "run", device, synthetic=variant != LOADED)
+
+
+def lacks_data(config: Config) -> bool:
+    return config.data.source != "embedded" and not config.data.path
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The highest so far since `start_peak`: of the device's allocations, or of this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM")
+
+
+def start_peak(device: torch.device) -> int:
+    """What is held now, from which the next peak counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # Sets the high-water mark back to what is resident now.
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(
+    variants: list[str], batch: int, device: torch.device, options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """By variant: milliseconds a step over the rounds, pairs/s, the split, peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps, peaks = {}, {}
+        for variant in variants:
+            before = start_peak(device)
+            steps[variant] = make(variant, options.config, options.settings, batch, device, Path(folder))
+            for _ in range(options.warmup):
+                steps[variant]()
+            peaks[variant] = peak_bytes(device) - before
+        rounds: dict[str, list[float]] = {variant: [] for variant in variants}
+        splits = {variant: Phases(device) for variant in variants}
+        processor: dict[str, list[float]] = {variant: [] for variant in variants}
+        for _ in range(options.rounds):
+            for variant, step in steps.items():
+                barrier()
+                start = time.process_time()
+                rounds[variant].append(seconds(lambda s=step: [s() for _ in range(options.steps)], device))
+                processor[variant].append(time.process_time() - start)
+                step.split(splits[variant])
+        results = {}
+        for variant, step in steps.items():
+            times = spread([1000 * value / options.steps for value in rounds[variant]], 3)
+            split = splits[variant].seconds
+            names = (*PHASES, *sorted(set(split) - set(PHASES)))
+            results[variant] = {
+                "step_ms": times,
+                "pairs_per_s": round(1000 * batch / times["median"], 1),
+                "processor_ms": spread([1000 * value / options.steps for value in processor[variant]], 3),
+                "split_ms": {name: round(1000 * split[name] / options.rounds, 3) for name in names},
+                "peak_bytes": peaks[variant],
+            }
+            step.close()
+        return results
+
+
+def has_floor(config: Config) -> bool:
+    """Whether FLOOR_MB speaks of these settings."""
+    sides = [view.size for view in config.views for _ in range(view.count)]
+    return config.backbone.name == "resnet50" and config.trainer.precision == "bf16" and sides == [224, 224]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    settings, machine = record["settings"], record["machine"]
+    host = f"{machine['cpu']}, {settings['threads']} threads"
+    device = machine["gpus"][0] if settings["device"] != "cpu" else host
+    lines = [f"{settings['config']}: {settings['ranks']} x {device}, torch {record['versions']['torch']}", ""]
+    floor = any("share_of_copy" in point for point in record["results"])
+    heads = ["batch", "variant", "pairs/s", "step, ms (p20-p80)", "x released", *PHASES, "other", "peak MiB"]
+    lines += ["| " + " | ".join(heads + ["share of the copy's rate"] * floor) + " |"]
+    lines += ["|--:|---|" + "--:|" * (len(heads) - 2 + floor)]
+    for point in record["results"]:
+        released = point["variants"].get(RELEASED)
+        for variant, result in point["variants"].items():
+            step = result["step_ms"]
+            ratio = f"{released['step_ms']['median'] / step['median']:.2f}" if released else ""
+            cells = [str(point["batch"]), variant, f"{result['pairs_per_s']:,.0f}"]
+            cells += [f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})", ratio]
+            cells += [f"{result['split_ms'].get(name, 0):.1f}" for name in (*PHASES, "other")]
+            cells.append(f"{result['peak_bytes'] / 2**20:,.0f}")
+            if floor:
+                shares = point["share_of_copy"].get(variant)
+                cells.append(f"{100 * shares[0]:.0f}-{100 * shares[1]:.0f} %" if shares else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with settings; see configs/")
+    parser.add_argument("--batch", type=int, nargs="+", help="global batch sizes; by default that of the settings")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of every variant, after the warm-up")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further batch size after this time")
+    parser.add_argument("--output", type=Path, help="default benchmarks/results/bench_train_<device>_<ranks>.json")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("steps", "rounds", "warmup"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: found {getattr(options, name)}, wanted 1 or more")
+    if not (options.config or options.table):
+        parser.error("want --config FILE, or --table JSON")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.table:
+        if not options.table.is_file():
+            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
+        print(table(json.loads(options.table.read_text())))
+        return
+    config = load_config(options.config, options.settings)
+    start, results = time.monotonic(), []
+    with launched(config.trainer) as device:
+        left_out = set()
+        if lacks_data(config):
+            left_out.add(LOADED)
+        if world_size() > 1:
+            left_out.add(RELEASED)
+        if sum(view.count for view in config.views) != 2:
+            left_out |= {RELEASED, MOCO}
+        variants = [variant for variant in options.variants or DEFAULTS if variant not in left_out]
+        ceiling = None
+        if device.type == "cuda" and has_floor(config):
+            ceiling = bench_bank_gpu.ceilings(bench_bank_gpu.Timer(str(device)), str(device))["copy_gb_per_s"]
+        for batch in options.batch or [config.trainer.batch_size]:
+            if time.monotonic() - start > options.seconds:
+                break
+            found = measure(variants, batch, device, options)
+            point: dict[str, Any] = {"batch": batch, "variants": found}
+            if ceiling is not None:
+                per_rank = {name: result["pairs_per_s"] / world_size() for name, result in found.items()}
+                point["copy_gb_per_s"] = ceiling
+                point["share_of_copy"] = {
+                    name: [round(pairs * megabytes / 1000 / ceiling, 4) for megabytes in FLOOR_MB]
+                    for name, pairs in per_rank.items()
+                    if name != RELEASED  # which is not in bf16
+                }
+            results.append(point)
+            if rank() == 0:
+                _write(options, config, device, results)
+
+
+def _write(options: argparse.Namespace, config: Config, device: torch.device, results: list[dict[str, Any]]) -> None:
+    """After every batch size, so that an end by force keeps those before."""
+    output = options.output or ROOT / "benchmarks" / "results" / f"bench_train_{device.type}_{world_size()}.json"
+    name = options.config.resolve()
+    settings = {
+        "config": str(name.relative_to(ROOT)) if name.is_relative_to(ROOT) else name.name,
+        "overrides": options.settings,
+        "resolved": settings_of(config),
+        "device": device.type,
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "variants": {variant: list(VARIANTS[variant]) for variant in results[0]["variants"]},
+        "floor_mb_per_pair": FLOOR_MB,
+    }
+    path = write_result(output, settings=settings, results=results)
+    print(table(json.loads(path.read_text())))
+    print(f"\nwritten to {path}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

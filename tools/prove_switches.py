@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Whether the switches of a step change its losses by more than rounding does: 50 steps at one seed, with and without.
+
+    python tools/prove_switches.py [--switches views compile] [--precision f32 bf16] [key=value ...]
+    python tools/prove_switches.py --table benchmarks/results/prove_switches_cpu.json     the result as Markdown
+
+What rounding does is measured: the same run twice more, from weights of which each is moved by one unit in the last
+place of f32. Training makes such a difference grow. A switch is equal where at every step the losses differ by at most
+FACTOR times the largest difference that the moved runs have shown so far. The settings are those of the quickstart at a
+small batch, and `key=value` changes them. The status is 1 if a switch is not equal.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from caco_fast.benchmarking import ROOT, write_result
+from caco_fast.config import Config, load_config
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.launch import launched
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.errors import UserError
+from caco_fast.training import build_trainer
+
+STEPS, FACTOR, MOVED_RUNS = 50, 4.0, 2
+# Below this a relative difference of losses is rounding of the loss itself.
+LEAST = 2.0**-21
+SETTINGS = (
+    "trainer.batch_size=64",
+    "caco.warm_start_steps=8",
+    "trainer.joint_views=off",
+    "trainer.log_every=1",
+    "evaluation.every_epochs=0",
+    "evaluation.baselines=false",
+    "evaluation.linear_probe=false",
+    "run.tensorboard=false",
+    "run.plain=true",
+)
+SWITCHES = {
+    "views": ("trainer.joint_views=on",),
+    "compile": ("trainer.compile=true",),
+    "both": ("trainer.joint_views=on", "trainer.compile=true"),
+}
+
+
+def losses(config: Config, moved: int = 0) -> list[float]:
+    """Of every step. `moved`: seed of the signs by which weights are moved one unit; 0: not at all."""
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder, launched(config.trainer) as device:
+        run = RunFolder(Path(folder))
+        trainer = build_trainer(config, run, CheckpointStore(run.checkpoints, keep=1), device)
+        if moved:
+            move(trainer.encoders.query.parameters(), moved)
+            trainer.encoders.copy_query_to_key()
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+        return [line["loss"] for line in read_metrics(run.path)]
+
+
+@torch.no_grad()
+def move(parameters: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        up = torch.randint(2, parameter.shape, generator=generator).to(parameter.device)
+        ends = [torch.full_like(parameter, end) for end in (-torch.inf, torch.inf)]
+        parameter.copy_(torch.where(up == 1, *[torch.nextafter(parameter, end) for end in ends]))
+
+
+def differences(found: Sequence[float], wanted: Sequence[float]) -> list[float]:
+    """Relative, step by step."""
+    if len(found) != len(wanted):
+        raise ValueError(f"{len(found)} losses beside {len(wanted)}")
+    return [abs(a - b) / abs(b) for a, b in zip(found, wanted)]
+
+
+def judge(found: Sequence[float], wanted: Sequence[float], moved: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Whether `found` differs from `wanted` no more than FACTOR times what the moved runs do up to the same step."""
+    by_switch = differences(found, wanted)
+    by_rounding = [differences(losses, wanted) for losses in moved]
+    allowed, largest = [], LEAST
+    for step in range(len(wanted)):
+        largest = max(largest, *(run[step] for run in by_rounding))
+        allowed.append(FACTOR * largest)
+    return {
+        "equal": all(difference <= bound for difference, bound in zip(by_switch, allowed)),
+        "largest_difference": max(by_switch),
+        "largest_by_rounding": max(max(run) for run in by_rounding),
+        "closest_to_bound": max(difference / bound for difference, bound in zip(by_switch, allowed)),
+        "losses": list(found),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["| precision | switch | equal | largest difference | by rounding alone |", "|---|---|---|--:|--:|"]
+    for precision, found in record["results"].items():
+        for switch, result in found["switches"].items():
+            cells = [precision, switch, "yes" if result["equal"] else "NO"]
+            cells += [f"{result['largest_difference']:.1e}", f"{result['largest_by_rounding']:.1e}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", help="YAML file")
+    parser.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="those to prove")
+    parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="those to prove them in")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, help="default benchmarks/results/prove_switches_<device>.json")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    options = parser.parse_intermixed_args(arguments)
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return 0
+    common = [*SETTINGS, f"trainer.max_steps={options.steps}", *options.settings]
+    results: dict[str, Any] = {}
+    for precision in options.precision:
+        of_precision = [*common, f"trainer.precision={precision}"]
+        plain = load_config(options.config, of_precision)
+        wanted = losses(plain)
+        moved = [losses(plain, seed + 1) for seed in range(MOVED_RUNS)]
+        results[precision] = {"losses": wanted, "moved_losses": moved, "switches": {}}
+        for switch in options.switches:
+            found = losses(load_config(options.config, [*of_precision, *SWITCHES[switch]]))
+            results[precision]["switches"][switch] = judged = judge(found, wanted, moved)
+            print(precision, switch, "is equal" if judged["equal"] else "is NOT equal", flush=True)
+    device = "cuda" if plain.trainer.device != "cpu" and torch.cuda.is_available() else "cpu"
+    output = options.output or ROOT / "benchmarks" / "results" / f"prove_switches_{device}.json"
+    settings = {"config": options.config.name, "settings": common, "factor": FACTOR, "device": device}
+    settings["switches"] = {switch: list(SWITCHES[switch]) for switch in options.switches}
+    path = write_result(output, settings=settings, results=results)
+    print(table(json.loads(path.read_text())))
+    print(f"written to {path}")
+    return 0 if all(s["equal"] for found in results.values() for s in found["switches"].values()) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,206 @@
+"""Training steps to compare: the trainer's own, with its time split, and CaCo's as its authors released it.
+
+Legend: B images, K bank rows, C channels.
+"""
+
+import copy
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from caco_fast.benchmarking import synchronize
+from caco_fast.config import Config
+from caco_fast.data import Batch
+from caco_fast.data.build import build_source
+from caco_fast.distributed import world_size
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.models import build_backbone, build_projector
+from caco_fast.models.backbone import feature_width
+from caco_fast.optim import build_optimizer, peak_lr
+from caco_fast.training import build_trainer
+
+PHASES = ("data wait", "forward", "loss + bank", "backward", "optimiser", "EMA")
+RATES = dict(key_momentum=0.99, warmup=1.0)
+
+
+class Phases:
+    """Seconds by phase; those of a phase within another count for the inner one alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self._open: list[str] = []
+        self._mark = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._switch(lambda: self._open.append(name))
+        try:
+            yield
+        finally:
+            self._switch(self._open.pop)
+
+    def _switch(self, change: Callable[[], object]) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._mark
+        change()
+        self._mark = now
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self(name):
+                return function(*arguments, **options)
+
+        return call
+
+
+class TrainerStep:
+    """Steps of the trainer that a configuration builds, on the loader's batches or on one synthetic batch."""
+
+    def __init__(self, config: Config, folder: Path, device: torch.device, synthetic: bool) -> None:
+        run = RunFolder(folder)
+        self.trainer: Trainer = build_trainer(config, run, CheckpointStore(run.checkpoints, keep=1), device)
+        self.trainer.encoders.train()
+        self.trainer.method.train()
+        self.rates = Rates(lr=self.trainer.schedule.lr, **RATES)
+        self.batches = itertools.repeat(synthetic_batch(config, device)) if synthetic else self._loaded()
+
+    def _loaded(self) -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from self.trainer.loader.batches(epoch)
+
+    def __call__(self) -> None:
+        self.trainer._step(next(self.batches), self.trainer.method, self.rates)
+        # The run's log lines empty it; here nothing reads it.
+        self.trainer._interval.clear()
+
+    def split(self, phases: Phases) -> None:
+        """One step, its phases timed by waiting for the device at each end: the whole is slower than a step."""
+        trainer, backward = self.trainer, torch.Tensor.backward
+        parts = [
+            (trainer.encoders, "queries", "forward"),
+            (trainer.encoders, "keys", "forward"),
+            (trainer.encoders, "advance_key", "EMA"),
+            (trainer.method, "update", "loss + bank"),
+            (trainer.optimizer, "step", "optimiser"),
+        ]
+        try:
+            for owner, name, phase in parts:
+                setattr(owner, name, phases.timed(phase, getattr(owner, name)))
+            torch.Tensor.backward = phases.timed("backward", backward)
+            with phases("data wait"):
+                batch = next(self.batches)
+            with phases("other"):
+                trainer._step(batch, phases.timed("loss + bank", trainer.method), self.rates)
+        finally:
+            torch.Tensor.backward = backward
+            for owner, name, _ in parts:
+                owner.__dict__.pop(name, None)
+        trainer._interval.clear()
+
+    def close(self) -> None:
+        self.trainer.close()
+
+
+class ReleasedStep:
+    """CaCo's step as released: f32, four separate forwards, the EMA parameter by parameter, similarities of both views
+    with the whole bank kept as [B, K], the bank's gradient as [K, C], and the loss read by the host at every step.
+
+    Convolutions may use TF32, torch's default. With one rank only, on one synthetic batch.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(config.trainer.seed)
+        backbone = build_backbone(config.backbone, build_source(config.data, "train").channels)
+        head = build_projector(config.projector, feature_width(backbone))
+        self.query = nn.Sequential(backbone, head).to(device)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.settings = config.caco
+        # The released code keeps the bank as [C, K]; its products are the same.
+        self.bank = normalize(torch.randn(config.caco.bank_size, config.projector.dim), dim=1).to(device)  # [K, C]
+        self.velocity = torch.zeros_like(self.bank)
+        lr = peak_lr(config.optimizer, config.trainer.batch_size)
+        self.optimizer = build_optimizer(config.optimizer, self.query.parameters(), config.trainer.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.views = [view.contiguous() for view in synthetic_batch(config, device).views[:2]]
+        self.losses: list[float] = []
+
+    def __call__(self) -> None:
+        self.split(None)
+
+    def split(self, phases: Phases | None) -> None:
+        within = phases or _untimed
+        with within("other"), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            with within("forward"):
+                queries = [normalize(self.query(view), dim=1) for view in self.views]  # [B, C] each
+            with within("EMA"), torch.no_grad():
+                for key, query in zip(self.key.parameters(), self.query.parameters()):
+                    key.data = key.data * RATES["key_momentum"] + query.data * (1 - RATES["key_momentum"])
+            with within("forward"), torch.no_grad():
+                keys = [normalize(self.key(view), dim=1) for view in self.views]
+            with within("loss + bank"):
+                loss, similarities, positives = self._loss(queries, keys)
+            with within("backward"):
+                self.optimizer.zero_grad()
+                loss.backward()
+            with within("optimiser"):
+                self.optimizer.step()
+            with within("loss + bank"):
+                self._update_bank([query.detach() for query in queries], similarities, positives)
+                self.losses.append(loss.item())
+
+    def _loss(self, queries: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        unit = normalize(self.bank, dim=1)
+        with torch.no_grad():
+            # The positive of a view's query is the row most similar to the other view's key.
+            positives = [(key @ unit.T).argmax(dim=1) for key in reversed(keys)]  # [B] each
+        similarities = [query @ unit.T for query in queries]  # [B, K] each
+        temperature = self.settings.temperature
+        loss = sum(cross_entropy(s / temperature, positive) for s, positive in zip(similarities, positives))
+        return loss, [s.detach() for s in similarities], positives
+
+    @torch.no_grad()
+    def _update_bank(self, queries: list[Tensor], similarities: list[Tensor], positives: list[Tensor]) -> None:
+        """methods.md, section 1: coefficients [B, K], gradient [K, C], momentum, step."""
+        length = self.bank.norm(dim=1, keepdim=True)
+        unit, temperature = self.bank / length, self.settings.bank_temperature
+        gradient = torch.zeros_like(self.bank)
+        for query, similarity, positive in zip(queries, similarities, positives):
+            pull = torch.softmax(similarity / temperature, dim=1)
+            rows = torch.arange(len(query), device=query.device)
+            pull[rows, positive] = 1 - pull[rows, positive]
+            tangent = pull.T @ query - (pull * similarity).sum(dim=0)[:, None] * unit
+            gradient -= tangent / (temperature * length * len(query))
+        self.velocity.mul_(self.settings.bank_momentum).add_(gradient)
+        self.bank.sub_(self.settings.bank_lr * self.velocity)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _untimed(name: str) -> Iterator[None]:
+    yield
+
+
+def synthetic_batch(config: Config, device: torch.device) -> Batch:
+    """This rank's share of a batch of normally distributed views, of the configured sizes, on the device."""
+    generator = torch.Generator().manual_seed(config.trainer.seed)
+    images, channels = config.trainer.batch_size // world_size(), build_source(config.data, "train").channels
+    sides = [view.size for view in config.views for _ in range(view.count)]
+    views = [torch.randn(images, channels, side, side, generator=generator) for side in sides]
+    views = [view.to(device, memory_format=torch.channels_last) for view in views]
+    return Batch(views, torch.arange(images))
