@@ -251,7 +251,7 @@ class DaliLoader:
         return found
 
     def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, torch.cuda.Event | None]:
-        """The batch from what the graph gave (crops on a GPU, whole images on the CPU), and when it is ready on a GPU."""
+        """The batch of what the graph gave: crops on a GPU, else whole images; and an event for when a GPU has it."""
         finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
         batch = Batch(finish(flight, pixels), torch.from_numpy(flight.held))
         return batch, self._stream.record_event() if self._stream is not None else None
@@ -274,7 +274,8 @@ class DaliLoader:
         def finish(number: int, part: slice) -> None:
             config, draws = self._views[number], flight.draws[number].take(part)
             crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
-            views[number][part] = finish_crops(torch.stack(crops), draws, config, self._mean, self._std, self._jitter)
+            constant = (config, self._mean, self._std, self._jitter)
+            finish_crops(torch.stack(crops), draws, *constant, out=views[number][part])
 
         # As a list, so that an error in a thread is raised here.
         list(self._finishers.map(finish, *zip(*parts)))
