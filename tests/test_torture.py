@@ -18,10 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "engine"))
 from tiny_run import config  # noqa: E402
 
-LOADERS = ["torchvision"]
-# What a loader can't decode of the odd files.
-ALSO_BAD: dict[str, tuple[str, ...]] = {"torchvision": ()}
+LOADERS = ["torchvision", "dali"]
 EPOCHS = 2
+
+
+@pytest.fixture(params=LOADERS)
+def loader(request: pytest.FixtureRequest) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    return request.param
 
 
 @pytest.fixture
@@ -52,20 +57,18 @@ def train_on_rank(images: str, folder: str, settings: list[str]) -> dict[str, An
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("loader", LOADERS)
 def test_trains_over_everything_and_names_what_is_bad(images: Path, tmp_path: Path, loader: str, ranks: int) -> None:
     run = tmp_path / "run"
     summaries = run_ranks(train_on_rank, ranks, str(images), str(run), overrides(loader, limit=0.5))
-    bad = BAD + ALSO_BAD[loader]
     steps = EPOCHS * ((GOOD + len(BAD) + len(ODD)) // 8)
     summary = summaries[0]
-    assert summary["finished"] and summary["bad_images"] == len(bad)
+    assert summary["finished"] and summary["bad_images"] == len(BAD)
     assert summary["steps"] - summary["initialisation_steps"] == steps
     reasons: dict[str, set[str]] = {}
     for log in run.glob("log*.txt"):
         for name, reason in re.findall(r"bad image .*/train/\w+/\d+_(\w+)\.JPEG: (.+)", log.read_text()):
             reasons.setdefault(name, set()).add(reason)
-    assert set(reasons) == set(bad)
+    assert set(reasons) == set(BAD)
     assert any("ermission" in reason for reason in reasons["closed"])
     assert all("No such file" in reason for reason in reasons["vanished"])
     # Those of evaluation are named too.
@@ -83,7 +86,6 @@ def stopped_line(images: str, folder: str, settings: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("loader", LOADERS)
 def test_over_the_limit_the_run_stops_with_the_list(images: Path, tmp_path: Path, loader: str, ranks: int) -> None:
     with pytest.raises(AssertionError, match=r"exit codes of the ranks: \[.*\b2\b.*\]"):
         run_ranks(stopped_line, ranks, str(images), str(tmp_path / "run"), overrides(loader, limit=2 / 48))

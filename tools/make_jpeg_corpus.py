@@ -62,6 +62,7 @@ BITS_PER_PIXEL, SPREAD, LEAST_BITS, MOST_BITS = 4.2, 0.45, 1.0, 12.0  # median a
 SUBSAMPLED = 0.7  # share of 4:2:0, the rest being 4:4:4
 LONGEST = 3000  # pixels of a photograph's longer side; larger ones are reduced first
 LEAST_SIDE = 600
+MOST_ALIKE = 4  # bits of 64 in which the likenesses of two photographs may differ to count as one
 VAL_SHARE = 0.1
 
 console = Console(highlight=False, soft_wrap=True)
@@ -186,7 +187,7 @@ def write_corpus(paths: Sequence[Path], output: Path, images: int, seed: int) ->
 
 def _photographs(paths: Iterator[Path]) -> Iterator[Path]:
     """Those that are large, opaque, colourful and textured enough for photographs, and no near copies of others."""
-    seen: set[bytes] = set()
+    seen: list[int] = []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -204,9 +205,10 @@ def _photographs(paths: Iterator[Path]) -> Iterator[Path]:
         detail = np.abs(np.diff(np.asarray(grey, dtype=np.float32), axis=1)).mean()
         # Whether each pixel of a 9 x 8 thumbnail is darker than the next: the same for one picture in many sizes.
         thumbnail = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(int)
-        likeness = np.packbits(thumbnail[:, 1:] > thumbnail[:, :-1]).tobytes()
-        if not transparent and colours >= 250 and detail > 3 and likeness not in seen:
-            seen.add(likeness)
+        likeness = int.from_bytes(np.packbits(thumbnail[:, 1:] > thumbnail[:, :-1]).tobytes(), "big")
+        like_another = any((likeness ^ other).bit_count() <= MOST_ALIKE for other in seen)
+        if not transparent and colours >= 250 and detail > 3 and not like_another:
+            seen.append(likeness)
             yield path
 
 

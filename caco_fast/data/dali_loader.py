@@ -22,7 +22,7 @@ from caco_fast.data.batched_draws import ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
 from caco_fast.data.dali_graph import DEPTH, DaliGraph, crop_view
 from caco_fast.data.encoded import Encoded, prepare, through_pil
-from caco_fast.data.loader import Batch, draws_name
+from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.reading import BadImages
 from caco_fast.data.settings import DataConfig, ViewConfig
@@ -68,6 +68,7 @@ class DaliLoader:
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
+        self.images = images_name(source)
         self._source, self._seed, self._jitter = source, seed, config.jitter
         self._views = [view for view in views for _ in range(view.count)]
         self._share = (batch_size, rank, world_size)

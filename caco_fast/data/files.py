@@ -5,6 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,9 @@ class Names:
     def __getitem__(self, index: int) -> bytes:
         return self.block[self.ends[index - 1] if index else 0 : self.ends[index]]
 
+    def hash(self) -> str:
+        return hashlib.sha256(self.ends.astype("<i8").tobytes() + self.block).hexdigest()
+
     def take(self, chosen: np.ndarray) -> Names:
         """Some of the names, by position, [M] -> M names."""
         return Names.of(self[index] for index in chosen.tolist())
@@ -79,6 +83,9 @@ class FileSource:
 
     def name(self, index: int) -> str:
         return str(self.root / self.names[index].decode("utf-8", "backslashreplace"))
+
+    def list_hash(self) -> str:
+        return self.names.hash()
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])

@@ -130,7 +130,7 @@ class IndexSource(FileSource):
         stored_root, index = read_index(file, split)
         top = Path(root).expanduser() if root else file.parent / stored_root
         super().__init__(Path(os.path.normpath(top / index.folder)), index.names, index.labels, index.classes)
-        self._sizes, self._bytes, self.list_hash = index.sizes, index.bytes, index.list_hash()
+        self._sizes, self._bytes = index.sizes, index.bytes
         self._check_root(file, "data.root" if root else "the index")
 
     def image(self, index: int) -> Image.Image:

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from caco_fast.data.source import Source
+
 
 @dataclass
 class Batch:
@@ -31,6 +33,8 @@ class TrainLoader(Protocol):
 
     # What kind of random numbers makes the views: a run can't change it in mid-epoch. See `draws_name`.
     draws: str
+    # Which images there are, in which order; a run can't change that in mid-epoch either. See `images_name`.
+    images: str
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -56,3 +60,8 @@ class TrainLoader(Protocol):
 def draws_name(kind: str, jitter: str) -> str:
     """A name for what decides the views beside seed and recipe: the kind of draws, and how the jitter is computed."""
     return f"{kind} draws, {jitter} jitter"
+
+
+def images_name(source: Source) -> str:
+    """A name for the list of images that the positions of an epoch refer to."""
+    return f"{len(source)} images, list {source.list_hash()[:8]}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from caco_fast.data.batched_draws import draw_views
 from caco_fast.data.batched_views import make_views
-from caco_fast.data.loader import Batch, draws_name
+from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.reading import BadImages
 from caco_fast.data.settings import DataConfig, ViewConfig
@@ -50,6 +50,7 @@ class MemoryLoader:
         """Decodes the whole set. UserError where it is too large, of mixed sizes, or has too many unreadable images."""
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
+        self.images = images_name(source)
         self._views, self._seed, self._jitter = list(views), seed, config.jitter
         self._share = (batch_size, rank, world_size)
         self._device = torch.device(device)

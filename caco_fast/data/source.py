@@ -5,6 +5,7 @@ Legend: N images, h x w pixels, ch channels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Source(Protocol):
         """What to call the image in a log line."""
         ...
 
+    def list_hash(self) -> str:
+        """Another one for other images, or the same in another order; the same wherever they lie."""
+        ...
+
 
 @dataclass(frozen=True)
 class ArraySource:
@@ -79,6 +84,9 @@ class ArraySource:
 
     def name(self, index: int) -> str:
         return f"{self.title} image {index}"
+
+    def list_hash(self) -> str:
+        return hashlib.sha256(f"{self.title} {self.images.shape}".encode()).hexdigest()
 
 
 def as_pil(image: Image.Image | np.ndarray) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from caco_fast.data.loader import Batch, draws_name
+from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.reading import BadImages, RawBatch, ViewBatches, as_is, leave_interrupts_to_the_trainer
 from caco_fast.data.settings import DataConfig, ViewConfig
@@ -54,6 +54,7 @@ class TorchvisionLoader:
                 f"data.jitter={config.jitter} needs data.loader=dali or memory; the torchvision loader is exact"
             )
         self.draws = draws_name("torchvision", config.jitter)
+        self.images = images_name(source)
         self._length, self._batch_size, self._seed = len(source), batch_size, seed
         self._rank, self._world_size = rank, world_size
         self._device = torch.device(device)

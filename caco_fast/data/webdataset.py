@@ -84,6 +84,10 @@ class WebDatasetSource:
         """The shard and the member's name in it, `train-000.tar:0001.jpg`."""
         return f"{self._shards[self._shard[index]]}:{self._names[index].decode('utf-8', 'backslashreplace')}"
 
+    def list_hash(self) -> str:
+        # The shards are sorted, so their contents in order are the list, whatever they are called.
+        return self._names.hash()
+
     def _classes(self, top: Path) -> list[str]:
         """Names of the classes from a file beside the shards, else their numbers; [] where no image has a label."""
         unlabelled = np.flatnonzero(self._labels < 0)

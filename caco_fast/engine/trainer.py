@@ -353,6 +353,7 @@ class Trainer:
                 "batch_size": self.config.batch_size,
                 "seed": self.config.seed,
                 "draws": self.loader.draws,
+                "images": self.loader.images,
             },
             "encoders": self.encoders.state_dict(),
             "method": self.method.state_dict(),
@@ -371,13 +372,14 @@ class Trainer:
             UserError: other shapes, or a position in an epoch that the present batches do not have.
         """
         position = Position(**state["position"])
-        # Checkpoints of the first versions name no draws.
-        then = {"draws": self.loader.draws} | state["loader"]
+        # Checkpoints of the first versions name neither draws nor images.
+        then = {"draws": self.loader.draws, "images": self.loader.images} | state["loader"]
         now = {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
             "draws": self.loader.draws,
+            "images": self.loader.images,
         }
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
         if changed and (then["step"] or position.phase == PREPARATION):
@@ -387,6 +389,8 @@ class Trainer:
             )
         if then["draws"] != now["draws"]:
             log.warning("the views have other random numbers from here on: %s, was %s", now["draws"], then["draws"])
+        if then["images"] != now["images"]:
+            log.warning("other training images from here on: %s, was %s", now["images"], then["images"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
         parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         for part, target in parts.items():

@@ -61,8 +61,8 @@ def index(image_folder: Path) -> Path:
 
 def test_training_over_the_index_is_training_over_the_folder(image_folder: Path, tool: Callable[..., int]) -> None:
     assert tool(image_folder) == 0
-    index = DataConfig(source="index", path=str(image_folder / "caco_fast_index.npz"), workers=0)
-    folder = DataConfig(path=str(image_folder), workers=0)
+    index = DataConfig(source="index", path=str(image_folder / "caco_fast_index.npz"), workers=0, loader="torchvision")
+    folder = DataConfig(path=str(image_folder), workers=0, loader="torchvision")
     left, right = (build_train_loader(config, VIEWS, batch_size=4, seed=3) for config in (index, folder))
     assert left.steps_per_epoch == right.steps_per_epoch == 3
     for epoch in (0, 1):
@@ -326,8 +326,20 @@ def test_names_are_kept_as_they_are() -> None:
     assert len(Names.of([])) == 0
 
 
-def test_the_list_hash_knows_the_list_and_not_the_place(image_folder: Path, index: Path) -> None:
+def test_the_hash_of_the_list_knows_the_list_and_not_the_place(image_folder: Path, index: Path) -> None:
     root, split = read_index(index, "train")
     other = write_quick(image_folder, image_folder / "other.npz", root="/elsewhere")
     assert root == "." and read_index(other, "train")[1].list_hash() == split.list_hash()
     assert read_index(other, "test")[1].list_hash() != split.list_hash()
+
+
+def test_a_run_may_go_on_from_folder_to_index_but_not_to_another_list(image_folder: Path, index: Path) -> None:
+    config = DataConfig(source="index", path=str(index), loader="torchvision", workers=0)
+    folder = DataConfig(path=str(image_folder), loader="torchvision", workers=0)
+
+    def images(config: DataConfig) -> str:
+        return build_train_loader(config, VIEWS, batch_size=4, seed=0).images
+
+    assert images(config) == images(folder)
+    (image_folder / "train" / "ant" / "ant_0.JPEG").rename(image_folder / "train" / "ant" / "z.JPEG")
+    assert images(config) != images(folder)

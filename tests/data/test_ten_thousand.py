@@ -18,7 +18,6 @@ from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 
 N = 10_000
 RANKS, EPOCHS = 4, 3
-LOADERS = ["torchvision"]
 
 
 def png(number: int, width: int, height: int) -> bytes:
@@ -77,8 +76,10 @@ def test_every_index_comes_once_an_epoch_up_to_the_last_batch(length: int, batch
     assert len(set(dropped)) == (EPOCHS if length % batch_size else 1)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
 def test_the_loaders_of_four_ranks_give_every_file_once_an_epoch(files: Path, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     config = DataConfig(path=str(files), loader=loader, workers=0, mean=[0.0] * 3, std=[1.0] * 3)
     plain = ViewConfig(size=1, flip_p=0, jitter_p=0, grey_p=0, blur_p=0)
     batch_size = 1536

@@ -78,7 +78,8 @@ def test_training_from_shards_is_that_from_the_folder(shards: Path, tmp_path_fac
     folder = tmp_path_factory.mktemp("folder")
     for number in range(15):
         (folder / f"{number:04}.jpg").write_bytes(encoded(number))
-    configs = [DataConfig(source="webdataset", path=str(shards), workers=2), DataConfig(path=str(folder), workers=0)]
+    options = {"workers": 2, "loader": "torchvision"}
+    configs = [DataConfig(source="webdataset", path=str(shards), **options), DataConfig(path=str(folder), **options)]
     loaders = [build_train_loader(config, VIEWS, batch_size=4, seed=3) for config in configs]
     for epoch, first in ((0, 0), (1, 2)):
         pairs = list(zip(*(loader.batches(epoch, first) for loader in loaders), strict=True))
@@ -91,7 +92,7 @@ def test_training_from_shards_is_that_from_the_folder(shards: Path, tmp_path_fac
 
 
 def test_evaluation_reads_labels_and_images(shards: Path) -> None:
-    config = DataConfig(source="webdataset", path=str(shards), workers=0)
+    config = DataConfig(source="webdataset", path=str(shards), workers=0, loader="torchvision")
     ((images, labels, index),) = build_eval_loader(config, "test", batch_size=8)
     assert images.shape == (4, 3, 12, 10) and labels.tolist() == [n % 3 for n in range(100, 104)]
     assert index.tolist() == [0, 1, 2, 3]

@@ -137,6 +137,20 @@ def test_another_kind_of_draws_is_named_at_an_epochs_end(images, tmp_path, caplo
     assert "other random numbers from here on: batched draws, exact jitter, was torchvision draws" in caplog.text
 
 
+@pytest.mark.parametrize(("steps", "goes_on"), [(7, False), (10, True)])
+def test_other_training_images_are_refused_in_mid_epoch_and_named_at_its_end(tmp_path, caplog, steps, goes_on):
+    images = write_images(tmp_path / "images")
+    train(config(images, f"trainer.max_steps={steps}"), tmp_path / "run")
+    # As many steps as before, in which every image behind it would be another one.
+    (images / "train" / "cold" / "003.png").rename(images / "train" / "cold" / "9.png")
+    if goes_on:
+        train(config(images), tmp_path / "run", "auto")
+        assert "other training images from here on: 40 images, list " in caplog.text
+    else:
+        with pytest.raises(UserError, match="middle of an epoch.*images 40 images, list .* -> 40 images, list"):
+            train(config(images), tmp_path / "run", "auto")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
