@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a process of its own."""
+"""Runs a function on several ranks, each a process of its own: over gloo, or over NCCL with a GPU each."""
 
 import multiprocessing
 import tempfile
@@ -14,14 +14,15 @@ import torch.distributed as dist
 # The server imports torch and the package once; the ranks are forked from it, before any thread was started.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "caco_fast.training"])
-SECONDS = 120
+# Of a shared machine; a run of ranks takes a tenth of it where nothing else runs.
+SECONDS = 300
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
     """What `function(*arguments)` returns on each rank. It stands at the top of a module, so that it can be pickled."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder, arguments), daemon=True)
+            CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder, arguments, backend), daemon=True)
             for rank in range(ranks)
         ]
         for process in processes:
@@ -40,10 +41,14 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
 
 
-def _rank(function: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...], backend: str
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,

@@ -117,6 +117,7 @@ def test_override_changes_one_setting_and_nothing_else() -> None:
         ("views.0.size=160", "views.0.size", 160),
         ("views.0.scale=[0.1,1]", "views.0.scale", (0.1, 1.0)),
         ("trainer.precision=f32", "trainer.precision", "f32"),
+        ("trainer.joint_views=on", "trainer.joint_views", "on"),
         ("caco.bank_size=37268", "caco.bank_size", 37268),
         ("schedule.key_momentum_rises=false", "schedule.key_momentum_rises", False),
         ("data.eval_size=null", "data.eval_size", None),

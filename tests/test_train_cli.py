@@ -156,7 +156,7 @@ def test_a_signal_stops_it_after_a_checkpoint(file, tmp_path, whole, number):
 
 
 def test_two_ranks_learn_what_one_does(file, tmp_path):
-    """torchrun over gloo: same images, synchronised BatchNorm, replicated bank; equal to f32 rounding."""
+    """torchrun over gloo: same images, synchronised BatchNorm, a shared bank; equal to f32 rounding."""
     for ranks, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         settings = ["trainer.max_steps=10", "optimizer.lr=0.03", "evaluation.every_epochs=1"]
         arguments = ["--config", str(file), f"run.folder={folder}", *settings]

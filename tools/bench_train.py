@@ -8,7 +8,8 @@
 
 `key=value` arguments change settings for all variants, as in tools/train.py. Variants take turns, so that a disturbance
 meets all of them; the split is measured in steps of its own, which wait for the device after every phase. A pair is an
-image with all its views. Without data.path views are synthetic alone, and the loader is not measured.
+image with all its views. Left out are the loader where data.path is not given, the released step on several ranks, and
+both it and MoCo where an image has other than two views. MoCo's queue is as long as CaCo's bank.
 
 The floor of memory traffic is that of a ResNet-50 in bf16 with two views of 224 px, query and key encoder, per pair:
 651 MB where BatchNorm and ReLU ride with the convolutions, 1,318 MB where each is a pass of its own.
@@ -74,6 +75,8 @@ def make(variant: str, path: Path, overrides: list[str], batch: int, device: tor
     settings = [*QUIET, *overrides, *VARIANTS[variant], f"trainer.batch_size={batch}"]
     if lacks_data(load_config(path, overrides)):
         settings = with_placeholder(settings, batch, folder / f"rank{rank()}_batch{batch}")
+    if variant == MOCO:
+        settings.append(f"moco.queue_size={load_config(path, settings).caco.bank_size}")
     config = load_config(path, settings)
     if variant == RELEASED:
         return ReleasedStep(config, device)
@@ -211,11 +214,14 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(options.config, options.settings)
     start, results = time.monotonic(), []
     with launched(config.trainer) as device:
-        variants = list(options.variants or DEFAULTS)
+        left_out = set()
         if lacks_data(config):
-            variants = [variant for variant in variants if variant != LOADED]
+            left_out.add(LOADED)
         if world_size() > 1:
-            variants = [variant for variant in variants if variant != RELEASED]
+            left_out.add(RELEASED)
+        if sum(view.count for view in config.views) != 2:
+            left_out |= {RELEASED, MOCO}
+        variants = [variant for variant in options.variants or DEFAULTS if variant not in left_out]
         ceiling = None
         if device.type == "cuda" and has_floor(config):
             ceiling = bench_bank_gpu.ceilings(bench_bank_gpu.Timer(str(device)), str(device))["copy_gb_per_s"]

@@ -60,7 +60,7 @@ class Kernel:
         kernel = re.search(r"\d+([a-z_]+)_kernel", self.symbol).group(1)
         padded = re.search(r"Li(\d+)E", self.symbol)
         operand = "bf16" if "__nv_bfloat16" in self.symbol else "fp16" if "__half" in self.symbol else ""
-        return f"{kernel:<10} {operand:<5} {padded.group(1) if padded else '':>4}"
+        return f"{kernel:<12} {operand:<5} {padded.group(1) if padded else '':>4}"
 
     def faults(self) -> list[str]:
         faults = []
@@ -139,7 +139,7 @@ def main() -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     kernels = read_kernels(packages())
-    print(f"{'kernel':<10} {'type':<5} {'P':>4}{'sm_70':>8}")
+    print(f"{'kernel':<12} {'type':<5} {'P':>4}{'sm_70':>8}")
     for kernel in sorted(kernels, key=lambda kernel: kernel.name):
         print(f"{kernel.name}{kernel.registers:>8}  {'; '.join(kernel.faults())}".rstrip())
     broken = sum(bool(kernel.faults()) for kernel in kernels)

@@ -40,7 +40,7 @@ SITE = WORK / "site"
 TOTAL_SECONDS = 570
 TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
 OUTPUT_LINES = 40
-BENCHMARKS = ("bench_bank", "bench_optim")
+BENCHMARKS = ("bench_bank", "bench_optim", "bench_train")
 # What the build, the tests and caco_fast.data import beside torch, torchvision and numpy.
 PACKAGES = ("setuptools", "pybind11", "ninja", "pytest", "iniconfig", "pluggy", "packaging", "pygments", "pyyaml")
 PACKAGES += ("omegaconf", "timm", "rich", "markdown-it-py", "mdurl")
@@ -108,6 +108,17 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "times of EMA and LARS: torch's foreach, the kernels, torch.compile",
             100,
             ((python, "tools/bench_optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
+            proof=False,
+        ),
+        Stage(
+            "step benchmark",
+            "pairs/s and the split of whole steps: CaCo, MoCo v2, CaCo as released",
+            90,
+            (
+                (python, "tools/bench_train.py", "--config", "configs/imagenet_resnet50_200ep_batch1024.yaml")
+                + ("--batch", "128", "256", "--rounds", "4", "--seconds", "30", "trainer.device=cuda")
+                + ("--output", str(WORK / "bench_train_cuda.json")),
+            ),
             proof=False,
         ),
         Stage("other tests", "gpu tests of other parts pass", 60, ((*pytest, *elsewhere),), some, proof=False),

@@ -17,7 +17,7 @@ BACKENDS = ("auto", "reference", "foreach", "cuda")
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """The backend that runs. A named one is never replaced: RuntimeError where it is not there."""
     if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend: found {backend!r}, wanted one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{op}: found backend {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if backend == "auto":
         return "foreach"
     return backends.resolve(op, backend, device, torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from caco_fast.errors import UserError
-from caco_fast.ops.tensor_lists import BACKENDS
+from caco_fast.ops import tensor_lists
 from caco_fast.optim.apex import fused_sgd
 from caco_fast.optim.lars import LARS
 from caco_fast.settings import setting, switch
@@ -48,8 +48,11 @@ def build_optimizer(
     if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
         found = f"{config.momentum}, {config.weight_decay} and {config.trust}"
         raise UserError(f"optimizer: want momentum in [0, 1), weight_decay 0 or more and trust above 0, found {found}")
-    if config.backend not in BACKENDS:
-        raise UserError(f"optimizer.backend: found '{config.backend}', want one of {', '.join(BACKENDS)}")
+    params = list(params)
+    try:
+        tensor_lists.resolve("optimizer.backend", config.backend, params[0].device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
     if config.apex == "on" and config.name != "sgd":
         raise UserError(f"optimizer.apex: Apex serves sgd here, not {config.name}; set it to off or auto")
     lr = peak_lr(config, batch_size)
@@ -58,7 +61,6 @@ def build_optimizer(
     if config.name == "lars":
         return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
     if config.name == "sgd":
-        params = list(params)
         if (of_apex := fused_sgd(config.apex, params, lr, config.momentum, config.weight_decay)) is not None:
             return of_apex
         optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)

@@ -34,15 +34,16 @@ def batches(dtype: torch.dtype) -> list[Tensor]:
     return [normalize(torch.randn(ROWS, DIM, generator=generator), dim=1).to(dtype) for _ in range(STEPS)]
 
 
-def train(kind: str, dtype: torch.dtype, norm: str) -> dict[str, Any]:
+def train(kind: str, dtype: torch.dtype, norm: str, device: str = "cpu") -> dict[str, Any]:
     """Fill, enqueue and step with this share of each global batch; M is 0, 1 and 2 in turn, and once all of them."""
-    bank = KINDS[kind](SIZE, DIM, norm=norm, generator=torch.Generator().manual_seed(9))
+    backend = "tiled" if device == "cuda" else "auto"
+    bank = KINDS[kind](SIZE, DIM, norm=norm, backend=backend, generator=torch.Generator().manual_seed(9)).to(device)
     if dtype == torch.float64:
         bank.double()
-    queue = KeyQueue(SIZE, DIM, generator=torch.Generator().manual_seed(9))
+    queue = KeyQueue(SIZE, DIM, generator=torch.Generator().manual_seed(9)).to(device)
     start, found = 0, {}
     for step, batch in enumerate(batches(dtype)):
-        rows = own(batch)
+        rows = own(batch).to(device)
         queue.enqueue(rows)
         start = bank.fill(rows, start)
         for many in range(3) if step == 2 else [step]:
@@ -52,15 +53,17 @@ def train(kind: str, dtype: torch.dtype, norm: str) -> dict[str, Any]:
             positive, similarity = bank.select(rows)
             of_positive = bank.similarity(queries, positive)
             positives = positive.unsqueeze(1).expand(-1, many).contiguous() if many else None
-            bank.record(rows, lse, 0.1, torch.full((len(rows),), 1 / ROWS, dtype=bank.bank.dtype), positives)
+            bank.record(rows, lse, 0.1, lse.new_full((len(rows),), 1 / ROWS), positives)
             values = dict(lse=lse, mean_row=mean_row, gradient=gradient, positive=positive, similarity=similarity)
             values |= {"unit": bank.rows(positive.view(-1, 1)), "of_positive": of_positive}
             found |= {f"{name} {step} {many}": whole(value) for name, value in values.items()}
         bank.step(1.0)
-    ends = [bank.fill(own(batches(dtype)[0]), at, wrap=True) for at in (3, 25)]
+    ends = [bank.fill(own(batches(dtype)[0]).to(device), at, wrap=True) for at in (3, 25)]
     bank.normalise()
-    found |= {"next rows": torch.tensor([start, *ends]), "queue": queue.queue, "state": dict(bank.state_dict())}
-    return found | {"shard": bank.bank, "shard velocity": bank.velocity, "own": (bank.own.start, bank.own.stop)}
+    found |= {"next rows": torch.tensor([start, *ends]), "queue": queue.queue}
+    found |= {"shard": bank.bank, "shard velocity": bank.velocity}
+    found = {name: value.cpu() for name, value in found.items()}
+    return found | {"own": (bank.own.start, bank.own.stop), "state": {k: v.cpu() for k, v in bank.state_dict().items()}}
 
 
 def ties() -> tuple[Tensor, Tensor]:
@@ -125,15 +128,27 @@ def single() -> dict[str, Any]:
 @pytest.mark.parametrize("name", TRAINED)
 def test_ranks_do_what_one_process_does(name: str, ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     kind, *rest = TRAINED[name]
-    wanted = single["replicated " + name.partition(" ")[2]]
     # Worst seen: 2e-15, 1.5e-6, and 7e-3 of gradients in bf16.
     tolerance = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2e-2}[rest[0]]
+    compare_ranks([found[name] for found in ranks], single["replicated " + name.partition(" ")[2]], kind, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpus_over_nccl_do_what_one_process_does(kind: str) -> None:
+    ranks = run_ranks(train, min(4, torch.cuda.device_count()), kind, torch.float32, "implicit", "cuda", backend="nccl")
+    compare_ranks(ranks, train("replicated", torch.float32, "implicit"), kind, 2e-5)
+
+
+def compare_ranks(ranks: list[dict[str, Any]], wanted: dict[str, Any], kind: str, tolerance: float) -> None:
+    """Every value on every rank, its shard, and the whole bank where it is."""
 
     def compare(found: Tensor, wanted: Tensor, what: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
     for number, found in enumerate(ranks):
-        found = dict(found[name])
+        found = dict(found)
         state, bounds = found.pop("state"), slice(*found.pop("own"))
         compare(found.pop("shard"), wanted["state"]["bank"][bounds], "shard")
         compare(found.pop("shard velocity"), wanted["state"]["velocity"][bounds], "shard velocity")

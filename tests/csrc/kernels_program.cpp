@@ -1,5 +1,4 @@
-// Runs the three operations once on emulated kernels and compares them with the formulas in f64; for sanitizers and
-// CTest.
+// Runs the operations once on emulated kernels and compares them with the formulas in f64; for sanitizers and CTest.
 //
 //     kernels_program R K C bfloat16|float16 [seed [greedy [lazy copies [path]]]]
 //
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "bank.h"
+#include "optim_check.h"
 #include "primitives.cuh"
 
 namespace {
@@ -200,6 +200,7 @@ int main(int argc, char **argv) {
         good &= close("velocity", found.velocity, expected.velocity, tolerance);
         good &= close("bank", found.bank, expected.bank, tolerance);
         if (found.index != expected.index) good = false, std::printf("wrong index\n");
+        good &= optim_check::holds({path, 0, 3, nullptr});
         if (good) std::printf("ok\n");
         return good ? 0 : 1;
     } catch (const std::exception &error) {

@@ -146,6 +146,16 @@ def test_blur_is_pils_to_the_rounding_of_its_passes(size: int, sigma: float) -> 
     assert levels.max() < 4 and levels.mean() < 0.8
 
 
+@pytest.mark.parametrize("size", [56, 57, 113, 200])
+def test_blur_by_bands_is_that_of_the_whole_matrix(size: int) -> None:
+    pixels, sigma = torch.rand(3, size, 3, size), np.array([0.1, 1.0, 2.0])
+    radius = torch.from_numpy(batched_views.box_radius(sigma)).float()
+    whole = batched_views.blur_matrices(radius, 2, size)
+    assert torch.allclose(
+        batched_views.blur(pixels, radius, 2), batched_views.along_axes(pixels, whole, whole), atol=1e-6
+    )
+
+
 def test_no_blur_beside_blurred_images_leaves_pixels_untouched() -> None:
     images = photographs(8, 28, 1)
     draws = drawn(ViewConfig(size=28), len(images), 28, 1)

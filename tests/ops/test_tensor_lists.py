@@ -114,7 +114,7 @@ ONE = torch.ones(2)
     [
         (lambda: ema_update_([ONE], [ONE, ONE], 0.5), ValueError, "values: found 2 tensors, wanted 1 as in averages"),
         (lambda: ema_update_([ONE], [ONE], 1.5), ValueError, "weight: found 1.5, wanted a number in [0, 1]"),
-        (lambda: ema_update_([ONE], [ONE], 0.5, backend="gpu"), ValueError, "found 'gpu', wanted one of auto, ref"),
+        (lambda: ema_update_([ONE], [ONE], 0.5, backend="gpu"), ValueError, "found backend 'gpu', wanted one of auto"),
         (lambda: ema_update_([ONE], [ONE], 0.5, skip=ONE), ValueError, "skip: found torch.float32 [2] on cpu, wanted"),
         (lambda: ema_update_([ONE], [ONE], 0.5, skip=True), TypeError, "skip: found bool, wanted a tensor"),
         (lambda: lars_step_([ONE], [ONE], [], **SETTINGS), ValueError, "velocities: found 0 tensors, wanted 1"),

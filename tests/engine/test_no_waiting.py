@@ -1,0 +1,70 @@
+"""On a GPU a training step never makes the host wait for the device; log lines and checkpoints alone read from it."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import config, write_images
+
+from caco_fast.data import Batch
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.training import build_trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+RATES = Rates(lr=0.05, key_momentum=0.9, warmup=0.5)
+STEPS = 4
+CASES = {
+    "caco": ("trainer.precision=bf16",),
+    "caco, fp16": ("trainer.precision=fp16",),
+    "caco, views together": ("trainer.precision=bf16", "trainer.joint_views=on"),
+    "caco, sgd": ("optimizer={name: sgd, lr: 0.03}",),
+    "moco": ("method=moco", "moco.symmetric=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def make_trainer(images: Path, folder: Path, *settings: str) -> Trainer:
+    run = config(images, "trainer.device=cuda", "evaluation.every_epochs=0", *settings)
+    store = CheckpointStore(folder / "checkpoints", keep=1)
+    trainer = build_trainer(run, RunFolder(folder), store, torch.device("cuda", 0))
+    trainer.encoders.train()
+    trainer.method.train()
+    return trainer
+
+
+def waits(work: object) -> list[str]:
+    """What torch says of each wait in `work`."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_without_a_log_line_does_not_wait(case: str, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(images, tmp_path, *CASES[case])
+    views = [torch.randn(8, 3, 32, 32).pin_memory() for _ in range(2)]
+    batch = Batch(views, torch.arange(8))
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            trainer._step(batch, trainer.method, RATES)
+
+    steps()  # Libraries load, and states are made.
+    assert waits(steps) == []
+    # The same ears hear a wait.
+    assert len(waits(lambda: trainer._interval.sums["loss"].item())) == 1
+    trainer.close()
