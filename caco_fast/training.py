@@ -283,6 +283,11 @@ def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
     options = dict(autocast=autocast, joint_views=joint_views, ema_backend=config.optimizer.backend)
     encoders = build_encoder_pair(config.backbone, config.projector, channels, **options)
+    if config.trainer.joint_views == "on" and not encoders.query.joint_views:
+        raise UserError(
+            f"trainer.joint_views: {config.backbone.name} has a normalisation that takes its statistics over all views "
+            "of a batch; set it to auto or off"
+        )
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
         encoders.distribute(device)

@@ -55,11 +55,18 @@ def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.n
         start, stop = hue_ends[slot : slot + 2]
         for part in (slice(first, max(first, start)), slice(stop, len(neutral))):
             if part.start < part.stop:
-                blend_(pixels[part], *(row[part] for row in blends[3 * slot : 3 * slot + 3]))
+                keep, own, average = (row[part] for row in blends[3 * slot : 3 * slot + 3])
+                operations = draws.order[part, slot]
+                blend_(
+                    pixels[part],
+                    keep,
+                    own if (operations == SATURATION).any() else None,
+                    average if (operations == CONTRAST).any() else None,
+                )
         if start < stop:
             shift_hue_(pixels[start:stop], hue[start:stop])
     if draws.grey.any():
-        blend_(pixels, *blends[-3:])
+        blend_(pixels, *blends[-3:-1], None)
 
 
 def fast_table(draws: ViewDraws) -> np.ndarray:
@@ -102,21 +109,27 @@ def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
     return torch.matmul(colours, pixels).add_((table[9] * grey).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
-def blend_(pixels: Tensor, keep: Tensor, own: Tensor, average: Tensor) -> None:
+def blend_(pixels: Tensor, keep: Tensor, own: Tensor | None, average: Tensor | None) -> None:
     """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
 
-    Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0).
-    In place, and by operations of two operands, which are the ones that a CPU vectorises.
+    Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0); None
+    stands for zeros. In place, and by operations of two operands, which are the ones that a CPU vectorises.
     """
-    keep, own, average = (value[:, None, None, None] for value in (keep, own, average))
-    if pixels.shape[2] == 1:
-        mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-        pixels.mul_(keep + own).add_(average * mean).clamp_(0, 1)
+    keep, own, average = (value if value is None else value[:, None, None, None] for value in (keep, own, average))
+    if own is None and average is None:
+        pixels.mul_(keep).clamp_(0, 1)
         return
-    red, green, blue = pixels.split(1, dim=2)  # [B, y, 1, x]
-    grey = (red * _LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
-    pixels.mul_(keep).add_(grey.mul_(own).add_(average * mean)).clamp_(0, 1)
+    if pixels.shape[2] == 1:
+        grey = pixels.clone()
+    else:
+        red, green, blue = pixels.split(1, dim=2)  # [B, y, 1, x]
+        grey = (red * _LUMINANCE[0]).add_(green, alpha=_LUMINANCE[1]).add_(blue, alpha=_LUMINANCE[2])
+    mean = None if average is None else average * grey.mean(dim=(1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
+    if own is None:
+        addend = mean
+    else:
+        addend = grey.mul_(own) if mean is None else grey.mul_(own).add_(mean)
+    pixels.mul_(keep).add_(addend).clamp_(0, 1)
 
 
 def shift_hue_(pixels: Tensor, shift: Tensor) -> None:

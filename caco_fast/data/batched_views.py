@@ -52,13 +52,22 @@ def make_views(
 
 
 def finish_crops(
-    crops: Tensor, draws: ViewDraws, config: ViewConfig, mean: Tensor, std: Tensor, jitter: str = "exact"
+    crops: Tensor,
+    draws: ViewDraws,
+    config: ViewConfig,
+    mean: Tensor,
+    std: Tensor,
+    jitter: str = "exact",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `make_views`, from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say."""
+    """As `make_views`, from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say.
+
+    `out` takes the views: [B, ch, s, s] float32 in channels_last.
+    """
     order, hue_ends = by_hue_slot(draws)
     crops = crops.index_select(0, to_device(order, crops.device)).permute(0, 1, 3, 2)
     pixels = torch.empty(crops.shape, dtype=torch.float32, device=crops.device).copy_(crops).mul_(1 / 255)
-    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter)
+    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, out)
 
 
 def _finish(
@@ -70,6 +79,7 @@ def _finish(
     mean: Tensor,
     std: Tensor,
     jitter: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
     if jitter == "exact":
@@ -91,8 +101,10 @@ def _finish(
         solarize = to_device(draws.solarize.astype(np.float32), pixels.device)
         pixels = torch.minimum(pixels, (3 - 2 * solarize)[:, None, None, None] - pixels)
     pixels = pixels.sub_(mean[:, None]).div_(std[:, None])
-    pixels = pixels.index_select(0, to_device(np.argsort(order), pixels.device))
-    return pixels.permute(0, 2, 1, 3).contiguous(memory_format=torch.channels_last)
+    if (order[1:] < order[:-1]).any():
+        pixels = pixels.index_select(0, to_device(np.argsort(order), pixels.device))
+    views = pixels.permute(0, 2, 1, 3)
+    return views.contiguous(memory_format=torch.channels_last) if out is None else out.copy_(views)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Decoding and cropping by NVIDIA DALI: one graph, on a GPU or on the CPU.
 
-On the CPU the graph ends with the decoded images, and `crop_view` cuts and resizes them: torch's uint8 resize takes a
-sixth of the time of DALI's there, and is within one level of PIL's instead of six.
+On the CPU the graph ends with the decoded images, and `crop_view` cuts and resizes them: torch's uint8 resize is
+several times faster than DALI's there, and within one level of PIL's instead of seven.
 
 The graph is a pure function of what it is fed: encoded files, and a box for each view. So it has no state that a
 resumed run would need, and a graph that broke is replaced by another.

@@ -74,6 +74,9 @@ class DaliLoader:
         self._share = (batch_size, rank, world_size)
         self._prefetch = config.prefetch
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            # The threads have no current device of their own choice.
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._threads = max(1, config.worker_processes())
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
         # Positions that PIL decodes and DALI doesn't.
@@ -87,6 +90,9 @@ class DaliLoader:
         # Each of the threads that finish views runs by itself; many threads in each would fight for the cores.
         self._finishers = ThreadPoolExecutor(self._threads, "caco_fast views", torch.set_num_threads, (1,))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        if self._stream is not None:
+            # For the mean and the standard deviation.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     @property
     def bad_images(self) -> dict[str, str]:
@@ -99,9 +105,9 @@ class DaliLoader:
         with ThreadPoolExecutor(1, "caco_fast loader") as thread:
             try:
                 waiting = deque(thread.submit(next, made, None) for _ in range(self._prefetch))
-                while (batch := waiting.popleft().result()) is not None:
+                while (result := waiting.popleft().result()) is not None:
                     waiting.append(thread.submit(next, made, None))
-                    yield self._handed_over(batch)
+                    yield self._handed_over(*result)
             finally:
                 thread.shutdown(cancel_futures=True)
                 made.close()
@@ -112,16 +118,16 @@ class DaliLoader:
             self._finishers.shutdown(cancel_futures=True)
         self._readers = self._graph = None
 
-    def _handed_over(self, batch: Batch) -> Batch:
-        """The batch for the stream of the training step, which waits for that of the loader; the host doesn't."""
-        if self._stream is not None:
+    def _handed_over(self, batch: Batch, ready: torch.cuda.Event | None) -> Batch:
+        """The batch for the stream of the training step, which waits for `ready`; the host doesn't."""
+        if ready is not None:
             training = torch.cuda.current_stream(self._device)
-            training.wait_stream(self._stream)
+            training.wait_event(ready)
             for view in batch.views:
                 view.record_stream(training)
         return batch
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         order = epoch_order(self._seed, epoch, len(self._source))
         shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
         reading: deque[tuple[np.ndarray, list[Future[Encoded | BadImageError]]]] = deque()
@@ -245,10 +251,11 @@ class DaliLoader:
             self._with_draws(flight)
         return found
 
-    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> Batch:
-        """The batch from what the graph gave: crops on a GPU, whole images on the CPU."""
+    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, torch.cuda.Event | None]:
+        """The batch of what the graph gave: crops on a GPU, else whole images; and an event for when a GPU has it."""
         finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
-        return Batch(finish(flight, pixels), torch.from_numpy(flight.held))
+        batch = Batch(finish(flight, pixels), torch.from_numpy(flight.held))
+        return batch, self._stream.record_event() if self._stream is not None else None
 
     def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> list[Tensor]:
         with torch.cuda.stream(self._stream):
@@ -268,7 +275,8 @@ class DaliLoader:
         def finish(number: int, part: slice) -> None:
             config, draws = self._views[number], flight.draws[number].take(part)
             crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
-            views[number][part] = finish_crops(torch.stack(crops), draws, config, self._mean, self._std, self._jitter)
+            constant = (config, self._mean, self._std, self._jitter)
+            finish_crops(torch.stack(crops), draws, *constant, out=views[number][part])
 
         # As a list, so that an error in a thread is raised here.
         list(self._finishers.map(finish, *zip(*parts)))

@@ -59,6 +59,7 @@ class ViewConfig:
                 upper = "" if largest == float("inf") else f" <= {largest:g}"
                 raise UserError(f"{where}.{name} is {list(pair)}; it must be [low, high] with 0 < low <= high{upper}")
 
+
 _PATHS = {
     "index": "the file that tools/index_data.py wrote: data.path=FILE",
     "webdataset": "the directory of the shards or a pattern: data.path=DIR or data.path='DIR/train-{000..146}.tar'",
