@@ -33,6 +33,7 @@ FREE_SECTIONS = (
     "wandb.",
     "trainer.log_every",
     "trainer.max_steps",
+    "trainer.collective_timeout",
     "data.workers",
     "data.prefetch",
 )
@@ -168,11 +169,12 @@ def _summary_if_done(config: Config, run: RunFolder, state: dict[str, Any] | Non
     """Shows and returns the summary of a finished run that is resumed, {} where there is something left to do."""
     if rank() != 0 or state is None or state["position"]["epochs_ended"] < config.trainer.epochs:
         return {}
-    log.info("the run in %s is complete; for another one choose another run.folder", run.path)
     summary = run.read_summary()
     here = summary.get("finished") and summary["steps"] == state["position"]["total_steps"]
     if not here or summary.get("evaluated") != _evaluated(config):
+        log.info("the run in %s is complete, but not evaluated with these settings", run.path)
         return {}
+    log.info("the run in %s is complete; for another one choose another run.folder", run.path)
     _show(config, run, summary)
     return summary
 
@@ -281,6 +283,11 @@ def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
     joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
     options = dict(autocast=autocast, joint_views=joint_views, ema_backend=config.optimizer.backend)
     encoders = build_encoder_pair(config.backbone, config.projector, channels, **options)
+    if config.trainer.joint_views == "on" and not encoders.query.joint_views:
+        raise UserError(
+            f"trainer.joint_views: {config.backbone.name} has a normalisation that takes its statistics over all views "
+            "of a batch; set it to auto or off"
+        )
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
         encoders.distribute(device)

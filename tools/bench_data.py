@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -41,7 +40,6 @@ from torch.utils.data import DataLoader, Dataset
 from caco_fast.benchmarking import ROOT, spread, synchronize, write_result
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
-from caco_fast.data.settings import LOADERS
 from caco_fast.data.source import as_pil
 from caco_fast.errors import UserError
 
@@ -76,8 +74,10 @@ PEER = "torchvision"
 def variants(device: str, wanted: Sequence[str] | None) -> list[Variant]:
     """Those that are here, the peer first; one line for each kind that isn't."""
     found = [Variant(PEER, device, "")]
-    if "dali" not in LOADERS or importlib.util.find_spec("nvidia") is None:
-        console.print("dali is left out: it is not installed, or this version of caco_fast has no loader for it")
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        console.print('dali is left out: not installed; pip install "caco-fast[dali-cuda13]", or dali-cuda12')
     else:
         devices = ["cpu"] if device == "cpu" else [device, "cpu"]
         found += [Variant("dali", place, jitter) for place in devices for jitter in ("exact", "fast")]

@@ -115,8 +115,10 @@ def _show(
         if counts[kind] > SHOWN:
             console.print(f"  ... and {counts[kind] - SHOWN:,} more", markup=False)
     for name, split in splits.items():
-        listed, classes = len(sources[name]), len(split.classes)
-        console.print(f"{name}: {len(split.names):,} of {listed:,} files in {classes:,} classes", markup=False)
+        files = f"{len(split.names):,} of {len(sources[name]):,} files in {len(split.classes):,} classes"
+        height, width = split.sizes.mean(axis=0)
+        on_average = f"{width:.0f} x {height:.0f} pixels, {split.bytes.mean() / 1000:.1f} KB"
+        console.print(f"{name}: {files}; on average {on_average}", markup=False)
     console.print(f"all findings: {report}", markup=False)
     console.print(f"train from it with: data.source=index data.path={output}", markup=False)
 

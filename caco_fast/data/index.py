@@ -130,7 +130,7 @@ class IndexSource(FileSource):
         stored_root, index = read_index(file, split)
         top = Path(root).expanduser() if root else file.parent / stored_root
         super().__init__(Path(os.path.normpath(top / index.folder)), index.names, index.labels, index.classes)
-        self._sizes, self._bytes = index.sizes, index.bytes
+        self._bytes = index.bytes
         self._check_root(file, "data.root" if root else "the index")
 
     def image(self, index: int) -> Image.Image:
@@ -139,14 +139,9 @@ class IndexSource(FileSource):
     def encoded(self, index: int) -> bytes:
         data = super().encoded(index)
         if len(data) != self._bytes[index]:
-            # Of another file the size would be wrong too, and with it every crop that is drawn from it.
+            # Not the file that was decoded to its end and found good.
             raise BadImageError(f"{len(data)} bytes, the index says {self._bytes[index]}: changed since it was made")
         return data
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width in pixels, without opening the file."""
-        height, width = self._sizes[index].tolist()
-        return height, width
 
     def _check_root(self, file: Path, said_by: str) -> None:
         """UserError where the images are elsewhere. One file that is gone is left to the loaders, which name it."""

@@ -125,7 +125,7 @@ def find_shards(path: str) -> tuple[Path, list[Path]]:
     files = sorted(itertools.chain(top.glob("*"), top.glob("*/*")))
     files = [file for file in files if not file.name.startswith(".")]
     shards = [file for file in files if file.suffix == ".tar"]
-    _refuse_compressed(files if not shards else shards)
+    _refuse_compressed(files)
     if not shards:
         raise UserError(f"no .tar shards in {top}; wanted WebDataset's, as train-000.tar, there or one folder below")
     return top, shards

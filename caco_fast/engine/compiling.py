@@ -11,14 +11,11 @@ from caco_fast.errors import UserError
 from caco_fast.methods import Method
 from caco_fast.models import EncoderPair
 
-# The encoders' state_dict and the checkpoints stay as they are: the modules are compiled in place.
-OPTIONS = {"dynamic": False}
-
 
 def compile_step(encoders: EncoderPair, method: Method, device: torch.device, **options: Any) -> None:
-    """Compiles both encoders and the method's loss in place, at their first call; once for every shape of views.
+    """Compiles both encoders and the method's loss at their first call, once for every shape of views.
 
-    `options` are torch.compile's.
+    In place, so that the keys of checkpoints stay. `options` are torch.compile's.
 
     Raises:
         UserError: the compiler that torch.compile calls is not installed.
@@ -28,7 +25,7 @@ def compile_step(encoders: EncoderPair, method: Method, device: torch.device, **
     # BatchNorm over several ranks is one. Uncut, the gradients' averaging begins at the end of the backward pass.
     torch._dynamo.config.optimize_ddp = False
     for module in (encoders.query, encoders.key, *method.losses()):
-        module.compile(**{**OPTIONS, **options})
+        module.compile(dynamic=False, **options)
 
 
 def _require_compiler(device: torch.device) -> None:

@@ -2,18 +2,20 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
 from caco_fast.engine.interrupt import Interrupted
 from caco_fast.errors import UserError
 
-# How long a rank that lost contact waits for the word of the others, some of which may be busy with a step; torchrun
-# gives them 30 s. Where only one is silent, it is that one.
-PATIENCE_SECONDS, PATIENCE_WITH_ONE = 10.0, 1.0
+# How long a rank that lost contact waits for word from the others where nothing is known of them. torchrun leaves the
+# ranks 30 s once one has ended.
+PATIENCE_SECONDS = 10.0
 LOST = 75
 # gloo's errors have no type of their own.
 MARKS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout")
@@ -40,6 +42,7 @@ def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
     The ranks find out through `store`, which outlives their connections. A lost connection to a rank that ended by an
     error of its own is no news; one to a rank that left no word is raised as RankLost, with the rank's number.
     """
+    store.set(f"place/{rank}", f"{_machine()} {os.getpid()}")
     try:
         yield
     except Interrupted as stopped:
@@ -70,28 +73,48 @@ def _report_loss(store: dist.Store, rank: int, ranks: int, error: Exception) -> 
     reason = " ".join(str(error).split("] ")[-1].split())[:120]
     try:
         store.set(f"left/{rank}", "")
-        begun = time.monotonic()
+        begun, dead = time.monotonic(), []
+        # A rank that is silent may also wait for this one, in a collective that breaks when this one leaves.
         while silent := [other for other in others if not store.check([f"left/{other}"])]:
-            patience = PATIENCE_WITH_ONE if len(silent) == 1 else PATIENCE_SECONDS
-            heard = [other for other in others if other not in silent]
-            if time.monotonic() > begun + patience or _spoken(store, heard):
+            dead = [other for other in silent if _is_dead(store, other)]
+            if dead or store.check(["lost"]) or time.monotonic() > begun + PATIENCE_SECONDS:
                 break
             time.sleep(0.05)
-        if _spoken(store, [other for other in others if other not in silent]) or store.add("lost", 1) > 1:
+        spoken = any(store.get(f"left/{other}") for other in others if other not in silent)
+        if spoken or store.add("lost", 1) > 1:
             raise SaidElsewhere(LOST) from None
-        who = f"no answer from rank {', '.join(map(str, silent))}" if silent else "the ranks lost contact"
+        who = f"rank {', '.join(map(str, dead or silent or others))}"
+        line = f"{who} is gone, killed or crashed" if dead else f"no answer from {who}, which hangs or is cut off"
     except RuntimeError:
         # Without torchrun the store lives in rank 0.
         if rank != 1 and os.environ.get("LOCAL_RANK") != "0":
             raise SaidElsewhere(LOST) from None
-        who = "no answer from rank 0, nor from the ranks' meeting point"
-    raise RankLost(f"{who}: killed, crashed or hung ({reason})") from None
+        line = "no answer from rank 0, nor from the ranks' meeting point"
+    raise RankLost(f"{line} ({reason})") from None
+
+
+def _is_dead(store: dist.Store, rank: int) -> bool:
+    """Whether the process of a rank on this machine has ended; False for one on another, or not yet in the block."""
+    if not store.check([f"place/{rank}"]):
+        return False
+    machine, _, pid = store.get(f"place/{rank}").decode().rpartition(" ")
+    if machine != _machine():
+        return False
+    try:
+        # The state stands behind the name in brackets; Z has ended, and its parent has not asked yet.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+def _machine() -> str:
+    """The place within which a process has its number."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()} without /proc"
 
 
 def _of_gloo(error: RuntimeError) -> bool:
     return any(mark in str(error) for mark in MARKS)
-
-
-def _spoken(store: dist.Store, ranks: list[int]) -> bool:
-    """Whether one of these ranks ended by an error of its own, which it reports."""
-    return any(store.get(f"left/{rank}") for rank in ranks)

@@ -10,6 +10,7 @@ summary.json       the final figures
 curves.png         see curves.py
 """
 
+import itertools
 import json
 import logging
 import os
@@ -106,7 +107,7 @@ class RunFolder:
         own = self._own_starts()
         if not own or resume == "auto":
             return resume
-        since = datetime.fromisoformat(own[0]["started"]).timestamp()
+        since = datetime.fromisoformat(own[-1]["started"]).timestamp()
         if resume != "never" and (latest is None or latest.stat().st_mtime < since):
             return resume
         log.info("this is a restart of the run in %s: --resume %s means auto", self.path, resume)
@@ -173,7 +174,8 @@ class RunFolder:
         return json.loads(self.environment.read_text()) if self.environment.exists() else []
 
     def _own_starts(self) -> list[dict[str, Any]]:
-        return [start for start in self._starts() if same_job(start.get("job", {}))]
+        """The last starts here by the job that has now restarted this process, the latest first."""
+        return list(itertools.takewhile(lambda start: same_job(start.get("job", {})), reversed(self._starts())))
 
     def _write_environment(self, resumed_from: Path | None) -> None:
         starts = self._starts()

@@ -7,7 +7,8 @@
 //
 // Stricter than the device: a thread fences before the first product after each wait; a phase of an mbarrier gets
 // exactly the bytes that were expected for it, and is told of them before the copy starts. The asynchronous units have
-// an image of shared memory of their own, which a thread's stores reach by store_for_products and its fence only.
+// an image of shared memory of their own, which a thread's stores reach by store_for_products and its fence only; where
+// a product finds that the two differ, it was not fenced or the place was not free.
 // Not seen: an mbarrier made for fewer arrivals than it gets, a missing proxy fence between a thread's load and the
 // copy that overwrites it, registers beyond setmaxnreg.
 #pragma once
@@ -237,7 +238,9 @@ inline void touch_operands(const Product &p) {
         }
         auto touch = [&](uint64_t descriptor, int mn, int k, bool mn_contiguous) {
             const ptrdiff_t at = operand_offset(descriptor, mn, k, mn_contiguous);
-            if (at < ptrdiff_t(block->shared_bytes)) (void)view[at];
+            if (at >= ptrdiff_t(block->shared_bytes)) return;
+            (void)view[at];
+            (void)static_cast<const volatile char *>(block->shared)[at];
         };
         for (int mn = 0; mn < 64 && !p.a_in_registers; mn++) touch(p.a, mn, 0, false);
         for (int mn = 0; mn < p.n && !p.b_transposed; mn++) touch(p.b, mn, 0, false);
@@ -254,6 +257,7 @@ inline void read_operand(const Product &p, uint64_t descriptor, int mn_count, bo
             if (at + 2 > ptrdiff_t(block->shared_bytes)) fail("wgmma: operand beyond shared memory");
             uint16_t bits;
             std::memcpy(&bits, hopper().async_view.data() + at, 2);
+            if (std::memcmp(&bits, block->shared + at, 2)) fail("wgmma: a thread has stored to an operand, unfenced");
             values[16 * mn + k] = p.to_float(bits);
             if (mn % 8 || k % 8) continue;
             unsigned banks = 0;

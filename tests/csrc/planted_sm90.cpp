@@ -103,6 +103,7 @@ void kernel(const Arguments &a) {
         }
         caco::wgmma_commit();
         if (bug("weights written too early")) weights[1][2] = 0;
+        if (bug("operand overwritten too early")) stage(t)[threadIdx.x] = 1;
         if (bug("released too early") && threadIdx.x % 32 == 0) caco::mbarrier_arrive(empty + t % kStages);
         caco::wgmma_wait<0>(o);
         caco::async_proxy_fence();

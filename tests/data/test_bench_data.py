@@ -84,22 +84,27 @@ def corpus(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
 def test_the_benchmark_writes_rates_times_and_ratios(
     corpus: Path, load_tool: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     main = load_tool("bench_data").main
     output = corpus / "bench.json"
-    options = ["--device", "cpu", "--loaders", "torchvision", "--batch-size", "2", "--batches", "2", "--repeats", "2"]
+    options = ["--device", "cpu", "--loaders", "dali cpu fast", "--batch-size", "2", "--batches", "2", "--repeats", "2"]
     main([str(corpus), *options, "--workers", "1", "--cases", "decode", "two", "--output", str(output)])
     record = json.loads(output.read_text())
     assert [(entry["case"], entry["workers"], entry["loader"]) for entry in record["results"]] == [
         ("decode", 1, "torchvision"),
+        ("decode", 1, "dali cpu"),
         ("two", 1, "torchvision"),
+        ("two", 1, "dali cpu fast"),
     ]
     for entry in record["results"]:
-        assert entry["times_torchvision"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+        for ratio in ("times_torchvision", "times_torchvision_per_cpu_second"):
+            is_one = entry[ratio] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+            assert is_one == (entry["loader"] == "torchvision")
         assert 0 < entry["images_per_second"]["p20"] <= entry["images_per_second"]["p80"]
     assert record["settings"]["corpus"]["images"] == 24 and "machine" in record
     capsys.readouterr()
     main(["--table", str(output)])
-    assert "| two views | 1 | torchvision |" in capsys.readouterr().out
+    assert "| two views | 1 | dali cpu fast |" in capsys.readouterr().out
 
 
 def test_the_processor_time_of_workers_is_counted(corpus: Path, load_tool: Callable[[str], ModuleType]) -> None:

@@ -76,8 +76,9 @@ def test_every_index_comes_once_an_epoch_up_to_the_last_batch(length: int, batch
     assert len(set(dropped)) == (EPOCHS if length % batch_size else 1)
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "dali"])
-def test_the_loaders_of_four_ranks_give_every_file_once_an_epoch(files: Path, loader: str) -> None:
+# PIL and torchvision take 0.6 ms for even the smallest file.
+@pytest.mark.parametrize(("loader", "epochs"), [("torchvision", 1), ("dali", EPOCHS)])
+def test_the_loaders_of_four_ranks_give_every_file_once_an_epoch(files: Path, loader: str, epochs: int) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     config = DataConfig(path=str(files), loader=loader, workers=0, mean=[0.0] * 3, std=[1.0] * 3)
@@ -88,7 +89,7 @@ def test_the_loaders_of_four_ranks_give_every_file_once_an_epoch(files: Path, lo
         for rank in range(RANKS)
     ]
     orders = []
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         shares = []
         for rank_loader in loaders:
             shares.append([])
@@ -100,7 +101,7 @@ def test_the_loaders_of_four_ranks_give_every_file_once_an_epoch(files: Path, lo
         assert sorted(seen) == sorted(epoch_order(7, epoch, N)[: 6 * batch_size].tolist())
         assert len(set(seen)) == len(seen) == 9216
         orders.append(tuple(seen))
-    assert len(set(orders)) == EPOCHS
+    assert len(set(orders)) == epochs
     for rank_loader in loaders:
         assert rank_loader.bad_images == {}
         rank_loader.close()

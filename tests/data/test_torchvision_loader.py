@@ -171,7 +171,7 @@ def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -
 @pytest.mark.parametrize(
     ("settings", "views", "options", "line"),
     [
-        ({"source": "imagenet"}, VIEWS, {}, r"data.source is 'imagenet'; it must be one of folder, cifar10, embedded"),
+        ({"source": "imagenet"}, VIEWS, {}, r"data.source is 'imagenet'; it must be one of folder, index, "),
         ({"loader": "daly"}, VIEWS, {}, r"data.loader is 'daly'"),
         ({"jitter": "quick"}, VIEWS, {}, r"data.jitter is 'quick'; it must be one of exact, fast"),
         ({"source": "folder"}, VIEWS, {}, r"data.path is empty"),

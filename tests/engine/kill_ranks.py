@@ -86,6 +86,8 @@ def moment(number: int, place: Path, chance: random.Random, step_seconds: float,
         assert set(others) <= {LOST, 0}, ranks.codes
         assert "Traceback" not in ranks.said(), ranks.said()
         assert len(errors) == (LOST in others) and took < PATIENCE_SECONDS + 20, (errors, took)
+        # Rank 0 has the ranks' store, and takes it along.
+        assert rank == 0 or not errors or f"error: rank {rank} is gone" in errors[0], errors
     latest = CheckpointStore(folder / "checkpoints").latest()
     reached = CheckpointStore(folder / "checkpoints").load(latest)["position"]["total_steps"] if latest else 0
     again = start(folder)

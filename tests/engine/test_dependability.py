@@ -84,6 +84,39 @@ def test_a_signal_to_one_rank_stops_both_at_the_next_step_and_the_run_goes_on_bi
     assert losses(folder)[-10:] == losses(whole)[-10:]
 
 
+def test_a_signal_to_loader_workers_too_does_not_cost_the_checkpoint(file, tmp_path):
+    """As torchrun, SLURM and scancel send it: to all processes of a group."""
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", str(file), f"run.folder={folder}"]
+    process = subprocess.Popen(
+        [*command, "data.loader=torchvision", "data.workers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    wait_for_step(folder, 7, lambda: process.poll() is None)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in said and "Traceback" not in said, said
+    assert CheckpointStore(folder / "checkpoints").latest()
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(file, tmp_path):
+    folder = tmp_path / "run"
+    ranks = ranks_of(file, folder, "trainer.collective_timeout=4")
+    wait_for_step(folder, 7, ranks.running)
+    ranks.send(1, signal.SIGSTOP)
+    end = time.monotonic() + 60
+    while ranks.codes[0] is None and time.monotonic() < end:
+        time.sleep(0.01)
+    ranks.send(1, signal.SIGKILL)
+    ranks.wait(10)
+    assert ranks.codes == [75, -9], ranks.said()
+    assert ranks.said().count("error: no answer from rank 1") == 1 and "Traceback" not in ranks.said()
+
+
 def test_a_rank_killed_at_any_moment_neither_hangs_nor_spoils_the_run(tmp_path):
     found = list(moments(tmp_path, KILLS))
     assert all(at["killed"] for at in found if at["in_write"])
@@ -111,7 +144,7 @@ def test_torchrun_restarts_a_run_by_itself(file, tmp_path, whole):
         said.seek(0)
         text = said.read()
     assert code == 0, text
-    assert text.count("no answer from rank 1") == 1
+    assert text.count("error: rank 1 is gone, killed or crashed") == 1
     assert "this is a restart of the run in" in text and "resuming from" in text
     assert losses(folder) == losses(whole)
 

@@ -91,6 +91,10 @@ def test_a_restart_of_the_job_that_began_the_run_goes_on_and_no_other(
         as_job(monkeypatch, kind, name, restarts)
         found[name, restarts] = RunFolder(folder.path).resume_in_restart("never", None)
     assert [start for start, resume in found.items() if resume == "auto"] == [("job 1", 1)]
+    as_job(monkeypatch, kind, "job 2", 0)
+    folder.start("a: 1\n")
+    as_job(monkeypatch, kind, "job 1", 1)
+    assert folder.resume_in_restart("never", None) == "never"
 
 
 def test_torchrun_without_an_id_is_known_by_its_process(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,6 +277,15 @@ def test_every_knn_has_its_checkpoint_so_that_the_best_is_kept(images, tmp_path)
     assert score == max(scores.values()) and scores[step] == score
 
 
+def test_views_together_are_refused_where_a_batch_norm_mixes_them(images, tmp_path, monkeypatch):
+    from caco_fast.models import batch_norm
+
+    monkeypatch.delitem(batch_norm.REPLACED, torch.nn.BatchNorm2d)
+    with pytest.raises(UserError, match="trainer.joint_views: resnet18 has a normalisation .*; set it to auto or off"):
+        train(config(images, "trainer.joint_views=on"), tmp_path / "refused")
+    assert train(config(images, "trainer.max_steps=1"), tmp_path / "run")["steps"] == 1
+
+
 def test_a_run_shorter_than_a_log_interval_ends_well(images, tmp_path):
     summary = train(config(images, "trainer.max_steps=2", "trainer.log_every=10"), tmp_path / "run")
     assert summary["steps"] == 2 and not summary["finished"]
