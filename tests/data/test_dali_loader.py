@@ -168,10 +168,10 @@ def break_table(data: bytes) -> bytes:
 
 @pytest.fixture
 def broken(smooth_source: ArraySource, tmp_path: Path) -> Path:
-    """20 images, of which DALI and PIL refuse numbers 4, 5 and 19, and a header can't tell."""
+    """20 images, of which DALI and PIL refuse numbers 4, 5 and 19, and a header can't tell; number 6 is larger."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(20):
-        data = _jpeg(Image.fromarray(smooth_source.images[number]))
+        data = _jpeg(Image.fromarray(smooth_source.images[number]).resize((60, 50) if number == 6 else (40, 32)))
         file = tmp_path / "train" / "a" / f"{number:02}.JPEG"
         file.write_bytes(break_table(data) if number in (4, 5, 19) else data)
     return tmp_path
@@ -189,8 +189,12 @@ def test_files_that_break_the_graph_are_named_replaced_and_cost_one_graph_each_a
     loader = build_train_loader(config, [PLAIN, *VIEWS], batch_size=4, seed=0)
     with caplog.at_level(logging.WARNING, logger="caco_fast.data"):
         for epoch in (0, 1):
-            index = torch.cat([batch.index for batch in loader.batches(epoch)]).tolist()
+            batches = list(loader.batches(epoch))
+            index = torch.cat([batch.index for batch in batches]).tolist()
             assert index == [{4: 6, 5: 6, 19: 0}.get(position, position) for position in epoch_order(0, epoch, 20)]
+            # Wherever the first image after the broken ones stands, it is seen whole, whatever its own size.
+            whole = torch.cat([batch.views[0] for batch in batches])[torch.tensor(index) == 6]
+            assert len(whole) == 3 and (whole == whole[0]).all()
     assert sorted(Path(name).stem for name in loader.bad_images) == ["04", "05", "19"]
     assert len([record for record in caplog.records if record.name == "caco_fast.data"]) == 3
     assert 2 <= len(graphs) <= 4

@@ -74,15 +74,19 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("caco", "torchvision", 3, id="caco-torchvision-initialisation"),
         pytest.param("caco", "torchvision", 5, id="caco-torchvision-its-end"),
         pytest.param("caco", "memory", 8, id="caco-memory-mid-epoch"),
+        pytest.param("caco", "dali", 8, id="caco-dali-mid-epoch-with-more-threads"),
         pytest.param("caco", "torchvision", 10, id="caco-torchvision-epoch-end"),
         pytest.param("moco", "torchvision", 8, id="moco-torchvision-mid-epoch"),
     ],
 )
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     settings = (f"method={method}", f"data.loader={loader}", "trainer.log_every=2")
     train(config(images, *settings), tmp_path / "whole")
     train(config(images, *settings, f"trainer.max_steps={stop}"), tmp_path / "parts")
-    summary = train(config(images, *settings), tmp_path / "parts", "auto")
+    more = ("data.workers=2",) if loader == "dali" else ()
+    summary = train(config(images, *settings, *more), tmp_path / "parts", "auto")
     assert summary["finished"]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
