@@ -2,10 +2,12 @@
 """Writes the measured tables of README.md and docs/ from benchmarks/results/: python tools/make_tables.py [--check]
 
 A table stands between `<!-- table: NAME.json -->` and `<!-- end table -->`; the script that wrote NAME.json prints it.
+`<!-- table: results -->` is the list of all results: what was measured, where, and at which commit.
 With --check nothing is written, and the exit status is 1 if a table differs from its result.
 """
 
 import argparse
+import ast
 import json
 import re
 import subprocess
@@ -19,12 +21,37 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.S)
 
 def table(name: str) -> str:
     """The Markdown table of a result, from the script that the result names."""
+    if name == "results":
+        return results()
     result = RESULTS / name
     script = ROOT / json.loads(result.read_text())["script"]
     done = subprocess.run([sys.executable, script, "--table", result], capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         raise SystemExit(f"error: {script.relative_to(ROOT)} --table {name}: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def results() -> str:
+    """The list of all results, and on which GPUs which kernels are proved."""
+    lines = ["| result | what | where | when | commit |", "|---|---|---|---|---|"]
+    proofs = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        gpus = ", ".join(result["machine"]["gpus"])
+        where, commit = gpus or f"{result['machine']['cpu']}, no GPU", (result["commit"] or "")[:7]
+        if result["dirty"]:
+            commit += " with changes"
+        link = f"[{path.stem}](benchmarks/results/{path.name})"
+        lines.append(f"| {link} | {purpose(ROOT / result['script'])} | {where} | {result['time'][:10]} | {commit} |")
+        if path.stem.startswith("gpu_check"):
+            proofs.append(f"`csrc/` with the content hash {result['content_sha256'][:16]} was checked on {gpus}.")
+    return "\n".join([*lines, "", *(proofs or ["On a GPU `csrc/` has not been proved, nor anything else measured."])])
+
+
+def purpose(script: Path) -> str:
+    """The first sentence of a script's docstring."""
+    text = " ".join((ast.get_docstring(ast.parse(script.read_text())) or "").split("\n\n")[0].split())
+    return re.split(r"[:.](?: |$)", text)[0].replace("|", " ")
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Judges a quickstart run, and records it for the README.
+"""What `make quickstart` reaches: judges a run, and records it for the README.
 
     python tools/quickstart_report.py runs/quickstart            # exit status 1 if it did not learn what it should
     python tools/quickstart_report.py runs/quickstart --record   # also writes benchmarks/results/quickstart_cpu.json
