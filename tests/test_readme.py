@@ -1,5 +1,7 @@
 """The README's examples run as they stand there, and its tables are those of the results."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -76,3 +78,25 @@ def test_the_tables_are_those_of_the_results():
         [sys.executable, str(ROOT / "tools" / "make_tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_list_of_results_names_the_gpu_that_checked_the_kernels(tmp_path: Path, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert "On a GPU" in tables.results() or "stages passed" in tables.results()
+    record = {
+        "script": "tools/gpu_check.py",
+        "machine": {"gpus": ["NVIDIA H200"], "cpu": "some CPU"},
+        "commit": "0123456789abcdef",
+        "dirty": True,
+        "time": "2030-01-02T03:04:05+00:00",
+        "settings": {"csrc_hash": "feedbeef"},
+        "results": {"stages": {"primitives": {"status": "passed"}, "tests": {"status": "failed: 1"}}},
+    }
+    (tmp_path / "gpu_check_nvidia_h200.json").write_text(json.dumps(record))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    listed = tables.results()
+    assert "| Proves the kernels on the GPU of this machine" in listed
+    assert "| NVIDIA H200 | 2030-01-02 | 0123456 with changes |" in listed
+    assert listed.endswith("`csrc/` with the content hash feedbeef on NVIDIA H200: 1 of 2 stages passed.")

@@ -44,7 +44,9 @@ def results() -> str:
         link = f"[{path.stem}](benchmarks/results/{path.name})"
         lines.append(f"| {link} | {purpose(ROOT / result['script'])} | {where} | {result['time'][:10]} | {commit} |")
         if path.stem.startswith("gpu_check"):
-            proofs.append(f"`csrc/` with the content hash {result['content_sha256'][:16]} was checked on {gpus}.")
+            stages = [stage["status"] for stage in result["results"]["stages"].values()]
+            passed = f"{stages.count('passed')} of {len(stages)} stages passed"
+            proofs.append(f"`csrc/` with the content hash {result['settings']['csrc_hash']} on {gpus}: {passed}.")
     return "\n".join([*lines, "", *(proofs or ["On a GPU `csrc/` has not been proved, nor anything else measured."])])
 
 
