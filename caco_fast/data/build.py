@@ -66,14 +66,11 @@ def build_train_loader(
         view.validate(f"views[{number}]")
     source = build_source(config, "train")
     options = dict(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device)
-    small = isinstance(source, ArraySource) and source.images.nbytes <= MEMORY_LIMIT
-    if config.loader == "memory" or (config.loader == "auto" and small):
+    if config.loader == "memory" or (config.loader == "auto" and _small(source)):
         from caco_fast.data.memory import MemoryLoader
 
         return MemoryLoader(source, config, views, **options)
-    if config.loader == "dali" or (config.loader == "auto" and _dali_installed()):
-        if not _dali_installed():
-            raise UserError(f"data.loader is dali, but NVIDIA DALI is not installed; {_how_to_install()}")
+    if _by_dali(config):
         from caco_fast.data.dali_loader import DaliLoader
 
         return DaliLoader(source, config, views, **options)
@@ -82,6 +79,17 @@ def build_train_loader(
             "loading by torchvision, because NVIDIA DALI, which is faster, is not installed; %s", _how_to_install()
         )
     return TorchvisionLoader(source, config, views, **options)
+
+
+def _small(source: Source) -> bool:
+    return isinstance(source, ArraySource) and source.images.nbytes <= MEMORY_LIMIT
+
+
+def _by_dali(config: DataConfig) -> bool:
+    """Whether DALI reads what isn't held in memory. UserError where it is asked for and not installed."""
+    if config.loader == "dali" and not _dali_installed():
+        raise UserError(f"data.loader is dali, but NVIDIA DALI is not installed; {_how_to_install()}")
+    return config.loader in ("auto", "dali") and _dali_installed()
 
 
 def _dali_installed() -> bool:
@@ -113,5 +121,8 @@ def build_eval_loader(
             f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
             f"put them into one folder for each class, or turn evaluation off"
         )
+    # An array whose images stay as they are has nothing to decode.
+    held = isinstance(source, ArraySource) and config.eval_resize is None
+    dali = not held and not (config.loader == "auto" and _small(source)) and _by_dali(config)
     options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
-    return EvalLoader(source, config, **options)
+    return EvalLoader(source, config, **options, dali=dali)

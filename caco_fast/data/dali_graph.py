@@ -20,6 +20,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from caco_fast.data.views import evaluation_box
+
 # Batches that DALI works on at a time.
 DEPTH = 2
 
@@ -61,11 +63,15 @@ class DaliGraph:
                 output_type=types.RGB if channels == 3 else types.GRAY,
                 adjust_orientation=False,
             )
-            outputs = [_crop(image, view) for view in range(len(self.sizes))] if self.crops else [image]
-            self._pipe.set_outputs(*outputs)
+            self._pipe.set_outputs(*self._outputs(image))
         self._pipe.build()
 
-    def feed(self, files: Sequence[np.ndarray], boxes: Sequence[np.ndarray], flips: Sequence[np.ndarray]) -> None:
+    def _outputs(self, image: object) -> list[object]:
+        return [_crop(image, view) for view in range(len(self.sizes))] if self.crops else [image]
+
+    def feed(
+        self, files: Sequence[np.ndarray], boxes: Sequence[np.ndarray] = (), flips: Sequence[np.ndarray] = ()
+    ) -> None:
         """Starts a batch: B files, each [bytes] uint8; for each view boxes [B, 4] in pixels and flips [B] bool."""
         self._pipe.feed_input("encoded", list(files))
         for view, (box, flip, size) in enumerate(zip(boxes, flips, self.sizes) if self.crops else ()):
@@ -94,6 +100,48 @@ class DaliGraph:
         tensor = torch.empty(source.shape(), dtype=torch.uint8, device=self.device)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         return feed_ndarray(source, tensor, cuda_stream=stream)
+
+
+class EvaluationGraph(DaliGraph):
+    """Decodes images, resizes them whole and cuts the same size out of each, as evaluation does.
+
+    The sizes are fed, because DALI rounds a longer side where torchvision cuts its fraction off.
+    """
+
+    def __init__(
+        self,
+        resize: int | None,
+        size: int | None,
+        channels: int,
+        batch_size: int,
+        *,
+        threads: int,
+        device: torch.device,
+    ) -> None:
+        """`resize`, `size`: see `evaluation_transform`. Without a `size` there are B images, each of its own size."""
+        self._resize, self._size = resize, size
+        sizes = [size] if size else []
+        super().__init__(sizes, channels, batch_size, threads=threads, device=device, crops=size is not None)
+
+    def _outputs(self, image: object) -> list[object]:
+        if self._resize:
+            shape = fn.external_source(name="resized", ndim=1, dtype=types.FLOAT)
+            image = fn.resize(image, size=shape, interp_type=types.INTERP_TRIANGULAR, antialias=True)
+        if self._size:
+            start = fn.external_source(name="start", ndim=1, dtype=types.INT32)
+            box = {"start": start, "shape": [self._size, self._size], "axes": [0, 1]}
+            image = fn.slice(image, **box, out_of_bounds_policy="pad", fill_values=0)
+        return [image]
+
+    def feed_evaluation(self, files: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
+        """Starts a batch: B files, each [bytes] uint8, of images of `sizes`, each (height, width) in pixels."""
+        resized, starts = zip(*(evaluation_box(*size, self._resize, self._size) for size in sizes))
+        self._pipe.feed_input("encoded", list(files))
+        if self._resize:
+            self._pipe.feed_input("resized", np.array(resized, dtype=np.float32))
+        if self._size:
+            self._pipe.feed_input("start", np.array(starts, dtype=np.int32))
+        self._pipe.schedule_run()
 
 
 def crop_view(image: Tensor, box: np.ndarray, flip: bool, size: int) -> Tensor:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from caco_fast.data.batched_draws import ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
-from caco_fast.data.dali_graph import DEPTH, DaliGraph, crop_view
-from caco_fast.data.encoded import Encoded, prepare, through_pil
+from caco_fast.data.dali_flights import DaliFlights, Flight
+from caco_fast.data.dali_graph import DaliGraph, crop_view
+from caco_fast.data.encoded import Encoded
 from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.reading import BadImages
@@ -29,25 +31,19 @@ from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import BadImageError, Source
 from caco_fast.errors import UserError
 
-# Threads that wait for files; they take no processor time to speak of.
-_READERS = 16
 # Values finished at a time by one thread on a CPU: as much as stays in its cache. A function of the view alone, so that
 # the pixels don't depend on the number of threads.
 _CPU_VALUES = 2 * 3 * 224 * 224
 
 
 @dataclass
-class _Flight:
-    """A batch on its way; it keeps its files until it has arrived."""
-
+class _Flight(Flight):
     epoch: int
     drawn: np.ndarray  # [B] int64: positions as drawn; all random numbers are theirs
-    held: np.ndarray  # [B] int64: positions as read
-    files: list[Encoded]  # B
-    draws: list[ViewDraws]  # V, each [B]
+    draws: list[ViewDraws] = field(default_factory=list)  # V, each [B]
 
 
-class DaliLoader:
+class DaliLoader(DaliFlights[_Flight]):
     """Decodes once, cuts all views, finishes them in batches; see `TrainLoader` for what it gives.
 
     The order of the images is that of the other loaders, the random numbers those of the memory loader. Views lie on
@@ -66,30 +62,20 @@ class DaliLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(source, threads=config.worker_processes(), prefetch=config.prefetch, device=device)
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
         self.images = images_name(source)
-        self._source, self._seed, self._jitter = source, seed, config.jitter
+        self._seed, self._jitter = seed, config.jitter
         self._views = [view for view in views for _ in range(view.count)]
         self._share = (batch_size, rank, world_size)
-        self._prefetch = config.prefetch
-        self._device = torch.device(device)
-        if self._device.type == "cuda" and self._device.index is None:
-            # The threads have no current device of their own choice.
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        self._threads = max(1, config.worker_processes())
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
-        # Positions that PIL decodes and DALI doesn't.
-        self._refused: set[int] = set()
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self._device)
             for values in (config.mean or source.mean, config.std or source.std)
         )
-        self._graph: DaliGraph | None = None
-        self._readers: ThreadPoolExecutor | None = ThreadPoolExecutor(_READERS, "caco_fast reader")
         # Each of the threads that finish views runs by itself; many threads in each would fight for the cores.
         self._finishers = ThreadPoolExecutor(self._threads, "caco_fast views", torch.set_num_threads, (1,))
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         if self._stream is not None:
             # For the mean and the standard deviation.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -113,10 +99,8 @@ class DaliLoader:
                 made.close()
 
     def close(self) -> None:
-        if self._readers is not None:
-            self._readers.shutdown(cancel_futures=True)
-            self._finishers.shutdown(cancel_futures=True)
-        self._readers = self._graph = None
+        super().close()
+        self._finishers.shutdown(cancel_futures=True)
 
     def _handed_over(self, batch: Batch, ready: torch.cuda.Event | None) -> Batch:
         """The batch for the stream of the training step, which waits for `ready`; the host doesn't."""
@@ -130,43 +114,29 @@ class DaliLoader:
     def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         order = epoch_order(self._seed, epoch, len(self._source))
         shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
-        reading: deque[tuple[np.ndarray, list[Future[Encoded | BadImageError]]]] = deque()
-        flying: deque[_Flight] = deque()
-        try:
-            while True:
-                while len(reading) < self._prefetch and (share := next(shares, None)) is not None:
-                    reading.append((share, [self._readers.submit(self._read, int(position)) for position in share]))
-                while reading and len(flying) < DEPTH:
-                    drawn, files = reading.popleft()
-                    flying.append(self._flight(epoch, drawn, [file.result() for file in files]))
-                    self._feed(flying)
-                if not flying:
-                    return
-                crops = self._collect(flying)
-                yield self._finished(flying.popleft(), crops)
-        finally:
-            if flying:
-                # What is in the graph would be taken for the next epoch's.
-                self._graph = None
+        planned = (_Flight(share.copy(), epoch, share) for share in shares)
+        # Closed here and at once, so that no batch stays in the graph.
+        with closing(self._flown(planned)) as flown:
+            for flight, pixels in flown:
+                yield self._finished(flight, pixels)
+
+    def _new_graph(self) -> DaliGraph:
+        size, rank, world_size = self._share
+        sizes = [view.size for view in self._views]
+        count = size // world_size
+        return DaliGraph(sizes, self._source.channels, count, threads=self._threads, device=self._device)
+
+    def _board(self, graph: DaliGraph, flight: _Flight) -> None:
+        boxes, flips = [draws.box for draws in flight.draws], [draws.flip for draws in flight.draws]
+        graph.feed([file.data for file in flight.files], boxes, flips)
 
     def _read(self, position: int) -> Encoded | BadImageError:
         known = self._bad.reasons.get(self._source.name(position))
-        if known is not None:
-            return BadImageError(known)
-        try:
-            data = self._source.encoded(position)
-            return through_pil(data) if position in self._refused else prepare(data)
-        except BadImageError as error:
-            return error
+        return super()._read(position) if known is None else BadImageError(known)
 
-    def _flight(self, epoch: int, drawn: np.ndarray, files: list[Encoded | BadImageError]) -> _Flight:
-        flight = _Flight(epoch, drawn, drawn.copy(), files, [])
-        for row, file in enumerate(files):
-            if isinstance(file, BadImageError):
-                self._replace(flight, row, file)
-        return self._with_draws(flight)
-
-    def _with_draws(self, flight: _Flight) -> _Flight:
+    def _settle(self, flight: _Flight, bad: dict[int, BadImageError]) -> None:
+        for row, error in bad.items():
+            self._replace(flight, row, error)
         size = np.array([(file.height, file.width) for file in flight.files]).T
         flight.draws = [
             draw_views(
@@ -175,7 +145,6 @@ class DaliLoader:
             )
             for number, config in enumerate(self._views)
         ]  # fmt: skip
-        return flight
 
     def _replace(self, flight: _Flight, row: int, error: BadImageError) -> None:
         """Puts the next readable image, in the order of positions, into a bad one's slot; UserError past the limit."""
@@ -189,67 +158,6 @@ class DaliLoader:
                 return
             error = file
         raise UserError(f"none of the {len(self._source)} training images can be read; check data.path")
-
-    def _feed(self, flying: deque[_Flight]) -> None:
-        """Starts the newest batch, the others being under way."""
-        try:
-            self._start(flying if self._graph is None else [flying[-1]])
-        except (RuntimeError, IndexError) as error:
-            self._repair(flying, error)
-
-    def _collect(self, flying: deque[_Flight]) -> list[Tensor]:
-        while True:
-            try:
-                with torch.cuda.stream(self._stream):
-                    return self._graph.collect()
-            except RuntimeError as error:
-                self._repair(flying, error)
-
-    def _start(self, flights: Sequence[_Flight]) -> None:
-        if self._graph is None:
-            self._graph = self._new_graph([view.size for view in self._views], len(flights[0].files), self._threads)
-        for flight in flights:
-            boxes, flips = [draws.box for draws in flight.draws], [draws.flip for draws in flight.draws]
-            self._graph.feed([file.data for file in flight.files], boxes, flips)
-
-    def _new_graph(self, sizes: list[int], batch_size: int, threads: int) -> DaliGraph:
-        return DaliGraph(sizes, self._source.channels, batch_size, threads=threads, device=self._device)
-
-    def _repair(self, flying: deque[_Flight], error: Exception) -> None:
-        """Starts the batches again, in another graph and without the files that broke the last one.
-
-        DALI doesn't say which those are, so every file is tried by itself. One that PIL decodes stays, decoded by PIL.
-        Raises `error` where no file is to blame.
-        """
-        while True:
-            self._graph = None
-            if not any([self._without_refused(flight) for flight in flying]):
-                raise error
-            try:
-                return self._start(flying)
-            except (RuntimeError, IndexError) as another:
-                error = another
-
-    def _without_refused(self, flight: _Flight) -> bool:
-        """Whether DALI refused any of the files, all of which it has now accepted, replaced or had decoded by PIL."""
-        graph, found = None, False
-        whole, unflipped = np.zeros((1, 4), dtype=np.int64), np.zeros(1, dtype=bool)
-        for row, file in enumerate(flight.files):
-            graph = graph or self._new_graph([1], 1, 1)
-            whole[0, 2:] = file.height, file.width
-            try:
-                graph.feed([file.data], [whole], [unflipped])
-                graph.collect()
-            except RuntimeError:
-                graph, found = None, True
-                self._refused.add(int(flight.held[row]))
-                try:
-                    flight.files[row] = through_pil(file.data.tobytes())
-                except BadImageError as error:
-                    self._replace(flight, row, error)
-        if found:
-            self._with_draws(flight)
-        return found
 
     def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, torch.cuda.Event | None]:
         """The batch of what the graph gave: crops on a GPU, else whole images; and an event for when a GPU has it."""

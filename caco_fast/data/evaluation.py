@@ -5,7 +5,7 @@ Legend: b images of one batch, ch channels, h x w pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from caco_fast.data.order import evaluation_share
-from caco_fast.data.reading import BadImages, EvaluationBatches, as_is, leave_interrupts_to_the_trainer
+from caco_fast.data.reading import BadImages, EvaluationBatches, RawBatch, as_is, leave_interrupts_to_the_trainer
 from caco_fast.data.settings import DataConfig
 from caco_fast.data.source import ArraySource, Source
 from caco_fast.data.views import normalize
@@ -37,20 +37,32 @@ class EvalLoader:
         world_size: int = 1,
         share: float = 1.0,
         device: torch.device | str = "cpu",
+        dali: bool = False,
     ) -> None:
+        """`dali`: whether NVIDIA DALI decodes, in this process, or PIL in worker processes."""
         if batch_size < 1:
             raise UserError(f"the evaluation batch size is {batch_size}; it must be 1 or more")
-        self.source = source
+        self.source, self.dali = source, dali
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
         self._mean, self._std = config.mean or source.mean, config.std or source.std
         # Left out without an end to the run: what is bad in the training set is stopped by the training loader.
         self._bad = BadImages(len(source), len(source))
+        self._parts = np.array_split(self.positions, range(batch_size, len(self.positions), batch_size))
+        self._batches = self._by_dali(config) if dali else self._by_pil(config)
+
+    def _by_dali(self, config: DataConfig) -> Iterable[RawBatch]:
+        from caco_fast.data.dali_evaluation import DaliEvaluationBatches
+
+        return DaliEvaluationBatches(self.source, config, self._parts, self._device)
+
+    def _by_pil(self, config: DataConfig) -> Iterable[RawBatch]:
         # An image that lies in memory is taken sooner than a worker is started.
-        workers = 0 if isinstance(source, ArraySource) and config.eval_resize is None else config.worker_processes()
-        self._loader = DataLoader(
-            EvaluationBatches(source, config.eval_resize, config.eval_size),
-            sampler=np.array_split(self.positions, range(batch_size, len(self.positions), batch_size)),
+        held = isinstance(self.source, ArraySource) and config.eval_resize is None
+        workers = 0 if held else config.worker_processes()
+        return DataLoader(
+            EvaluationBatches(self.source, config.eval_resize, config.eval_size),
+            sampler=self._parts,
             batch_size=None,
             collate_fn=as_is,
             worker_init_fn=leave_interrupts_to_the_trainer,
@@ -70,11 +82,11 @@ class EvalLoader:
         return images * std + mean
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         readable = 0
-        for raw in self._loader:
+        for raw in self._batches:
             self._bad.add(raw.bad)
             if raw.error:
                 raise UserError(raw.error)

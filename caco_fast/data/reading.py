@@ -104,16 +104,23 @@ class EvaluationBatches(Dataset[RawBatch]):
                 continue
             images.append(self.transform(image))
             index.append(position)
-        shown = torch.tensor(index, dtype=torch.int64)
-        for image, position in zip(images, index, strict=True):
-            if image.shape != images[0].shape:
-                sizes = [f"{width} x {height}" for _, height, width in (image.shape, images[0].shape)]
-                error = (
-                    f"{self.source.name(position)} has {sizes[0]} pixels, {self.source.name(index[0])} has {sizes[1]}; "
-                    f"set data.eval_resize and data.eval_size, for instance to 256 and 224"
-                )
-                return RawBatch([], shown, bad, error)
-        return RawBatch([torch.stack(images)] if images else [], shown, bad)
+        return batch_of_one_size(images, index, bad, self.source)
+
+
+def batch_of_one_size(
+    images: Sequence[Tensor], index: Sequence[int], bad: list[tuple[str, str]], source: Source
+) -> RawBatch:
+    """The images [ch, h, w] at the positions `index` as one batch; an error in it where they differ in size."""
+    shown = torch.tensor(index, dtype=torch.int64)
+    for image, position in zip(images, index, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{width} x {height}" for _, height, width in (image.shape, images[0].shape)]
+            error = (
+                f"{source.name(position)} has {sizes[0]} pixels, {source.name(index[0])} has {sizes[1]}; "
+                f"set data.eval_resize and data.eval_size, for instance to 256 and 224"
+            )
+            return RawBatch([], shown, bad, error)
+    return RawBatch([torch.stack(list(images))] if images else [], shown, bad)
 
 
 class BadImages:

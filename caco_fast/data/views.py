@@ -59,10 +59,27 @@ def view_transform(config: ViewConfig, channels: int) -> v2.Compose:
 
 
 def evaluation_transform(resize: int | None, size: int | None) -> v2.Compose:
-    """PIL image -> uint8 tensor [ch, h, w]: shorter side to `resize`, then the centre `size` x `size`; None skips."""
+    """PIL image -> uint8 tensor [ch, h, w]: shorter side to `resize`, then the centre `size` x `size`; None skips.
+
+    A uint8 tensor [ch, h, w] is taken too. What an image lacks of the centre is black.
+    """
     steps: list[v2.Transform] = [v2.Resize(resize)] if resize else []
     steps += [v2.CenterCrop(size)] if size else []
     return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def evaluation_box(
+    height: int, width: int, resize: int | None, size: int | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What `evaluation_transform` does to an image: its size once resized, and where in it the centre starts.
+
+    Both (vertical, horizontal) in pixels, rounded as torchvision does; a start is negative where the image is smaller.
+    """
+    shorter = min(height, width)
+    resized = tuple(int(resize * side / shorter) if resize else side for side in (height, width))
+    if size is None:
+        return resized, (0, 0)
+    return resized, tuple(-((size - side) // 2) if size > side else round((side - size) / 2) for side in resized)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -35,13 +35,6 @@ def damaged(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["torchvision", "dali"])
-def loader_name(request: pytest.FixtureRequest) -> str:
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    return request.param
-
-
 def build(path: Path, name: str, limit: float, workers: int = 0) -> TrainLoader:
     config = DataConfig(path=str(path), loader=name, workers=workers, bad_image_limit=limit)
     loader = build_train_loader(config, VIEWS, batch_size=6, seed=0)

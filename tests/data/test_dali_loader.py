@@ -22,8 +22,9 @@ from caco_fast.training import train
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
-from caco_fast.data import dali_loader
+from caco_fast.data import dali_flights, dali_loader
 from caco_fast.data.dali_loader import DaliLoader
+from caco_fast.data.encoded import Encoded
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 VIEWS = [ViewConfig(count=2, size=16, blur_p=0.5, solarize_p=0.2), ViewConfig(size=8, scale=(0.1, 0.3))]
@@ -182,9 +183,7 @@ def test_files_that_break_the_graph_are_named_replaced_and_cost_one_graph_each_a
 ) -> None:
     graphs = []
     graph = dali_loader.DaliGraph
-    monkeypatch.setattr(
-        dali_loader, "DaliGraph", lambda sizes, *a, **k: (len(sizes) > 1 and graphs.append(1)) or graph(sizes, *a, **k)
-    )
+    monkeypatch.setattr(dali_loader, "DaliGraph", lambda *a, **k: graphs.append(1) or graph(*a, **k))
     config = DataConfig(path=str(broken), loader="dali", workers=1, bad_image_limit=0.15)
     loader = build_train_loader(config, [PLAIN, *VIEWS], batch_size=4, seed=0)
     with caplog.at_level(logging.WARNING, logger="caco_fast.data"):
@@ -230,10 +229,10 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
     config = DataConfig(path=str(tmp_path), loader="dali", workers=1)
     expected = list(build_train_loader(config, [PLAIN], batch_size=3, seed=0).batches(0))
 
-    def as_they_are(data: bytes) -> dali_loader.Encoded:
-        return dali_loader.Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40)
+    def as_they_are(data: bytes) -> Encoded:
+        return Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40)
 
-    monkeypatch.setattr(dali_loader, "prepare", as_they_are)
+    monkeypatch.setattr(dali_flights, "prepare", as_they_are)
     loader = build_train_loader(config, [PLAIN], batch_size=3, seed=0)
     assert all(map(same, loader.batches(0), expected)) and loader.bad_images == {}
 
@@ -242,7 +241,7 @@ def test_an_error_that_is_no_files_fault_is_not_taken_for_one(
     smooth_source: ArraySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: dali_loader.DaliGraph) -> None:
-        if len(self.sizes) > 1:
+        if self.sizes:
             raise RuntimeError("out of memory")
         self._pipe.share_outputs()
         self._pipe.release_outputs()

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
@@ -35,22 +34,6 @@ FAST = {"jitter, fast", "view a, fast", "view b, fast", "small crop of 96, fast"
 @pytest.fixture(scope="module")
 def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
     return load_tool("show_views")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Eight JPEG files of differing sizes: smooth shapes, edges and a little noise."""
-    generator, paths = np.random.default_rng(0), []
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, (width, height) in enumerate([(500, 375), (375, 500), (333, 500), (640, 480), (250, 188)] * 2):
-        coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(float)
-        y, x = np.mgrid[0:height, 0:width]
-        inside = (y - height / 2) ** 2 + (x - width / 3) ** 2 < (height / 4) ** 2
-        pixels += inside[..., None] * generator.uniform(-80, 80, 3) + generator.normal(0, 4, pixels.shape)
-        paths.append(folder / f"{number}.JPEG")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=92)
-    return paths[:8]
 
 
 def test_every_operation_and_the_whole_view_are_torchvisions_within_bounds(

@@ -52,8 +52,8 @@ def test_more_ranks_than_images_leave_some_with_nothing(colour_source: ArraySour
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_folder_images_are_resized_and_cropped(image_folder: Path, workers: int) -> None:
-    config = DataConfig(path=str(image_folder), workers=workers, eval_resize=16, eval_size=12)
+def test_folder_images_are_resized_and_cropped(image_folder: Path, workers: int, loader_name: str) -> None:
+    config = DataConfig(path=str(image_folder), loader=loader_name, workers=workers, eval_resize=16, eval_size=12)
     batches = list(build_eval_loader(config, "test", batch_size=3))
     assert [images.shape for images, _, _ in batches] == [(3, 3, 12, 12), (1, 3, 12, 12)]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 1, 1]
@@ -61,36 +61,36 @@ def test_folder_images_are_resized_and_cropped(image_folder: Path, workers: int)
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_of_differing_sizes_say_which_settings_to_give(
-    image_folder: Path, write_image: Callable[..., Path], workers: int
+    image_folder: Path, write_image: Callable[..., Path], workers: int, loader_name: str
 ) -> None:
     write_image(image_folder / "val" / "ant" / "wide.JPEG", width=40)
-    config = DataConfig(path=str(image_folder), workers=workers)
+    config = DataConfig(path=str(image_folder), loader=loader_name, workers=workers)
     with pytest.raises(UserError, match=r"wide.JPEG has 40 x 20 pixels, .* has 24 x 20; set data.eval_resize") as error:
         list(build_eval_loader(config, "test", batch_size=8))
     assert "\n" not in str(error.value)
 
 
-def test_bad_images_are_left_out_and_counted(image_folder: Path) -> None:
+def test_bad_images_are_left_out_and_counted(image_folder: Path, loader_name: str) -> None:
     (image_folder / "val" / "ant" / "ant_1.JPEG").write_bytes(b"")
     (image_folder / "val" / "bee" / "bee_0.JPEG").write_bytes(b"")
-    config = DataConfig(path=str(image_folder), workers=0, bad_image_limit=0.0)
+    config = DataConfig(path=str(image_folder), loader=loader_name, workers=0, bad_image_limit=0.0)
     loader = build_eval_loader(config, "test", batch_size=2)
     for _ in range(2):
         assert [(labels.tolist(), index.tolist()) for _, labels, index in loader] == [([0], [0]), ([1], [3])]
     assert {Path(name).stem for name in loader.bad_images} == {"ant_1", "bee_0"}
 
 
-def test_a_whole_batch_of_bad_images_gives_no_batch(image_folder: Path) -> None:
+def test_a_whole_batch_of_bad_images_gives_no_batch(image_folder: Path, loader_name: str) -> None:
     for file in (image_folder / "val" / "ant").iterdir():
         file.write_bytes(b"")
-    config = DataConfig(path=str(image_folder), workers=0)
+    config = DataConfig(path=str(image_folder), loader=loader_name, workers=0)
     assert [labels.tolist() for _, labels, _ in build_eval_loader(config, "test", batch_size=2)] == [[1, 1]]
 
 
-def test_no_readable_image_is_an_error(image_folder: Path) -> None:
+def test_no_readable_image_is_an_error(image_folder: Path, loader_name: str) -> None:
     for file in (image_folder / "val").rglob("*.JPEG"):
         file.write_bytes(b"")
-    config = DataConfig(path=str(image_folder), workers=0)
+    config = DataConfig(path=str(image_folder), loader=loader_name, workers=0)
     with pytest.raises(UserError, match="none of the 4 images to evaluate on can be read"):
         list(build_eval_loader(config, "test", batch_size=2))
 
