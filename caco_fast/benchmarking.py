@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from caco_fast import provenance
+from caco_fast.errors import UserError
 from caco_fast.provenance import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,13 @@ def write_result(path: str | Path, *, settings: dict[str, Any], results: Any) ->
     partial.write_text(json.dumps(record, indent=2) + "\n")
     partial.replace(path)
     return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `write_result` wrote. UserError where there is no such file."""
+    if not path.is_file():
+        raise UserError(f"--table {path}: no such file, run this tool without --table to make one")
+    return json.loads(path.read_text())
 
 
 def _script() -> str:

@@ -14,7 +14,6 @@ Legend: R query and key rows, K bank rows, C channels.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import bench_bank_gpu
 import torch
 from bank_steps import BANK_TEMPERATURE, DENSE, PARTS, TEMPERATURE, Inputs, make_step
 
-from caco_fast.benchmarking import ROOT, seconds, spread, write_result
+from caco_fast.benchmarking import ROOT, read_result, seconds, spread, write_result
 from caco_fast.errors import UserError
 
 RESET_PEAK = Path("/proc/self/clear_refs")
@@ -125,9 +124,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.table:
-        if not options.table.is_file():
-            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return
     device = torch.device(options.device)
     output = options.output or ROOT / "benchmarks" / "results" / f"bench_bank_{device.type}.json"
@@ -166,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extra_bytes": "peak resident memory in a process of its own",
     }
     path = write_result(output, settings=settings, results=results)
-    print(table(json.loads(path.read_text())))
+    print(table(read_result(path)))
     print(f"\nwritten to {path}")
 
 

@@ -26,7 +26,7 @@ from torch.multiprocessing import start_processes
 from torch.nn.functional import normalize
 
 from caco_fast.bank import LearnableBank, ShardedBank
-from caco_fast.benchmarking import ROOT, write_result
+from caco_fast.benchmarking import ROOT, read_result, write_result
 from caco_fast.distributed import barrier, count_traffic, rank, world_size
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
@@ -114,9 +114,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
     options = parser.parse_args()
     if options.table:
-        if not options.table.is_file():
-            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return
     if options.ranks < 1 or options.batch < 1 or options.batch % options.ranks:
         raise UserError(f"--batch {options.batch}: can't be shared evenly by {options.ranks} ranks")
@@ -132,7 +130,7 @@ def main() -> None:
     settings["payload"] = "bytes of the whole tensor that is gathered, reduced or scattered, each counted once"
     settings["sent"] = "per rank, by a ring: (N - 1) / N of the payload, twice that for an all-reduce"
     path = write_result(options.output, settings=settings, results=results)
-    print(f"\n{table(json.loads(path.read_text()))}\n\nwritten to {path}")
+    print(f"\n{table(read_result(path))}\n\nwritten to {path}")
 
 
 if __name__ == "__main__":

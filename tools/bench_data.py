@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from caco_fast.benchmarking import ROOT, spread, synchronize, write_result
+from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write_result
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
 from caco_fast.data.source import as_pil
@@ -291,9 +291,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.table:
-        if not options.table.is_file():
-            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return
     # What this process does beside its workers is done by one thread.
     torch.set_num_threads(1)
@@ -309,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cpu_ms": "processor time of this process and its workers, for each image",
     }
     path = write_result(output, settings=settings, results=run(options))
-    print(table(json.loads(path.read_text())))
+    print(table(read_result(path)))
     print(f"\nwritten to {path}")
 
 

@@ -23,7 +23,7 @@ import torch
 from bench_bank_gpu import Timer
 from torch import Tensor
 
-from caco_fast.benchmarking import ROOT, spread, synchronize, write_result
+from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write_result
 from caco_fast.errors import UserError
 from caco_fast.models import BackboneConfig, ProjectorConfig, build_encoder_pair
 from caco_fast.ops import ema_update_, lars_step_
@@ -194,9 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name}: found {getattr(options, name)}, wanted 1 or more")
     if options.table:
-        if not options.table.is_file():
-            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return
     torch.set_num_threads(options.threads)
     kind = torch.device(options.device).type

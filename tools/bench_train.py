@@ -16,7 +16,6 @@ The floor of memory traffic is that of a ResNet-50 in bf16 with two views of 224
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -33,7 +32,7 @@ import torch
 from PIL import Image
 from train_steps import PHASES, Phases, ReleasedStep, TrainerStep
 
-from caco_fast.benchmarking import ROOT, seconds, spread, write_result
+from caco_fast.benchmarking import ROOT, read_result, seconds, spread, write_result
 from caco_fast.config import Config, load_config, settings_of
 from caco_fast.distributed import barrier, rank, world_size
 from caco_fast.engine.launch import launched
@@ -207,9 +206,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.table:
-        if not options.table.is_file():
-            raise UserError(f"--table {options.table}: no such file, run this tool without --table to make one")
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return
     config = load_config(options.config, options.settings)
     start, results = time.monotonic(), []
@@ -260,7 +257,7 @@ def _write(options: argparse.Namespace, config: Config, device: torch.device, re
         "floor_mb_per_pair": FLOOR_MB,
     }
     path = write_result(output, settings=settings, results=results)
-    print(table(json.loads(path.read_text())))
+    print(table(read_result(path)))
     print(f"\nwritten to {path}", flush=True)
 
 

@@ -11,7 +11,6 @@ small batch, and `key=value` changes them. The status is 1 if a switch is not eq
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from caco_fast.benchmarking import ROOT, write_result
+from caco_fast.benchmarking import ROOT, read_result, write_result
 from caco_fast.config import Config, load_config
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.launch import launched
@@ -124,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     options = parser.parse_intermixed_args(arguments)
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print(table(read_result(options.table)))
         return 0
     common = [*SETTINGS, f"trainer.max_steps={options.steps}", *options.settings]
     results: dict[str, Any] = {}
@@ -143,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {"config": options.config.name, "settings": common, "factor": FACTOR, "device": device}
     settings["switches"] = {switch: list(SWITCHES[switch]) for switch in options.switches}
     path = write_result(output, settings=settings, results=results)
-    print(table(json.loads(path.read_text())))
+    print(table(read_result(path)))
     print(f"written to {path}")
     return 0 if all(s["equal"] for found in results.values() for s in found["switches"].values()) else 1
 

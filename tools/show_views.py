@@ -13,7 +13,6 @@ Legend: N images, s x s pixels of a view.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from caco_fast.benchmarking import write_result
+from caco_fast.benchmarking import read_result, write_result
 from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
 from caco_fast.data.encoded import Encoded, prepare
@@ -258,7 +257,7 @@ def main() -> int:
     options = parse()
     try:
         if options.table:
-            print(table(json.loads(options.table.read_text())))
+            print(table(read_result(options.table)))
             return 0
         paths = photographs(options.images, options.count)
         from nvidia.dali import __version__ as dali
