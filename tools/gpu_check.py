@@ -1,8 +1,7 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
     python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
-                                                     beside it, bench_bank_<gpu>.json and
-                                                     bench_optim_<gpu>.json
+                                                     beside it, bench_{bank,optim,train}_<gpu>.json
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
@@ -317,6 +316,7 @@ def paths_run(capability: str, present: list[str]) -> list[str]:
 
 
 def check(options: argparse.Namespace) -> int:
+    start = time.monotonic()
     if options.wheels:
         install_wheels(options.wheels)
     gpu = describe_gpu()
@@ -335,7 +335,7 @@ def check(options: argparse.Namespace) -> int:
 
     for name in BENCHMARKS:
         (WORK / f"{name}_cuda.json").unlink(missing_ok=True)
-    found = run_stages(todo, options.seconds)
+    found = run_stages(todo, options.seconds - (time.monotonic() - start))
     results: dict[str, Any] = {"stages": {**kept, **found}, "benchmarks": []}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in BENCHMARKS:
@@ -357,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="use the packages in these wheels")
     parser.add_argument("--collect-wheels", type=Path, metavar="DIR", help="download those wheels, run nothing")
     parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/gpu_check_<gpu>.json")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages together")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for wheels and all stages together")
     parser.add_argument("--commit", help="of these sources, where git cannot tell")
     options = parser.parse_args(arguments)
     if options.collect_wheels:
