@@ -192,3 +192,19 @@ def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line)
     )
     assert done.returncode == returncode
     assert [text for text in done.stderr.splitlines() if "CACO_CUDA" in text] == [line]
+
+
+@pytest.mark.parametrize("arches, unknown", [("80;banana", "banana"), ("80;", ""), ("sm_80", "sm_80"), ("80,20", "20")])
+def test_setup_names_an_architecture_that_nvcc_does_not_know(arches, unknown):
+    if check_sass.find_tool("nvcc") is None:
+        pytest.skip("nvcc not found")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CACO_ARCHES": arches},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: CACO_ARCHES: found {unknown!r}, wanted some of ")
+    assert done.stderr.count("\n") == 1
