@@ -69,6 +69,14 @@ def test_commands_of_a_stage_share_its_limit_and_end_at_the_first_failure():
     assert found["status"].startswith("failed") and found["output"] == ["1"]
 
 
+def test_the_proof_collects_only_files_that_have_tests_for_a_gpu():
+    """Others may import what a bare machine lacks, and then nothing of the stage would run."""
+    (tests,) = (stage for stage in gpu_check.stages("90", "", "") if stage.name == "tests")
+    files = [word for word in tests.commands[0] if word.startswith("tests/")]
+    assert "tests/gpu/test_device_contract.py" in files
+    assert all("pytest.mark.gpu" in (ROOT / name).read_text() for name in files)
+
+
 @pytest.mark.parametrize("printed, status", [("3 passed, 1 skipped", "passed"), ("3 skipped", "failed: the output")])
 def test_tests_that_were_all_skipped_prove_nothing(printed, status):
     (wanted,) = {stage.wanted for stage in gpu_check.stages("90", "", "") if "tests" in stage.name}
