@@ -83,6 +83,15 @@ def test_tests_that_were_all_skipped_prove_nothing(printed, status):
     assert gpu_check.run_stage(stage("tests", f"print({printed!r})", wanted=wanted), 20)["status"].startswith(status)
 
 
+def test_only_wheels_of_packages_that_are_lacking_are_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    for name in ("pytest-99-py3-none-any.whl", "lacking_here-1-py3-none-any.whl"):  # no wheels, so pip refuses them
+        (tmp_path / name).write_text("")
+    gpu_check.install_wheels(tmp_path)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: lacking_here-1-py3-none-any.whl is not installed: ")
+
+
 def test_a_program_that_is_missing_is_named():
     found = gpu_check.run_stage(gpu_check.Stage("gone", "", 9, (("no-such-program",),)), 9)
     assert found["status"] == "failed: no-such-program: No such file or directory"

@@ -5,7 +5,7 @@
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
-    python tools/gpu_check.py --wheels DIR           use them
+    python tools/gpu_check.py --wheels DIR           use those that this Python lacks
 
 The machine needs torch with CUDA, numpy, nvcc, g++ and compute-sanitizer; torchvision and pillow for what is no part of
 the proof; no network. Every stage runs in processes of its own under its own time limit, and one that fails does not
@@ -14,6 +14,7 @@ git name the commit: --commit SHA.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -85,7 +86,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             60,
             tuple(
                 command
-                for path in paths_run(architecture, kernel_paths())
+                for path in reversed(paths_run(architecture, kernel_paths()))  # the GPU's own first
                 for command in commands_of_primitives(path, architecture, nvcc)
             ),
         ),
@@ -246,10 +247,16 @@ def slug(gpu: str) -> str:
 
 
 def install_wheels(folder: Path) -> None:
-    """The wheels into build/gpu_check/site, which comes before what this Python has."""
+    """Those whose package this Python lacks into build/gpu_check/site: a second version of one that it has would not
+    suit its other packages, such as pytest's plugins."""
     if not folder.is_dir():
         raise UserError(f"--wheels {folder}: no such folder; make one with --collect-wheels where there is a network")
     for wheel in sorted(folder.glob("*.whl")):
+        try:
+            importlib.metadata.distribution(wheel.name.split("-")[0])
+            continue
+        except importlib.metadata.PackageNotFoundError:
+            pass
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(SITE))
         done = subprocess.run(
             [sys.executable, "-m", "pip", "install", *options, str(wheel)], capture_output=True, text=True
@@ -358,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="say what is proved, run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="run these stages only")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="use the packages in these wheels")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="use wheels of what is not installed")
     parser.add_argument("--collect-wheels", type=Path, metavar="DIR", help="download those wheels, run nothing")
     parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/gpu_check_<gpu>.json")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for wheels and all stages together")
