@@ -1,7 +1,8 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
     python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
-                                                     beside it, bench_{bank,optim,train}_<gpu>.json
+                                                     beside it, bench_bank_<gpu>.json and
+                                                     bench_optim_<gpu>.json
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
