@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 
 from caco_fast.data.batched_draws import ViewDraws
-from caco_fast.data.batched_jitter import by_hue_slot, exact_jitter, exact_table, fast_jitter, fast_table
+from caco_fast.data.batched_jitter import (
+    by_hue_slot,
+    exact_jitter,
+    exact_jitter_of_one,
+    exact_table,
+    fast_jitter,
+    fast_table,
+)
 from caco_fast.data.settings import ViewConfig
 
 # Rows that one product of the blur makes.
-_BLOCK = 56
+_BLOCK = 32
 
 
 def make_views(
@@ -65,8 +72,7 @@ def finish_crops(
     `out` takes the views: [B, ch, s, s] float32 in channels_last.
     """
     order, hue_ends = by_hue_slot(draws)
-    crops = crops.index_select(0, to_device(order, crops.device)).permute(0, 1, 3, 2)
-    pixels = torch.empty(crops.shape, dtype=torch.float32, device=crops.device).copy_(crops).mul_(1 / 255)
+    pixels = crops.permute(0, 1, 3, 2).index_select(0, to_device(order, crops.device)).float().mul_(1 / 255)
     return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, out)
 
 
@@ -82,7 +88,9 @@ def _finish(
     out: Tensor | None = None,
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
-    if jitter == "exact":
+    if jitter == "exact" and len(pixels) == 1:
+        exact_jitter_of_one(pixels, draws)
+    elif jitter == "exact":
         exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
     else:
         pixels = fast_jitter(pixels, to_device(fast_table(draws), pixels.device))
@@ -161,11 +169,11 @@ def blur(pixels: Tensor, radius: Tensor, reach: int) -> Tensor:
     rows = pixels.reshape(batch, size, channels * size)
     blurred = torch.empty_like(rows)
     for place, reads, block in _bands(size, side, 3 * reach):
-        blurred[:, place] = torch.bmm(matrices[(slice(None), *block)], rows[:, reads])
+        torch.bmm(matrices[(slice(None), *block)], rows[:, reads], out=blurred[:, place])
     columns = blurred.view(batch, size * channels, size)
     blurred = torch.empty_like(columns)
     for place, reads, block in _bands(size, side, 3 * reach):
-        blurred[:, :, place] = torch.bmm(columns[:, :, reads], matrices[(slice(None), *block)].transpose(1, 2))
+        torch.bmm(columns[:, :, reads], matrices[(slice(None), *block)].transpose(1, 2), out=blurred[:, :, place])
     return blurred.view(pixels.shape)
 
 

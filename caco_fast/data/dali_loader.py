@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from caco_fast.data.batched_draws import ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
 from caco_fast.data.dali_flights import DaliFlights, Flight
-from caco_fast.data.dali_graph import DaliGraph, crop_view
+from caco_fast.data.dali_graph import DaliGraph, crop_views
 from caco_fast.data.encoded import Encoded
 from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
@@ -33,7 +33,10 @@ from caco_fast.errors import UserError
 
 # Values finished at a time by one thread on a CPU: as much as stays in its cache. A function of the view alone, so that
 # the pixels don't depend on the number of threads.
-_CPU_VALUES = 2 * 3 * 224 * 224
+_CPU_VALUES = 3 * 224 * 224
+
+# On a GPU an event of its stream, on the CPU the work on parts of the batch.
+_Ready = torch.cuda.Event | list[Future[None]]
 
 
 @dataclass
@@ -102,16 +105,19 @@ class DaliLoader(DaliFlights[_Flight]):
         super().close()
         self._finishers.shutdown(cancel_futures=True)
 
-    def _handed_over(self, batch: Batch, ready: torch.cuda.Event | None) -> Batch:
-        """The batch for the stream of the training step, which waits for `ready`; the host doesn't."""
-        if ready is not None:
+    def _handed_over(self, batch: Batch, ready: _Ready) -> Batch:
+        """The batch once it is `ready`. On a GPU the stream of the training step waits for that, and the host doesn't."""
+        if isinstance(ready, torch.cuda.Event):
             training = torch.cuda.current_stream(self._device)
             training.wait_event(ready)
             for view in batch.views:
                 view.record_stream(training)
+        else:
+            for part in ready:
+                part.result()
         return batch
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, _Ready]]:
         order = epoch_order(self._seed, epoch, len(self._source))
         shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
         planned = (_Flight(share.copy(), epoch, share) for share in shares)
@@ -159,20 +165,21 @@ class DaliLoader(DaliFlights[_Flight]):
             error = file
         raise UserError(f"none of the {len(self._source)} training images can be read; check data.path")
 
-    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, torch.cuda.Event | None]:
-        """The batch of what the graph gave: crops on a GPU, else whole images; and an event for when a GPU has it."""
+    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, _Ready]:
+        """The batch of what the graph gave: crops on a GPU, else whole images; and what to wait for."""
         finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
-        batch = Batch(finish(flight, pixels), torch.from_numpy(flight.held))
-        return batch, self._stream.record_event() if self._stream is not None else None
+        views, ready = finish(flight, pixels)
+        return Batch(views, torch.from_numpy(flight.held)), ready
 
-    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> list[Tensor]:
+    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         with torch.cuda.stream(self._stream):
-            return [
+            views = [
                 finish_crops(*view, self._mean, self._std, self._jitter)
                 for view in zip(crops, flight.draws, self._views)
             ]
+        return views, self._stream.record_event()
 
-    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> list[Tensor]:
+    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         channels, views, parts = self._source.channels, [], []
         for number, config in enumerate(self._views):
             shape = (len(images), channels, config.size, config.size)
@@ -182,10 +189,7 @@ class DaliLoader(DaliFlights[_Flight]):
 
         def finish(number: int, part: slice) -> None:
             config, draws = self._views[number], flight.draws[number].take(part)
-            crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
-            constant = (config, self._mean, self._std, self._jitter)
-            finish_crops(torch.stack(crops), draws, *constant, out=views[number][part])
+            crops = crop_views(images[part], draws.box, draws.flip, config.size)
+            finish_crops(crops, draws, config, self._mean, self._std, self._jitter, out=views[number][part])
 
-        # As a list, so that an error in a thread is raised here.
-        list(self._finishers.map(finish, *zip(*parts)))
-        return [view.to(self._device, non_blocking=True) for view in views]
+        return views, [self._finishers.submit(finish, *part) for part in parts]
