@@ -72,7 +72,10 @@ def finish_crops(
     `out` takes the views: [B, ch, s, s] float32 in channels_last.
     """
     order, hue_ends = by_hue_slot(draws)
-    pixels = crops.permute(0, 1, 3, 2).index_select(0, to_device(order, crops.device)).float().mul_(1 / 255)
+    crops = crops.permute(0, 1, 3, 2)
+    if len(crops) > 1:
+        crops = crops.index_select(0, to_device(order, crops.device))
+    pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
     return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, out)
 
 
