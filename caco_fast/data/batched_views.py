@@ -40,9 +40,11 @@ def make_views(
     mean: Tensor,
     std: Tensor,
     jitter: str = "exact",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Views [B, ch, s, s] float32 in channels_last, normalised, of images[index]; row i has the parameters draws[i].
+    """Views [B, ch, s, s] in channels_last, normalised, of images[index]; row i has the parameters draws[i].
 
+    All is computed in float32, and rounded once to `dtype`.
     `images` [N, H, ch, W] uint8 and `mean`, `std` [ch] float32 lie on one device, where the views are made; `index` [B]
     int64 on the host. `draws` were made for `config`; `jitter` is exact or fast, see `batched_jitter`.
     """
@@ -55,7 +57,7 @@ def make_views(
     vertical = crop_matrices(top, height, torch.zeros_like(flip), pixels.shape[1], config.size)  # [B, s, H]
     horizontal = crop_matrices(left, width, flip, pixels.shape[3], config.size)  # [B, s, W]
     pixels = along_axes(pixels, vertical, horizontal)  # [B, s, ch, s]
-    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter)
+    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype)
 
 
 def finish_crops(
@@ -65,18 +67,19 @@ def finish_crops(
     mean: Tensor,
     std: Tensor,
     jitter: str = "exact",
+    dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `make_views`, from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say.
 
-    `out` takes the views: [B, ch, s, s] float32 in channels_last.
+    `out` takes the views: [B, ch, s, s] of `dtype` in channels_last.
     """
     order, hue_ends = by_hue_slot(draws)
     crops = crops.permute(0, 1, 3, 2)
     if len(crops) > 1:
         crops = crops.index_select(0, to_device(order, crops.device))
     pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, out)
+    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, dtype, out)
 
 
 def _finish(
@@ -88,6 +91,7 @@ def _finish(
     mean: Tensor,
     std: Tensor,
     jitter: str,
+    dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
@@ -111,7 +115,7 @@ def _finish(
         # In an image that stays as it is, it is 3 - x, which never is.
         solarize = to_device(draws.solarize.astype(np.float32), pixels.device)
         pixels = torch.minimum(pixels, (3 - 2 * solarize)[:, None, None, None] - pixels)
-    pixels = pixels.sub_(mean[:, None]).div_(std[:, None])
+    pixels = pixels.sub_(mean[:, None]).div_(std[:, None]).to(dtype)
     if (order[1:] < order[:-1]).any():
         pixels = pixels.index_select(0, to_device(np.argsort(order), pixels.device))
     views = pixels.permute(0, 2, 1, 3)

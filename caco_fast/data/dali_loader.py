@@ -65,12 +65,13 @@ class DaliLoader(DaliFlights[_Flight]):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(source, threads=config.worker_processes(), prefetch=config.prefetch, device=device)
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
         self.images = images_name(source)
-        self._seed, self._jitter = seed, config.jitter
+        self._seed, self._jitter, self._dtype = seed, config.jitter, dtype
         self._views = [view for view in views for _ in range(view.count)]
         self._share = (batch_size, rank, world_size)
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
@@ -175,7 +176,7 @@ class DaliLoader(DaliFlights[_Flight]):
     def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         with torch.cuda.stream(self._stream):
             views = [
-                finish_crops(*view, self._mean, self._std, self._jitter)
+                finish_crops(*view, self._mean, self._std, self._jitter, self._dtype)
                 for view in zip(crops, flight.draws, self._views)
             ]
         return views, self._stream.record_event()
@@ -184,13 +185,14 @@ class DaliLoader(DaliFlights[_Flight]):
         channels, views, parts = self._source.channels, [], []
         for number, config in enumerate(self._views):
             shape = (len(images), channels, config.size, config.size)
-            views.append(torch.empty(shape, memory_format=torch.channels_last))
+            views.append(torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last))
             count = max(1, _CPU_VALUES[self._jitter] // (config.size**2 * channels))
             parts += [(number, slice(start, start + count)) for start in range(0, len(images), count)]
 
         def finish(number: int, part: slice) -> None:
             config, draws = self._views[number], flight.draws[number].take(part)
             crops = crop_views(images[part], draws.box, draws.flip, config.size)
-            finish_crops(crops, draws, config, self._mean, self._std, self._jitter, out=views[number][part])
+            constant = (config, self._mean, self._std, self._jitter, self._dtype)
+            finish_crops(crops, draws, *constant, out=views[number][part])
 
         return views, [self._finishers.submit(finish, *part) for part in parts]

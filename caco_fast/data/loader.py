@@ -19,7 +19,7 @@ class Batch:
     """This rank's share of one training step."""
 
     # V tensors, in the order of the view entries, each entry repeated `count` times; normalised.
-    views: list[Tensor]  # [B, ch, h, w] float32
+    views: list[Tensor]  # [B, ch, h, w] of the dtype that the loader was built with
     # Positions in the training set, as drawn; where a bad image was replaced, that of its replacement.
     index: Tensor  # [B] int64
 

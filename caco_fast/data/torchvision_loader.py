@@ -47,6 +47,7 @@ class TorchvisionLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         if config.jitter != "exact":
@@ -57,7 +58,7 @@ class TorchvisionLoader:
         self.images = images_name(source)
         self._length, self._batch_size, self._seed = len(source), batch_size, seed
         self._rank, self._world_size = rank, world_size
-        self._device = torch.device(device)
+        self._device, self._dtype = torch.device(device), dtype
         self._mean, self._std = config.mean or source.mean, config.std or source.std
         # The small addend keeps 0.29 * 100 from becoming 28.
         limit = int(config.bad_image_limit * len(source) + 1e-6)
@@ -94,7 +95,7 @@ class TorchvisionLoader:
             if not raw.images:
                 raise UserError(f"none of the {self._length} training images can be read; check data.path")
             views = [normalize(v.to(self._device, non_blocking=True), self._mean, self._std) for v in raw.images]
-            yield Batch(views, raw.index)
+            yield Batch([view.to(self._dtype) for view in views], raw.index)
 
     def close(self) -> None:
         # The workers end when the last reference to the loader and its iterator is gone.
