@@ -6,7 +6,6 @@ Legend: B images of this rank in one step, V views of an image, ch channels, h x
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,12 +37,6 @@ class RawBatch(NamedTuple):
 def as_is(batch: Any) -> Any:
     """A collate function for datasets that give whole batches."""
     return batch
-
-
-def leave_interrupts_to_the_trainer(worker: int) -> None:
-    """For `worker_init_fn`: Ctrl-C, torchrun and SLURM reach every process, but the trainer wants its last batches."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class ViewBatches(Dataset[RawBatch]):

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
-from caco_fast.data.reading import BadImages, RawBatch, ViewBatches, as_is, leave_interrupts_to_the_trainer
+from caco_fast.data.reading import BadImages, RawBatch, ViewBatches, as_is
 from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import Source
 from caco_fast.data.views import normalize
+from caco_fast.data.workers import worker_options
 from caco_fast.errors import UserError
 
 
@@ -70,13 +71,11 @@ class TorchvisionLoader:
             sampler=self._keys,
             batch_size=None,
             collate_fn=as_is,
-            worker_init_fn=leave_interrupts_to_the_trainer,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
             # A generator of its own: the default one would draw a number from torch's global generator each epoch.
             generator=torch.Generator().manual_seed(0),
+            **worker_options(workers, config.prefetch),
         )
 
     @property
