@@ -89,6 +89,9 @@ class DaliLoader(DaliFlights[_Flight]):
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
 
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._readers is None:
             raise RuntimeError("the loader is closed")

@@ -65,6 +65,9 @@ class MemoryLoader:
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
 
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._images is None:
             raise RuntimeError("the loader is closed")

@@ -82,6 +82,9 @@ class TorchvisionLoader:
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
 
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
