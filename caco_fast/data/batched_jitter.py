@@ -70,7 +70,7 @@ def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.n
 
 
 def exact_jitter_of_one(pixels: Tensor, draws: ViewDraws) -> None:
-    """What `exact_jitter` does, for a single view [1, y, ch, x]: its coefficients are numbers, and there is no table."""
+    """What `exact_jitter` does, for a single view [1, y, ch, x]: its coefficients are numbers, without a table."""
     for operation in draws.order[0].tolist():
         factor = float(draws.factors[0, operation])
         if operation == HUE and factor != 0:
@@ -125,8 +125,9 @@ def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
 def blend_(pixels: Tensor, keep: Tensor | float, own: Tensor | float | None, average: Tensor | float | None) -> None:
     """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1].
 
-    Coefficients are [B], or one number for all. Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0); None
-    stands for zeros. In place, and by operations of two operands, which are the ones that a CPU vectorises.
+    Coefficients are [B], or one number for all. Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation
+    (f, 1 - f, 0), dropping the colour (0, 1, 0); None stands for zeros. In place, and by operations of two operands,
+    which are the ones that a CPU vectorises.
     """
     keep, own, average = (v[:, None, None, None] if isinstance(v, Tensor) else v for v in (keep, own, average))
     if own is None and average is None:
@@ -155,8 +156,7 @@ def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
     """
     value = pixels.amax(dim=2)  # [B, y, x]
     channels = pixels.unbind(2)
-    below = [torch.sub(value, channel) for channel in channels]  # V - red, V - green, V - blue
-    red, green, blue = below
+    red, green, blue = (torch.sub(value, channel) for channel in channels)  # V - red, V - green, V - blue
     spread = torch.maximum(red, green)
     torch.maximum(spread, blue, out=spread)
     # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
@@ -167,7 +167,8 @@ def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
     number = torch.arange(5, 0, -2, device=pixels.device)  # red 5, green 3, blue 1
     turned = (number + 6 * shift[:, None]).remainder_(6).sub_(5)  # [B, 3]
     for channel, turn in zip(channels, turned.T):
-        amount = torch.addcmul(hue, spread, turn[:, None, None]).abs_().sub_(spread, alpha=3).abs_()  # D | |k - 5| - 3 |
+        amount = torch.addcmul(hue, spread, turn[:, None, None]).abs_()  # D |k - 5|
+        amount.sub_(spread, alpha=3).abs_()
         torch.minimum(amount, twice, out=amount)
         torch.maximum(amount, spread, out=amount)
         torch.add(amount, base, out=channel)

@@ -111,7 +111,7 @@ class DaliLoader(DaliFlights[_Flight]):
         self._finishers.shutdown(cancel_futures=True)
 
     def _handed_over(self, batch: Batch, ready: _Ready) -> Batch:
-        """The batch once it is `ready`. On a GPU the stream of the training step waits for that, and the host doesn't."""
+        """The batch once it is `ready`. On a GPU the stream of the training step waits for that, not the host."""
         if isinstance(ready, torch.cuda.Event):
             training = torch.cuda.current_stream(self._device)
             training.wait_event(ready)

@@ -15,7 +15,7 @@ from caco_fast.errors import UserError
 from caco_fast.training import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from tiny_run import config, write_images  # noqa: E402
+from tiny_run import config, write_images
 
 RANKS, BATCH, N = 2, 8, 40
 
