@@ -197,10 +197,12 @@ def table(record: dict) -> str:
 
 
 def contact_sheet(shown: dict[str, tuple[np.ndarray, np.ndarray]], count: int) -> Image.Image:
-    """A row for each image; for each kind of view torchvision's, ours, and eight times their difference."""
+    """A row for each of `count` images; for each kind of view torchvision's, ours, and eight times their difference."""
     columns = []
     for theirs, ours in shown.values():
-        columns += [theirs[:count], ours[:count], 8 * np.abs(ours - theirs)[:count]]
+        # Spread over them all: neighbours in a folder are often alike.
+        rows = np.linspace(0, len(ours) - 1, count).astype(int)
+        columns += [theirs[rows], ours[rows], 8 * np.abs(ours - theirs)[rows]]
     size = columns[0].shape[1]
     sheet = Image.new("RGB", (len(columns) * (size + 4), count * (size + 4)), "white")
     for column, views in enumerate(columns):
