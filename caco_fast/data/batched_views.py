@@ -10,7 +10,6 @@ Legend: B views, N images held, ch channels, H x W pixels of an image, s x s of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -74,19 +73,19 @@ def finish_crops(
 
     `out` takes the views: [B, ch, s, s] of `dtype` in channels_last.
     """
-    order, hue_ends = by_hue_slot(draws)
-    crops = crops.permute(0, 1, 3, 2)
-    if len(crops) > 1:
-        crops = crops.index_select(0, to_device(order, crops.device))
+    crops, order, hue_ends = crops.permute(0, 1, 3, 2), np.arange(len(crops)), None
+    if jitter == "exact" and len(crops) > 1:
+        order, hue_ends = by_hue_slot(draws)
+        crops, draws = crops.index_select(0, to_device(order, crops.device)), draws.take(order)
     pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, dtype, out)
+    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype, out)
 
 
 def _finish(
     pixels: Tensor,
     draws: ViewDraws,
     order: np.ndarray,
-    hue_ends: np.ndarray,
+    hue_ends: np.ndarray | None,
     config: ViewConfig,
     mean: Tensor,
     std: Tensor,
@@ -94,7 +93,10 @@ def _finish(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
+    """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i].
+
+    `hue_ends` is wanted for more than one view with exact jitter, see `by_hue_slot`.
+    """
     if jitter == "exact" and len(pixels) == 1:
         exact_jitter_of_one(pixels, draws)
     elif jitter == "exact":
@@ -176,23 +178,25 @@ def blur(pixels: Tensor, radius: Tensor, reach: int) -> Tensor:
     rows = pixels.reshape(batch, size, channels * size)
     blurred = torch.empty_like(rows)
     for place, reads, block in _bands(size, side, 3 * reach):
-        torch.bmm(matrices[(slice(None), *block)], rows[:, reads], out=blurred[:, place])
+        torch.bmm(matrices[block], rows[:, reads], out=blurred[:, place])
     columns = blurred.view(batch, size * channels, size)
     blurred = torch.empty_like(columns)
     for place, reads, block in _bands(size, side, 3 * reach):
-        torch.bmm(columns[:, :, reads], matrices[(slice(None), *block)].transpose(1, 2), out=blurred[:, :, place])
+        torch.bmm(columns[:, :, reads], matrices[block].transpose(1, 2), out=blurred[:, :, place])
     return blurred.view(pixels.shape)
 
 
-def _bands(size: int, side: int, reach: int) -> Iterator[tuple[slice, slice, tuple[slice, slice]]]:
-    """Blocks of a banded matrix [size, size]: its rows, its columns, and where they stand in one of [side, side]."""
-    length = min(size, _BLOCK)
+@lru_cache(maxsize=16)
+def _bands(size: int, side: int, reach: int) -> list[tuple[slice, slice, tuple[slice, slice, slice]]]:
+    """Blocks of a banded matrix [size, size]: its rows, its columns, and where they stand in B of [side, side]."""
+    length, bands = min(size, _BLOCK), []
     for start in (*range(0, size - length, length), size - length):
         low, high = max(0, start - reach), min(size, start + length + reach)
         # At the end the small matrix is laid along the end, else along the first column that is read.
         origin = size - side if high == size else low
-        block = slice(start - origin, start - origin + length), slice(low - origin, high - origin)
-        yield slice(start, start + length), slice(low, high), block
+        block = slice(None), slice(start - origin, start - origin + length), slice(low - origin, high - origin)
+        bands.append((slice(start, start + length), slice(low, high), block))
+    return bands
 
 
 def blur_matrices(radius: Tensor, reach: int, size: int) -> Tensor:

@@ -9,10 +9,11 @@ Legend: N images of the training set, B images of this rank in one step, V views
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -187,8 +188,7 @@ class DaliLoader(DaliFlights[_Flight]):
     def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         channels, views, parts = self._source.channels, [], []
         for number, config in enumerate(self._views):
-            shape = (len(images), channels, config.size, config.size)
-            views.append(torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last))
+            views.append(_room(len(images), config.size, channels, self._dtype))
             count = max(1, _CPU_VALUES[self._jitter] // (config.size**2 * channels))
             parts += [(number, slice(start, start + count)) for start in range(0, len(images), count)]
 
@@ -199,3 +199,15 @@ class DaliLoader(DaliFlights[_Flight]):
             finish_crops(crops, draws, *constant, out=views[number][part])
 
         return views, [self._finishers.submit(finish, *part) for part in parts]
+
+
+def _room(batch: int, size: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Fresh memory for views [B, ch, s, s] in channels_last, of huge pages where there are such.
+
+    In pages of 4 KB the first touch of each would cost as much as a few passes over the pixels.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, batch * size * size * channels * dtype.itemsize, flags=private)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(batch, size, size, channels).permute(0, 3, 1, 2)
