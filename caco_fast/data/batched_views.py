@@ -28,7 +28,7 @@ from caco_fast.data.batched_jitter import (
 from caco_fast.data.settings import ViewConfig
 
 # Rows that one product of the blur makes.
-_BLOCK = 32
+_BLOCK = 56
 
 
 def make_views(
