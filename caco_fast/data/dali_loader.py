@@ -80,8 +80,8 @@ class DaliLoader(DaliFlights[_Flight]):
             torch.tensor(values, dtype=torch.float32, device=self._device)
             for values in (config.mean or source.mean, config.std or source.std)
         )
-        # Half as many as decode: views are finished by many short calls, between which more threads would spend the time
-        # handing each other the interpreter's lock. Each runs by itself, or they would fight for the cores.
+        # Half as many as decode: views are finished by many short calls, between which more threads would spend their
+        # time handing each other the interpreter's lock. Each runs by itself, or they would fight for the cores.
         finishers = (self._threads + 1) // 2
         self._finishers = ThreadPoolExecutor(finishers, "caco_fast views", torch.set_num_threads, (1,))
         if self._stream is not None:
