@@ -111,6 +111,7 @@ def build_trainer(
         rank=rank(),
         world_size=world_size(),
         device=device,
+        dtype=autocast_dtype(config.trainer.precision, device) or torch.float32,
     )
     trainer_config, optimizer = config.trainer, config.optimizer
     batch_size = trainer_config.batch_size

@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from caco_fast import training
 from caco_fast.config import load_config
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.provenance import machine, versions
@@ -40,8 +42,8 @@ def recorder() -> dict[str, str]:
     return {"cpu": str(machine()["cpu"]), "torch": str(versions()["torch"])}
 
 
-def losses(folder: Path) -> list[float]:
-    train(load_config(ROOT / "configs" / "quickstart.yaml", SETTINGS), folder)
+def losses(folder: Path, *overrides: str) -> list[float]:
+    train(load_config(ROOT / "configs" / "quickstart.yaml", (*SETTINGS, *overrides)), folder)
     return [line["loss"] for line in read_metrics(folder)]
 
 
@@ -52,6 +54,20 @@ def test_twenty_steps_of_the_quickstart(tmp_path):
     same = recorder() == golden["recorder"]
     for step, (loss, wanted) in enumerate(zip(found, golden["losses"]), 1):
         assert loss == pytest.approx(wanted, rel=tolerance(step, same)), f"step {step}"
+
+
+def test_bf16_views_give_the_losses_of_f32_views(tmp_path, monkeypatch):
+    """Autocast casts what the first convolution is given, and a cast of what is cast already changes nothing."""
+    build, given = training.build_train_loader, []
+    found = losses(tmp_path / "bf16", "trainer.precision=bf16")
+
+    def build_in_f32(*arguments, dtype, **options):
+        given.append(dtype)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(training, "build_train_loader", build_in_f32)
+    assert losses(tmp_path / "f32", "trainer.precision=bf16") == found
+    assert given == [torch.bfloat16]
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
 from caco_fast.data.source import as_pil
+from caco_fast.data.workers import worker_options
 from caco_fast.errors import UserError
 
 CASES = {
@@ -127,7 +128,7 @@ def batches(case: str, variant: Variant, data: DataConfig, batch_size: int) -> I
     if variant.loader == PEER:
         workers = data.worker_processes()
         decoded = DecodedBatches(source, batch_size)
-        yield iter(DataLoader(decoded, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH))
+        yield iter(DataLoader(decoded, batch_size=None, **worker_options(workers, PREFETCH)))
     else:
         yield decoded_by_dali(source, variant.device, data.worker_processes(), batch_size)
 

@@ -101,16 +101,13 @@ def rows_of(files: list[Encoded]) -> list[Row]:
 def by_loader(files: list[Encoded], row: Row) -> np.ndarray:
     """Views [N, s, s, 3] float32 in grey levels, as the DALI loader makes them."""
     # Here, so that --table works without DALI.
-    from caco_fast.data.dali_graph import DaliGraph, crop_view
+    from caco_fast.data.dali_graph import DaliGraph, crop_views
 
     size, device = row.config.size, torch.device("cpu")
     graph = DaliGraph([size], 3, len(files), threads=2, device=device, crops=row.by_dali)
     graph.feed([file.data for file in files], [row.draws.box], [row.draws.flip])
     outputs = graph.collect()
-    if row.by_dali:
-        crops = outputs[0]
-    else:
-        crops = torch.stack([crop_view(*view, size) for view in zip(outputs, row.draws.box, row.draws.flip)])
+    crops = outputs[0] if row.by_dali else crop_views(outputs, row.draws.box, row.draws.flip, size)
     views = finish_crops(crops, row.draws, row.config, torch.zeros(3), torch.ones(3), row.jitter)
     return views.permute(0, 2, 3, 1).numpy() * 255
 
@@ -200,10 +197,12 @@ def table(record: dict) -> str:
 
 
 def contact_sheet(shown: dict[str, tuple[np.ndarray, np.ndarray]], count: int) -> Image.Image:
-    """A row for each image; for each kind of view torchvision's, ours, and eight times their difference."""
+    """A row for each of `count` images; for each kind of view torchvision's, ours, and eight times their difference."""
     columns = []
     for theirs, ours in shown.values():
-        columns += [theirs[:count], ours[:count], 8 * np.abs(ours - theirs)[:count]]
+        # Spread over them all: neighbours in a folder are often alike.
+        rows = np.linspace(0, len(ours) - 1, count).astype(int)
+        columns += [theirs[rows], ours[rows], 8 * np.abs(ours - theirs)[rows]]
     size = columns[0].shape[1]
     sheet = Image.new("RGB", (len(columns) * (size + 4), count * (size + 4)), "white")
     for column, views in enumerate(columns):

@@ -69,6 +69,19 @@ def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.n
         blend_(pixels, *blends[-3:-1], None)
 
 
+def exact_jitter_of_one(pixels: Tensor, draws: ViewDraws) -> None:
+    """What `exact_jitter` does, for a single view [1, y, ch, x]: its coefficients are numbers, without a table."""
+    for operation in draws.order[0].tolist():
+        factor = float(draws.factors[0, operation])
+        if operation == HUE and factor != 0:
+            shift_hue_(pixels, pixels.new_full((1,), factor))
+        elif operation != HUE and factor != 1:
+            own = 1 - factor if operation == SATURATION else None
+            blend_(pixels, factor, own, 1 - factor if operation == CONTRAST else None)
+    if draws.grey[0]:
+        blend_(pixels, 0.0, 1.0, None)
+
+
 def fast_table(draws: ViewDraws) -> np.ndarray:
     """What `fast_jitter` needs of each view, as rows [10, B] float32: a matrix [3, 3] by rows, a weight of the mean.
 
@@ -109,13 +122,14 @@ def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
     return torch.matmul(colours, pixels).add_((table[9] * grey).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
-def blend_(pixels: Tensor, keep: Tensor, own: Tensor | None, average: Tensor | None) -> None:
-    """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
+def blend_(pixels: Tensor, keep: Tensor | float, own: Tensor | float | None, average: Tensor | float | None) -> None:
+    """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1].
 
-    Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0); None
-    stands for zeros. In place, and by operations of two operands, which are the ones that a CPU vectorises.
+    Coefficients are [B], or one number for all. Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation
+    (f, 1 - f, 0), dropping the colour (0, 1, 0); None stands for zeros. In place, and by operations of two operands,
+    which are the ones that a CPU vectorises.
     """
-    keep, own, average = (value if value is None else value[:, None, None, None] for value in (keep, own, average))
+    keep, own, average = (v[:, None, None, None] if isinstance(v, Tensor) else v for v in (keep, own, average))
     if own is None and average is None:
         pixels.mul_(keep).clamp_(0, 1)
         return
@@ -137,21 +151,24 @@ def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
 
     With the hue h in sixths of a turn, V the largest and V - D the smallest of a pixel's channels, channel n is
     V - D clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue. That is
-    V + D clamp(| |k - 5| - 3 | - 2, -1, 0) for any k from -1 to 11, which spares the mod: h is in [-1, 5).
+    V - 2 D + D clamp(| |k - 5| - 3 |, 1, 2) for any k from -1 to 11, which spares the mod: h is in [-1, 5).
+    D is taken into the clamp, and h is never made but for D h, which needs no division.
     """
-    red, green, blue = pixels.unbind(2)  # [B, y, x]
-    value = torch.maximum(red, green)
-    torch.maximum(value, blue, out=value)
-    spread = torch.minimum(red, green)
-    torch.minimum(spread, blue, out=spread)
-    torch.sub(value, spread, out=spread)
-    # Where the spread is zero so are the differences below, and any hue will do.
-    divisor = spread.clamp_min(torch.finfo(torch.float32).tiny)
+    value = pixels.amax(dim=2)  # [B, y, x]
+    channels = pixels.unbind(2)
+    red, green, blue = (torch.sub(value, channel) for channel in channels)  # V - red, V - green, V - blue
+    spread = torch.maximum(red, green)
+    torch.maximum(spread, blue, out=spread)
     # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
-    hue = torch.lerp((blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4), (value - green).sign_())
-    hue = torch.lerp((green - blue).div_(divisor), hue, (value - red).sign_())
-    channel = torch.arange(5, 0, -2, device=pixels.device)  # red 5, green 3, blue 1
-    turned = (channel + 6 * shift[:, None]).remainder_(6).sub_(5)  # [B, 3]
-    amount = hue[:, :, None] + turned[:, None, :, None]  # k - 5, [B, y, 3, x]
-    amount.abs_().sub_(3).abs_().sub_(2).clamp_(-1, 0)
-    torch.addcmul(value[:, :, None], spread[:, :, None], amount, out=pixels)
+    hue = torch.lerp((red - blue).add_(spread, alpha=2), (green - red).add_(spread, alpha=4), green.sign())
+    hue = torch.lerp(blue - green, hue, red.sign())  # D h
+    base = value.sub_(spread, alpha=2)
+    twice = spread * 2.0
+    number = torch.arange(5, 0, -2, device=pixels.device)  # red 5, green 3, blue 1
+    turned = (number + 6 * shift[:, None]).remainder_(6).sub_(5)  # [B, 3]
+    for channel, turn in zip(channels, turned.T):
+        amount = torch.addcmul(hue, spread, turn[:, None, None]).abs_()  # D |k - 5|
+        amount.sub_(spread, alpha=3).abs_()
+        torch.minimum(amount, twice, out=amount)
+        torch.maximum(amount, spread, out=amount)
+        torch.add(amount, base, out=channel)

@@ -10,7 +10,6 @@ Legend: B views, N images held, ch channels, H x W pixels of an image, s x s of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +17,14 @@ import torch
 from torch import Tensor
 
 from caco_fast.data.batched_draws import ViewDraws
-from caco_fast.data.batched_jitter import by_hue_slot, exact_jitter, exact_table, fast_jitter, fast_table
+from caco_fast.data.batched_jitter import (
+    by_hue_slot,
+    exact_jitter,
+    exact_jitter_of_one,
+    exact_table,
+    fast_jitter,
+    fast_table,
+)
 from caco_fast.data.settings import ViewConfig
 
 # Rows that one product of the blur makes.
@@ -33,9 +39,11 @@ def make_views(
     mean: Tensor,
     std: Tensor,
     jitter: str = "exact",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Views [B, ch, s, s] float32 in channels_last, normalised, of images[index]; row i has the parameters draws[i].
+    """Views [B, ch, s, s] in channels_last, normalised, of images[index]; row i has the parameters draws[i].
 
+    All is computed in float32, and rounded once to `dtype`.
     `images` [N, H, ch, W] uint8 and `mean`, `std` [ch] float32 lie on one device, where the views are made; `index` [B]
     int64 on the host. `draws` were made for `config`; `jitter` is exact or fast, see `batched_jitter`.
     """
@@ -48,7 +56,7 @@ def make_views(
     vertical = crop_matrices(top, height, torch.zeros_like(flip), pixels.shape[1], config.size)  # [B, s, H]
     horizontal = crop_matrices(left, width, flip, pixels.shape[3], config.size)  # [B, s, W]
     pixels = along_axes(pixels, vertical, horizontal)  # [B, s, ch, s]
-    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter)
+    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype)
 
 
 def finish_crops(
@@ -58,31 +66,40 @@ def finish_crops(
     mean: Tensor,
     std: Tensor,
     jitter: str = "exact",
+    dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `make_views`, from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say.
 
-    `out` takes the views: [B, ch, s, s] float32 in channels_last.
+    `out` takes the views: [B, ch, s, s] of `dtype` in channels_last.
     """
-    order, hue_ends = by_hue_slot(draws)
-    crops = crops.index_select(0, to_device(order, crops.device)).permute(0, 1, 3, 2)
-    pixels = torch.empty(crops.shape, dtype=torch.float32, device=crops.device).copy_(crops).mul_(1 / 255)
-    return _finish(pixels, draws.take(order), order, hue_ends, config, mean, std, jitter, out)
+    crops, order, hue_ends = crops.permute(0, 1, 3, 2), np.arange(len(crops)), None
+    if jitter == "exact" and len(crops) > 1:
+        order, hue_ends = by_hue_slot(draws)
+        crops, draws = crops.index_select(0, to_device(order, crops.device)), draws.take(order)
+    pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype, out)
 
 
 def _finish(
     pixels: Tensor,
     draws: ViewDraws,
     order: np.ndarray,
-    hue_ends: np.ndarray,
+    hue_ends: np.ndarray | None,
     config: ViewConfig,
     mean: Tensor,
     std: Tensor,
     jitter: str,
+    dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i]."""
-    if jitter == "exact":
+    """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i].
+
+    `hue_ends` is wanted for more than one view with exact jitter, see `by_hue_slot`.
+    """
+    if jitter == "exact" and len(pixels) == 1:
+        exact_jitter_of_one(pixels, draws)
+    elif jitter == "exact":
         exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
     else:
         pixels = fast_jitter(pixels, to_device(fast_table(draws), pixels.device))
@@ -100,7 +117,7 @@ def _finish(
         # In an image that stays as it is, it is 3 - x, which never is.
         solarize = to_device(draws.solarize.astype(np.float32), pixels.device)
         pixels = torch.minimum(pixels, (3 - 2 * solarize)[:, None, None, None] - pixels)
-    pixels = pixels.sub_(mean[:, None]).div_(std[:, None])
+    pixels = pixels.sub_(mean[:, None]).div_(std[:, None]).to(dtype)
     if (order[1:] < order[:-1]).any():
         pixels = pixels.index_select(0, to_device(np.argsort(order), pixels.device))
     views = pixels.permute(0, 2, 1, 3)
@@ -161,23 +178,25 @@ def blur(pixels: Tensor, radius: Tensor, reach: int) -> Tensor:
     rows = pixels.reshape(batch, size, channels * size)
     blurred = torch.empty_like(rows)
     for place, reads, block in _bands(size, side, 3 * reach):
-        blurred[:, place] = torch.bmm(matrices[(slice(None), *block)], rows[:, reads])
+        torch.bmm(matrices[block], rows[:, reads], out=blurred[:, place])
     columns = blurred.view(batch, size * channels, size)
     blurred = torch.empty_like(columns)
     for place, reads, block in _bands(size, side, 3 * reach):
-        blurred[:, :, place] = torch.bmm(columns[:, :, reads], matrices[(slice(None), *block)].transpose(1, 2))
+        torch.bmm(columns[:, :, reads], matrices[block].transpose(1, 2), out=blurred[:, :, place])
     return blurred.view(pixels.shape)
 
 
-def _bands(size: int, side: int, reach: int) -> Iterator[tuple[slice, slice, tuple[slice, slice]]]:
-    """Blocks of a banded matrix [size, size]: its rows, its columns, and where they stand in one of [side, side]."""
-    length = min(size, _BLOCK)
+@lru_cache(maxsize=16)
+def _bands(size: int, side: int, reach: int) -> list[tuple[slice, slice, tuple[slice, slice, slice]]]:
+    """Blocks of a banded matrix [size, size]: its rows, its columns, and where they stand in B of [side, side]."""
+    length, bands = min(size, _BLOCK), []
     for start in (*range(0, size - length, length), size - length):
         low, high = max(0, start - reach), min(size, start + length + reach)
         # At the end the small matrix is laid along the end, else along the first column that is read.
         origin = size - side if high == size else low
-        block = slice(start - origin, start - origin + length), slice(low - origin, high - origin)
-        yield slice(start, start + length), slice(low, high), block
+        block = slice(None), slice(start - origin, start - origin + length), slice(low - origin, high - origin)
+        bands.append((slice(start, start + length), slice(low, high), block))
+    return bands
 
 
 def blur_matrices(radius: Tensor, reach: int, size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Decoding and cropping by NVIDIA DALI: one graph, on a GPU or on the CPU.
 
-On the CPU the graph ends with the decoded images, and `crop_view` cuts and resizes them: torch's uint8 resize is
+On the CPU the graph ends with the decoded images, and `crop_views` cuts and resizes them: torch's uint8 resize is
 several times faster than DALI's there, and within one level of PIL's instead of seven.
 
 The graph is a pure function of what it is fed: encoded files, and a box for each view. So it has no state that a
@@ -89,17 +89,16 @@ class DaliGraph:
             RuntimeError: DALI couldn't do it, for one of the files most likely; the graph can't be used any more.
         """
         outputs = self._pipe.share_outputs()
-        if self.crops:
-            tensors = [self._copied(crops.as_tensor()) for crops in outputs]
-        else:
-            tensors = [self._copied(image) for image in outputs[0]]
+        tensors = [self._tensor(part) for part in (map(_whole, outputs) if self.crops else outputs[0])]
         self._pipe.release_outputs()
         return tensors
 
-    def _copied(self, source: object) -> Tensor:
+    def _tensor(self, source: object) -> Tensor:
+        if self.device.type == "cpu":
+            # The dynamic executor leaves a buffer to those who hold it, after its release too.
+            return torch.from_dlpack(source)
         tensor = torch.empty(source.shape(), dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        return feed_ndarray(source, tensor, cuda_stream=stream)
+        return feed_ndarray(source, tensor, cuda_stream=torch.cuda.current_stream(self.device))
 
 
 class EvaluationGraph(DaliGraph):
@@ -144,12 +143,23 @@ class EvaluationGraph(DaliGraph):
         self._pipe.schedule_run()
 
 
-def crop_view(image: Tensor, box: np.ndarray, flip: bool, size: int) -> Tensor:
-    """The box [4] of an image [h, w, ch] uint8 on the CPU, resized as PIL does and flipped: [size, size, ch] uint8."""
-    top, left, height, width = box.tolist()
-    cut = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    resized = interpolate(cut, size=(size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    return resized.flip(1) if flip else resized
+def crop_views(images: Sequence[Tensor], boxes: np.ndarray, flips: np.ndarray, size: int) -> Tensor:
+    """Boxes [B, 4] of B images [h, w, ch] uint8 on the CPU, resized as PIL does and flipped.
+
+    [B, size, size, ch] uint8, of which the channels lie apart in memory, as the resize leaves them.
+    """
+    crops = []
+    for image, (top, left, height, width), flip in zip(images, boxes.tolist(), flips.tolist()):
+        # Contiguous, or the resize would copy it value by value.
+        cut = image[top : top + height, left : left + width].contiguous().permute(2, 0, 1)[None]
+        crop = interpolate(cut, size=(size, size), mode="bilinear", antialias=True)
+        crops.append(crop.flip(3) if flip else crop)
+    return torch.cat(crops).permute(0, 2, 3, 1)
+
+
+def _whole(crops: object) -> object:
+    """Crops of one size as a single tensor."""
+    return crops.as_tensor()
 
 
 def _crop(image: object, view: int) -> object:

@@ -9,10 +9,11 @@ Legend: N images of the training set, B images of this rank in one step, V views
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from caco_fast.data.batched_draws import ViewDraws, draw_views
 from caco_fast.data.batched_views import finish_crops
 from caco_fast.data.dali_flights import DaliFlights, Flight
-from caco_fast.data.dali_graph import DaliGraph, crop_view
+from caco_fast.data.dali_graph import DaliGraph, crop_views
 from caco_fast.data.encoded import Encoded
 from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
@@ -31,9 +32,13 @@ from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import BadImageError, Source
 from caco_fast.errors import UserError
 
-# Values finished at a time by one thread on a CPU: as much as stays in its cache. A function of the view alone, so that
-# the pixels don't depend on the number of threads.
-_CPU_VALUES = 2 * 3 * 224 * 224
+# Values finished at a time by one thread on a CPU, by the kind of jitter: enough for the calls to cost less than the
+# pixels, and as few as stay in its cache. A function of the view alone, so that the pixels don't depend on the number
+# of threads.
+_CPU_VALUES = {"exact": 3 * 224 * 224, "fast": 4 * 3 * 224 * 224}
+
+# On a GPU an event of its stream, on the CPU the work on parts of the batch.
+_Ready = torch.cuda.Event | list[Future[None]]
 
 
 @dataclass
@@ -61,12 +66,13 @@ class DaliLoader(DaliFlights[_Flight]):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(source, threads=config.worker_processes(), prefetch=config.prefetch, device=device)
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
         self.images = images_name(source)
-        self._seed, self._jitter = seed, config.jitter
+        self._seed, self._jitter, self._dtype = seed, config.jitter, dtype
         self._views = [view for view in views for _ in range(view.count)]
         self._share = (batch_size, rank, world_size)
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
@@ -74,8 +80,10 @@ class DaliLoader(DaliFlights[_Flight]):
             torch.tensor(values, dtype=torch.float32, device=self._device)
             for values in (config.mean or source.mean, config.std or source.std)
         )
-        # Each of the threads that finish views runs by itself; many threads in each would fight for the cores.
-        self._finishers = ThreadPoolExecutor(self._threads, "caco_fast views", torch.set_num_threads, (1,))
+        # Half as many as decode: views are finished by many short calls, between which more threads would spend their
+        # time handing each other the interpreter's lock. Each runs by itself, or they would fight for the cores.
+        finishers = (self._threads + 1) // 2
+        self._finishers = ThreadPoolExecutor(finishers, "caco_fast views", torch.set_num_threads, (1,))
         if self._stream is not None:
             # For the mean and the standard deviation.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -83,6 +91,9 @@ class DaliLoader(DaliFlights[_Flight]):
     @property
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
+
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._readers is None:
@@ -102,16 +113,19 @@ class DaliLoader(DaliFlights[_Flight]):
         super().close()
         self._finishers.shutdown(cancel_futures=True)
 
-    def _handed_over(self, batch: Batch, ready: torch.cuda.Event | None) -> Batch:
-        """The batch for the stream of the training step, which waits for `ready`; the host doesn't."""
-        if ready is not None:
+    def _handed_over(self, batch: Batch, ready: _Ready) -> Batch:
+        """The batch once it is `ready`. On a GPU the stream of the training step waits for that, not the host."""
+        if isinstance(ready, torch.cuda.Event):
             training = torch.cuda.current_stream(self._device)
             training.wait_event(ready)
             for view in batch.views:
                 view.record_stream(training)
+        else:
+            for part in ready:
+                part.result()
         return batch
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Batch, _Ready]]:
         order = epoch_order(self._seed, epoch, len(self._source))
         shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
         planned = (_Flight(share.copy(), epoch, share) for share in shares)
@@ -159,33 +173,43 @@ class DaliLoader(DaliFlights[_Flight]):
             error = file
         raise UserError(f"none of the {len(self._source)} training images can be read; check data.path")
 
-    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, torch.cuda.Event | None]:
-        """The batch of what the graph gave: crops on a GPU, else whole images; and an event for when a GPU has it."""
+    def _finished(self, flight: _Flight, pixels: list[Tensor]) -> tuple[Batch, _Ready]:
+        """The batch of what the graph gave: crops on a GPU, else whole images; and what to wait for."""
         finish = self._finished_on_cpu if self._stream is None else self._finished_on_gpu
-        batch = Batch(finish(flight, pixels), torch.from_numpy(flight.held))
-        return batch, self._stream.record_event() if self._stream is not None else None
+        views, ready = finish(flight, pixels)
+        return Batch(views, torch.from_numpy(flight.held)), ready
 
-    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> list[Tensor]:
+    def _finished_on_gpu(self, flight: _Flight, crops: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         with torch.cuda.stream(self._stream):
-            return [
-                finish_crops(*view, self._mean, self._std, self._jitter)
+            views = [
+                finish_crops(*view, self._mean, self._std, self._jitter, self._dtype)
                 for view in zip(crops, flight.draws, self._views)
             ]
+        return views, self._stream.record_event()
 
-    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> list[Tensor]:
+    def _finished_on_cpu(self, flight: _Flight, images: list[Tensor]) -> tuple[list[Tensor], _Ready]:
         channels, views, parts = self._source.channels, [], []
         for number, config in enumerate(self._views):
-            shape = (len(images), channels, config.size, config.size)
-            views.append(torch.empty(shape, memory_format=torch.channels_last))
-            count = max(1, _CPU_VALUES // (config.size**2 * channels))
+            views.append(_room(len(images), config.size, channels, self._dtype))
+            count = max(1, _CPU_VALUES[self._jitter] // (config.size**2 * channels))
             parts += [(number, slice(start, start + count)) for start in range(0, len(images), count)]
 
         def finish(number: int, part: slice) -> None:
             config, draws = self._views[number], flight.draws[number].take(part)
-            crops = [crop_view(*view, config.size) for view in zip(images[part], draws.box, draws.flip)]
-            constant = (config, self._mean, self._std, self._jitter)
-            finish_crops(torch.stack(crops), draws, *constant, out=views[number][part])
+            crops = crop_views(images[part], draws.box, draws.flip, config.size)
+            constant = (config, self._mean, self._std, self._jitter, self._dtype)
+            finish_crops(crops, draws, *constant, out=views[number][part])
 
-        # As a list, so that an error in a thread is raised here.
-        list(self._finishers.map(finish, *zip(*parts)))
-        return [view.to(self._device, non_blocking=True) for view in views]
+        return views, [self._finishers.submit(finish, *part) for part in parts]
+
+
+def _room(batch: int, size: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Fresh memory for views [B, ch, s, s] in channels_last, of huge pages where there are such.
+
+    In pages of 4 KB the first touch of each would cost as much as a few passes over the pixels.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, batch * size * size * channels * dtype.itemsize, flags=private)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(batch, size, size, channels).permute(0, 3, 1, 2)

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from caco_fast.data.order import evaluation_share
-from caco_fast.data.reading import BadImages, EvaluationBatches, RawBatch, as_is, leave_interrupts_to_the_trainer
+from caco_fast.data.reading import BadImages, EvaluationBatches, RawBatch, as_is
 from caco_fast.data.settings import DataConfig
 from caco_fast.data.source import ArraySource, Source
 from caco_fast.data.views import normalize
+from caco_fast.data.workers import worker_options
 from caco_fast.errors import UserError
 
 
@@ -65,11 +66,9 @@ class EvalLoader:
             sampler=self._parts,
             batch_size=None,
             collate_fn=as_is,
-            worker_init_fn=leave_interrupts_to_the_trainer,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
+            **worker_options(workers, config.prefetch),
         )
 
     @property

@@ -26,8 +26,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 class Names:
     """N names in one block of bytes.
 
-    A list of 1.3 million Python strings would be copied into every worker process as soon as their reference counts are
-    touched.
+    1.3 million Python strings would take each worker process, which has a copy of its own, several times the memory.
     """
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:

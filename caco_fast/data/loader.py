@@ -19,7 +19,7 @@ class Batch:
     """This rank's share of one training step."""
 
     # V tensors, in the order of the view entries, each entry repeated `count` times; normalised.
-    views: list[Tensor]  # [B, ch, h, w] float32
+    views: list[Tensor]  # [B, ch, h, w] of the dtype that the loader was built with
     # Positions in the training set, as drawn; where a bad image was replaced, that of its replacement.
     index: Tensor  # [B] int64
 
@@ -41,14 +41,21 @@ class TrainLoader(Protocol):
 
     @property
     def bad_images(self) -> dict[str, str]:
-        """Name -> reason of every image found unreadable so far, by this rank."""
+        """Name -> reason of every image found unreadable so far, by this rank, or by others before an exchange."""
+        ...
+
+    def exchange_bad_images(self) -> None:
+        """Makes those of every rank known to all, each of which calls, between two epochs.
+
+        Raises UserError on every rank if more than `bad_image_limit` of the training set is unreadable.
+        """
         ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches first_step, first_step + 1, ... of an epoch; those before are neither read nor decoded.
 
         `epoch` may be negative: the bank's initialisation uses orders of its own (-1, -2, ...).
-        Raises UserError once more than `bad_image_limit` of the training set is unreadable.
+        Raises UserError once this rank knows more than `bad_image_limit` of the training set as unreadable.
         """
         ...
 

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -55,6 +56,7 @@ class _File(NamedTuple):
     height: int
     width: int
     length: int
+    checksum: int
     digest: int
     findings: list[tuple[str, str]]  # kind, reason
 
@@ -65,7 +67,8 @@ class Inspection:
 
     sizes: np.ndarray  # [N, 2] int32: height, width; 0 where a file can't be decoded
     bytes: np.ndarray  # [N] int64
-    digests: np.ndarray  # [N] uint64: BLAKE2 of the file's bytes
+    checksums: np.ndarray  # [N] uint32: CRC-32 of the file's bytes
+    digests: np.ndarray  # [N] uint64: BLAKE2 of them
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -80,12 +83,14 @@ def inspect(source: FileSource, workers: int, advance: Callable[[int], None] = l
     UserError where a worker process died (as of a lack of memory), with the files it may have been at.
     """
     count = len(source)
-    found = Inspection(np.zeros((count, 2), np.int32), np.zeros(count, np.int64), np.zeros(count, np.uint64))
+    lists = (np.zeros(count, kind) for kind in (np.int64, np.uint32, np.uint64))
+    found = Inspection(np.zeros((count, 2), np.int32), *lists)
     findings: dict[int, list[Finding]] = {}
     for start, files in _in_processes(source, workers):
         for index, file in enumerate(files, start):
             found.sizes[index] = file.height, file.width
             found.bytes[index] = file.length
+            found.checksums[index] = file.checksum
             found.digests[index] = file.digest
             if file.findings:
                 findings[index] = [Finding(kind, source.name(index), reason) for kind, reason in file.findings]
@@ -128,6 +133,7 @@ def split_index(source: FileSource, found: Inspection, top: Path, keep: np.ndarr
         labels=source.labels[kept],
         sizes=found.sizes[kept],
         bytes=found.bytes[kept],
+        checksums=found.checksums[kept],
     )
 
 
@@ -171,7 +177,7 @@ def _inspect_files(root: bytes, names: list[bytes]) -> list[_File]:
 
 
 def _inspect_file(path: bytes) -> _File:
-    nothing = (0, 0, 0, 0)
+    nothing = (0, 0, 0, 0, 0)
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -182,7 +188,7 @@ def _inspect_file(path: bytes) -> _File:
     try:
         width, height = decode(io.BytesIO(data)).size
     except BadImageError as error:
-        return _File(0, 0, len(data), 0, [(BROKEN, str(error))])
+        return _File(0, 0, len(data), 0, 0, [(BROKEN, str(error))])
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         kind, mode = str(image.format), image.mode
     findings = []
@@ -193,4 +199,4 @@ def _inspect_file(path: bytes) -> _File:
     if mode == "CMYK":
         findings.append((CMYK, "decoded to RGB without a colour profile"))
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    return _File(height, width, len(data), digest, findings)
+    return _File(height, width, len(data), zlib.crc32(data), digest, findings)

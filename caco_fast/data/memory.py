@@ -46,12 +46,13 @@ class MemoryLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Decodes the whole set. UserError where it is too large, of mixed sizes, or has too many unreadable images."""
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         self.draws = draws_name("batched", config.jitter)
         self.images = images_name(source)
-        self._views, self._seed, self._jitter = list(views), seed, config.jitter
+        self._views, self._seed, self._jitter, self._dtype = list(views), seed, config.jitter, dtype
         self._share = (batch_size, rank, world_size)
         self._device = torch.device(device)
         self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
@@ -63,6 +64,9 @@ class MemoryLoader:
     @property
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
+
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._images is None:
@@ -104,7 +108,7 @@ class MemoryLoader:
         held = self._readable[index]
         # The trainer may ask for the next batch inside its autocast; pixels need more than 8 bits of mantissa.
         with torch.autocast(self._device.type, enabled=False):
-            constant = (config, self._mean, self._std, self._jitter)
+            constant = (config, self._mean, self._std, self._jitter, self._dtype)
             views = [make_views(self._images, held[p], draws.take(p), *constant) for p in parts]
         return torch.cat(views) if len(views) > 1 else views[0]
 

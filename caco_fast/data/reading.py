@@ -6,7 +6,6 @@ Legend: B images of this rank in one step, V views of an image, ch channels, h x
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from caco_fast.data.order import view_seed
 from caco_fast.data.settings import ViewConfig
 from caco_fast.data.source import BadImageError, Source, as_pil
 from caco_fast.data.views import evaluation_transform, keep_random_state, reseed, view_transform
+from caco_fast.distributed import all_gather_objects
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
@@ -38,12 +38,6 @@ class RawBatch(NamedTuple):
 def as_is(batch: Any) -> Any:
     """A collate function for datasets that give whole batches."""
     return batch
-
-
-def leave_interrupts_to_the_trainer(worker: int) -> None:
-    """For `worker_init_fn`: Ctrl-C, torchrun and SLURM reach every process, but the trainer wants its last batches."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class ViewBatches(Dataset[RawBatch]):
@@ -138,6 +132,15 @@ class BadImages:
                 log.warning("bad image %s: %s", name, reason)
         if len(self.reasons) > self.limit:
             raise UserError(self._report())
+
+    def exchange(self) -> None:
+        """Every rank learns what the others found; each calls. UserError on all of them where together it is too much.
+
+        An image counts once however many ranks have met it, and is not named in the log again.
+        """
+        for found in all_gather_objects(self.reasons):
+            self.reasons = found | self.reasons
+        self.add([])
 
     def _report(self) -> str:
         lines = [f"{name}: {reason}" for name, reason in self.reasons.items()]

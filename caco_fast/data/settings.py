@@ -99,7 +99,7 @@ class DataConfig:
     )
     eval_size: int | None = setting(None, "evaluation: side of the centre crop in pixels; null: no crop")
     bad_image_limit: float = setting(
-        0.01, "share of the training set that may be unreadable (0 to 1); a rank that finds more stops"
+        0.01, "share of the training set that may be unreadable (0 to 1); all ranks together count at an epoch's end"
     )
 
     def worker_processes(self) -> int:

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from caco_fast.data.loader import Batch, draws_name, images_name
 from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
-from caco_fast.data.reading import BadImages, RawBatch, ViewBatches, as_is, leave_interrupts_to_the_trainer
+from caco_fast.data.reading import BadImages, RawBatch, ViewBatches, as_is
 from caco_fast.data.settings import DataConfig, ViewConfig
 from caco_fast.data.source import Source
 from caco_fast.data.views import normalize
+from caco_fast.data.workers import worker_options
 from caco_fast.errors import UserError
 
 
@@ -47,6 +48,7 @@ class TorchvisionLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
         if config.jitter != "exact":
@@ -57,7 +59,7 @@ class TorchvisionLoader:
         self.images = images_name(source)
         self._length, self._batch_size, self._seed = len(source), batch_size, seed
         self._rank, self._world_size = rank, world_size
-        self._device = torch.device(device)
+        self._device, self._dtype = torch.device(device), dtype
         self._mean, self._std = config.mean or source.mean, config.std or source.std
         # The small addend keeps 0.29 * 100 from becoming 28.
         limit = int(config.bad_image_limit * len(source) + 1e-6)
@@ -69,18 +71,19 @@ class TorchvisionLoader:
             sampler=self._keys,
             batch_size=None,
             collate_fn=as_is,
-            worker_init_fn=leave_interrupts_to_the_trainer,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
             # A generator of its own: the default one would draw a number from torch's global generator each epoch.
             generator=torch.Generator().manual_seed(0),
+            **worker_options(workers, config.prefetch),
         )
 
     @property
     def bad_images(self) -> dict[str, str]:
         return self._bad.reasons
+
+    def exchange_bad_images(self) -> None:
+        self._bad.exchange()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         if self._loader is None:
@@ -94,7 +97,7 @@ class TorchvisionLoader:
             if not raw.images:
                 raise UserError(f"none of the {self._length} training images can be read; check data.path")
             views = [normalize(v.to(self._device, non_blocking=True), self._mean, self._std) for v in raw.images]
-            yield Batch(views, raw.index)
+            yield Batch([view.to(self._dtype) for view in views], raw.index)
 
     def close(self) -> None:
         # The workers end when the last reference to the loader and its iterator is gone.

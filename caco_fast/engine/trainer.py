@@ -304,6 +304,16 @@ class Trainer:
         every = self.checkpoint.every_epochs
         if last or scores or (every and epochs_done % every == 0):
             self._save(score=next(iter(scores.values()), None))
+        if not last:
+            self._count_bad_images()
+
+    def _count_bad_images(self) -> None:
+        """Over all ranks. What was trained is kept where they are too many."""
+        try:
+            self.loader.exchange_bad_images()
+        except UserError:
+            self._save()
+            raise
 
     def _require_finite(self, step: int) -> None:
         loss = self._interval.sums.get("loss")

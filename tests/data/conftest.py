@@ -4,6 +4,7 @@ Legend: N images.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -64,11 +65,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def load_tool() -> Callable[[str], ModuleType]:
-    """Loads tools/<name>.py as a module."""
+    """Loads tools/<name>.py as a module, anew each time, which worker processes find too."""
+    tools = Path(__file__).parents[2] / "tools"
+    sys.path.append(str(tools))
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(name, tools / f"{name}.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 

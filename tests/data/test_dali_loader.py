@@ -253,6 +253,17 @@ def test_an_error_that_is_no_files_fault_is_not_taken_for_one(
     assert loader.bad_images == {}
 
 
+def test_an_error_in_a_thread_that_finishes_views_is_raised(
+    smooth_source: ArraySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("a mistake in the views")
+
+    monkeypatch.setattr(dali_loader, "finish_crops", broken)
+    with pytest.raises(ValueError, match="a mistake in the views"):
+        next(make(smooth_source).batches(0))
+
+
 def test_a_closed_loader_says_so(smooth_source: ArraySource) -> None:
     loader = make(smooth_source)
     loader.close()

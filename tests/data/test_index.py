@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,10 @@ def write_quick(folder: Path, output: Path, root: str = ".") -> Path:
     for split in ("train", "test"):
         source = FolderSource(str(folder), split)
         sizes = np.array([source.image(index).size[::-1] for index in range(len(source))], np.int32)
-        lengths = np.array([len(source.encoded(index)) for index in range(len(source))], np.int64)
+        files = [source.encoded(index) for index in range(len(source))]
+        lengths, checksums = np.array(list(map(len, files))), np.array(list(map(zlib.crc32, files)))
         place = os.path.relpath(source.root, folder)
-        splits[split] = SplitIndex(place, source.classes, source.names, source.labels, sizes, lengths)
+        splits[split] = SplitIndex(place, source.classes, source.names, source.labels, sizes, lengths, checksums)
     with open(output, "wb") as file:
         write_index(file, root, splits)
     return output
@@ -170,6 +172,11 @@ def test_files_changed_since_the_index_was_made_are_bad_images(image_folder: Pat
             read(1)
         with pytest.raises(BadImageError, match="FileNotFoundError"):
             read(2)
+    rewritten = bytearray(source.encoded(4))
+    rewritten[len(rewritten) // 2] ^= 1
+    source.path(4).write_bytes(rewritten)
+    with pytest.raises(BadImageError, match="another checksum than in the index: changed since it was made"):
+        source.encoded(4)
     assert source.encoded(3) == source.path(3).read_bytes()
 
 
@@ -216,7 +223,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a flipped bit": (flipped, "is not a readable index|doesn't have the hash"),
     "another list": (relabelled, "doesn't have the hash that its header names"),
     "other classes": (lambda data: reheaded(data, b'"bee"', b'"fly"'), "doesn't have the hash that its header names"),
-    "a later version": (lambda data: reheaded(data, b'"version": 1', b'"version": 2'), "has version 2, wanted 1"),
+    "a later version": (lambda data: reheaded(data, b'"version": 2', b'"version": 3'), "has version 3, wanted 2"),
 }
 
 

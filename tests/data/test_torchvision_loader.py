@@ -1,5 +1,6 @@
 import pickle
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,20 @@ def test_wrong_settings_are_one_clear_line(settings: dict, views: list, options:
     with pytest.raises(UserError, match=line) as error:
         build_train_loader(wrong, views, **{"batch_size": 8, "seed": 0, **options})
     assert "\n" not in str(error.value)
+
+
+_LOCK = threading.Lock()
+
+
+class LockedSource(ArraySource):
+    """Takes a lock to give an image, as a library might that has threads."""
+
+    def image(self, index: int) -> np.ndarray:
+        assert _LOCK.acquire(timeout=5), "held by a thread of another process"
+        _LOCK.release()
+        return super().image(index)
+
+
+def test_a_lock_that_a_thread_holds_when_workers_start_is_free_in_them(colour_source: ArraySource) -> None:
+    with _LOCK:
+        assert len(read(LockedSource(**vars(colour_source)), workers=1)) == 4
