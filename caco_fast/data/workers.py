@@ -8,27 +8,79 @@ the run is being built; afterwards a worker costs what a fork does.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
+from types import ModuleType
 from typing import Any
+
+
+class _Popen(Popen):
+    def terminate(self) -> None:
+        """As a process does at its exit to those that it has left. They don't heed SIGTERM."""
+        self.kill()
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process: ForkServerProcess) -> Popen:
+        with _nameless_main():
+            return _Popen(process)
+
+
+class _Context(ForkServerContext):
+    Process = _Process
 
 
 def worker_options(workers: int, prefetch: int) -> dict[str, Any]:
     """What a DataLoader with this many workers is given; its dataset is pickled into each of them."""
     if not workers:
         return {"num_workers": 0}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "caco_fast.data.worker_server"])
+    context = _Context()
+    context.set_forkserver_preload(["caco_fast.data.worker_server"])
     forkserver.ensure_running()
     return {
         "num_workers": workers,
         "prefetch_factor": prefetch,
         "multiprocessing_context": context,
-        "worker_init_fn": leave_interrupts_to_the_trainer,
+        "worker_init_fn": _begin,
     }
 
 
-def leave_interrupts_to_the_trainer(worker: int = 0) -> None:
+def _begin(worker: int) -> None:
+    leave_interrupts_to_the_trainer()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(process: Any) -> None:
+    """Ends this worker when the training process is gone, be it killed. torch looks for that at the worker's parent,
+    which is the server, and the server lives as long as its workers."""
+    process.join()
+    os._exit(1)
+
+
+def leave_interrupts_to_the_trainer() -> None:
     """Ctrl-C, torchrun and SLURM reach every process, but the trainer wants its last batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Inside, multiprocessing finds no script that a new process would have to run again.
+
+    It would do so for what is pickled out of the script, and fail where the script has no `if __name__ == "__main__"`.
+    Workers are given nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,6 +1,10 @@
+import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +165,42 @@ def test_auto_keeps_small_sets_in_memory_and_reads_folders(
     assert kind(path=str(image_folder), loader="memory") == "MemoryLoader"
     monkeypatch.setattr(build, "MEMORY_LIMIT", 10_000 * 28 * 28 - 1)
     assert kind(source="embedded") == large
+
+
+def test_a_script_of_its_own_may_train_with_workers_and_end_as_it_likes(image_folder: Path, tmp_path: Path) -> None:
+    """Without a guard around its body, and without closing the loader."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from caco_fast.data import DataConfig, ViewConfig, build_train_loader\n"
+        f"data = DataConfig(path={str(image_folder)!r}, loader='torchvision', workers=2)\n"
+        "loader = build_train_loader(data, [ViewConfig(size=16)], batch_size=4, seed=0)\n"
+        "batches = loader.batches(0)\n"
+        "print(tuple(next(batches).views[0].shape))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(4, 3, 16, 16)\n", "")
+
+
+def test_workers_and_their_server_end_with_a_process_that_is_killed(image_folder: Path) -> None:
+    lines = [
+        "import time",
+        "from caco_fast.data import DataConfig, ViewConfig, build_train_loader",
+        f"data = DataConfig(path={str(image_folder)!r}, loader='torchvision', workers=2)",
+        "batches = build_train_loader(data, [ViewConfig(size=16)], batch_size=4, seed=0).batches(0)",
+        "next(batches)",
+        "print('there', flush=True)",
+        "time.sleep(600)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -> None:
