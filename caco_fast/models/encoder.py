@@ -17,6 +17,7 @@ from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_wi
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
 from caco_fast.ops import ema_update_
+from caco_fast.ops.rates import Rate
 
 
 class Encoder(nn.Module):
@@ -72,7 +73,7 @@ class EncoderPair(nn.Module):
         super().__init__()
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(False)
-        self.momentum = 0.99
+        self.momentum: Rate = 0.99
         self.ema_backend = ema_backend
         # What the forwards go through; in a tuple, a DistributedDataParallel wrapper stays out of state_dict().
         self._forward_query: tuple[nn.Module] = (query,)

@@ -278,7 +278,7 @@ def test_opcheck(backend):
         step = make_step_arguments(rows=5, bank_rows=17, channels=8, many=many or 1)
         positives, weights = (step["positives"], step["positive_weight"]) if many else (None, None)
         state = (step["bank"], step["velocity"], step["queries"], step["lse"])
-        settings = (0.1, 1.0, 0.9, step["row_weight"], positives, weights, "project", None, backend)
+        settings = (0.1, 1.0, None, 0.9, step["row_weight"], positives, weights, "project", None, backend)
         torch.library.opcheck(torch.ops.caco_fast.bank_step_, (*state, *settings))
 
 

@@ -170,9 +170,9 @@ def stand_ins(monkeypatch):
 
 def test_opcheck(stand_ins):
     lists = [draw(torch.float32) for _ in range(3)]
-    flag = torch.tensor(0.0)
-    torch.library.opcheck(torch.ops.caco_fast.ema_update_, (lists[0], lists[1], 0.3, flag))
-    torch.library.opcheck(torch.ops.caco_fast.lars_step_, (*lists, 0.1, 0.9, 0.01, 0.1, flag + 1, None))
+    flag, rate = torch.tensor(0.0), torch.tensor(0.3)
+    torch.library.opcheck(torch.ops.caco_fast.ema_update_, (lists[0], lists[1], rate, flag))
+    torch.library.opcheck(torch.ops.caco_fast.lars_step_, (*lists, rate, 0.9, 0.01, 0.1, flag + 1, None))
 
 
 def test_in_a_compiled_function_without_a_graph_break(stand_ins):
