@@ -1,12 +1,13 @@
-"""CUDA graphs on the CPU, for tests: the operations of a block are recorded, and a replay runs them into the same memory.
+"""CUDA graphs on the CPU, for tests: operations are recorded, and a replay runs them into the same memory.
 
-As with a graph, what the host computes in the block is computed once: numbers, branches and addresses stay as they were
-when it was recorded, and the recording itself leaves nothing changed.
+As with a graph, what the host computes in between is computed once: numbers, branches and addresses stay as they were
+when they were recorded, and the recording itself leaves nothing changed.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partialmethod
+from functools import partial, partialmethod
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ class NoHostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.see((args, kwargs))
         if func.namespace == "caco_fast":
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
@@ -61,6 +63,9 @@ class NoHostWaits(TorchDispatchMode):
             raise HostWait(str(func))
         return self.run(func, args, kwargs)
 
+    def see(self, arguments: Any) -> None:
+        pass
+
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
@@ -68,28 +73,42 @@ class NoHostWaits(TorchDispatchMode):
 class Recording(NoHostWaits):
     """What runs while it is entered."""
 
+    entered: "Recording | None" = None
+
     def __init__(self) -> None:
         super().__init__()
         # Each with its arguments and those of its results that lie in memory of their own.
-        self.calls: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
-        self._made: set[int] = set()
-        # Memory from outside, as it was when the block first came by it.
+        self.calls: list[tuple[Callable[..., Any], Any, Any, list[tuple[int, Tensor]]]] = []
+        # Memory from the block, and from outside as it was when the block first came by it.
+        self._made: dict[int, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> "Recording":
+        Recording.entered = self
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        Recording.entered = self if self._patches else None
+
+    def see(self, arguments: Any) -> None:
+        for tensor in tensors(arguments):
+            if memory(tensor) not in self._made and memory(tensor) not in self._before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self._before[memory(tensor)] = whole, whole.clone()
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise AssertionError(f"{func} draws random numbers, which a replay would repeat")
         given = {memory(t) for t in tensors((args, kwargs))}
-        for tensor in tensors((args, kwargs)):
-            if memory(tensor) not in self._made and memory(tensor) not in self._before:
-                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-                self._before[memory(tensor)] = whole, whole.clone()
         results = func(*args, **kwargs)
         fresh = [(at, t.detach()) for at, t in enumerate(tensors(results)) if memory(t) not in given]
-        self._made |= {memory(tensor) for _, tensor in fresh}
-        # Detached, or they would keep this step's backward pass.
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        self.calls.append((func, args, kwargs, fresh))
+        self._made |= {memory(tensor): tensor for _, tensor in fresh}
+        # A graph does not clear memory that it hands out.
+        if "empty" not in func.overloadpacket.__name__:
+            # Detached, or they would keep this step's backward pass.
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            self.calls.append((func, args, kwargs, fresh))
         return results
 
     def restore(self) -> None:
@@ -99,12 +118,28 @@ class Recording(NoHostWaits):
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, fresh in self.calls:
-            # A graph does not clear memory that it hands out.
-            if "empty" in func.overloadpacket.__name__:
-                continue
             results = tensors(func(*args, **kwargs))
             for at, kept in fresh:
                 kept.copy_(results[at])
+
+
+class RecordedKernels:
+    """The module of the compiled kernels, whose launches are recorded too."""
+
+    LAUNCHES = ("bank_operand", "bank_attend", "bank_select", "bank_step")
+    LAUNCHES += ("write_tensor_table", "ema_update", "lars_step")
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._launch, name) if name in self.LAUNCHES else getattr(self._kernels, name)
+
+    def _launch(self, name: str, *args: Any, **kwargs: Any) -> None:
+        launch = getattr(self._kernels, name)
+        launch(*args, **kwargs)
+        if Recording.entered is not None:
+            Recording.entered.calls.append((launch, args, kwargs, []))
 
 
 class Recorder:

@@ -21,7 +21,8 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.precision import require_scale
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.engine.state import Rates
+from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
 from caco_fast.optim import build_optimizer

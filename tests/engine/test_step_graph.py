@@ -3,47 +3,46 @@
 On the CPU by tests/engine/replay.py in place of CUDA graphs; on a GPU by themselves.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import prove_switches
+from graph_steps import (
+    ADAMW,
+    CASES,
+    CPU,
+    LARS,
+    NEVER,
+    SGD,
+    SMALL_VIEWS,
+    STEPS,
+    assert_replays_are_steps,
+    batch_at,
+    losses,
+    make_trainer,
+    rates_at,
+)
 from replay import HostWait, NoHostWaits, Recorder
 from tiny_run import config, write_images
 from torch import Tensor
 
 from caco_fast import training
-from caco_fast.data import Batch
-from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
-from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.settings import TrainerConfig
 from caco_fast.engine.state import Rates
-from caco_fast.engine.step_graph import WARMUP_STEPS, StepGraph
+from caco_fast.engine.step_graph import WARMUP_STEPS, CudaCapture, StepGraph
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_step
 from caco_fast.optim import OptimizerConfig, build_optimizer
 
-CPU = torch.device("cpu")
-NEVER = 10**9
-STEPS = 20
-LARS = "optimizer={name: lars, lr: 0.3, scale_lr: false}"
-SGD = "optimizer={name: sgd, lr: 0.03}"
-ADAMW = "optimizer={name: adamw, lr: 0.003}"
-SMALL_VIEWS = "views=[{size: 32, count: 2}, {size: 16, count: 2, scale: [0.05, 0.14]}]"
-CASES = {
-    "caco, lars": (LARS,),
-    "caco, sgd": (SGD,),
-    "caco, adamw": (ADAMW,),
-    "caco, views together": (LARS, "trainer.joint_views=on"),
-    "caco, bf16": (LARS, "trainer.precision=bf16", "caco.operands=bf16"),
-    "caco, project, multi-crop": (SGD, "caco.norm=project", SMALL_VIEWS),
-    "moco": (SGD, "method=moco"),
-    "moco, symmetric": (ADAMW, "method=moco", "moco.symmetric=true"),
-}
-FP16 = {"caco, fp16, lars": (LARS,), "caco, fp16, sgd": (SGD,), "caco, fp16, adamw": (ADAMW,), "moco, fp16": CASES["moco"]}
+FP16 = ("caco, lars", "caco, sgd", "caco, adamw", "moco")
 
 
 @pytest.fixture(scope="module")
@@ -65,61 +64,6 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "gradient_scaler", lambda precision, device: torch.amp.GradScaler("cpu", **options))
 
 
-def make_trainer(images: Path, folder: Path, *settings: str, graph: StepGraph | None = None) -> Trainer:
-    run = config(images, "evaluation.every_epochs=0", *settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_step_graph", lambda config, device: graph)
-        trainer = training.build_trainer(run, RunFolder(folder), CheckpointStore(folder / "checkpoints", keep=1), CPU)
-    trainer.encoders.train()
-    trainer.method.train()
-    return trainer
-
-
-def batch_at(step: int, sizes: Sequence[int]) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    return Batch([torch.randn(8, 3, size, size, generator=generator) for size in sizes], torch.arange(8))
-
-
-def rates_at(step: int) -> Rates:
-    return Rates(lr=0.05 / (1 + step), key_momentum=0.9 + 0.004 * step, warmup=(1 + step) / 30)
-
-
-def losses(trainer: Trainer, sizes: Sequence[int] = (32, 32)) -> list[float]:
-    """Of the steps before the capture and STEPS more."""
-    found = []
-    for step in range(WARMUP_STEPS + STEPS):
-        trainer._interval.clear()
-        trainer._step(batch_at(step, sizes), trainer.method, rates_at(step))
-        found.append(float(trainer._interval.sums["loss"]))
-    return found
-
-
-def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    found = {f"encoders.{name}": value for name, value in trainer.encoders.state_dict().items()}
-    found |= {f"method.{name}": value for name, value in trainer.method.named_buffers()}
-    for at, state in enumerate(trainer.optimizer.state.values()):
-        found |= {f"optimizer.{at}.{name}": value for name, value in state.items()}
-    found |= {"skipped": trainer.skipped_steps}
-    return {name: value.detach().clone() for name, value in found.items()}
-
-
-def different(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    assert found.keys() == wanted.keys()
-    return [name for name, value in wanted.items() if not torch.equal(found[name], value)]
-
-
-def assert_replays_are_steps(images: Path, folder: Path, settings: tuple[str, ...]) -> Trainer:
-    """The trainer of the replays."""
-    recorder = Recorder()
-    captured = make_trainer(images, folder / "a", *settings, graph=StepGraph(CPU, recorder, WARMUP_STEPS))
-    plain = make_trainer(images, folder / "b", *settings, graph=StepGraph(CPU, Recorder(), NEVER))
-    sizes = (32, 32, 16, 16) if SMALL_VIEWS in settings else (32, 32)
-    assert losses(captured, sizes) == losses(plain, sizes)
-    assert different(state_of(captured), state_of(plain)) == []
-    assert recorder.replays == STEPS
-    return captured
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_replays_are_steps(case, images, tmp_path, like_a_gpu):
     assert_replays_are_steps(images, tmp_path, CASES[case])
@@ -127,7 +71,7 @@ def test_replays_are_steps(case, images, tmp_path, like_a_gpu):
 
 @pytest.mark.parametrize("case", FP16)
 def test_replays_skip_the_steps_that_overflow(case, images, tmp_path, like_a_gpu, scaled):
-    captured = assert_replays_are_steps(images, tmp_path, FP16[case])
+    captured = assert_replays_are_steps(images, tmp_path, CASES[case])
     # The three steps before the capture do not overflow.
     assert 0 < int(captured.skipped_steps) < STEPS
 
@@ -237,3 +181,27 @@ def test_not_with_an_optimiser_that_reads_its_lr_on_the_host():
         build_optimizer(settings, [torch.ones(2)], 256, captured=True)
 
 
+# On a GPU
+
+ON_A_GPU = (("caco, lars", "f32"), ("caco, lars", "fp16"), ("caco, sgd", "fp16"), ("caco, adamw", "bf16"))
+ON_A_GPU += (("caco, project, multi-crop", "bf16"), ("moco", "bf16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("case, precision", ON_A_GPU)
+def test_replays_on_a_gpu_are_steps_to_rounding(case, precision, images, tmp_path):
+    """50 steps, against the same steps from weights moved by one unit in the last place (tools/prove_switches.py)."""
+    device, settings = torch.device("cuda", 0), (*CASES[case], f"trainer.precision={precision}")
+    sizes = (32, 32, 16, 16) if SMALL_VIEWS in settings else (32, 32)
+
+    def run(name: str, warmup: int, moved: int = 0) -> list[float]:
+        graph = StepGraph(device, CudaCapture(device), warmup)
+        trainer = make_trainer(images, tmp_path / name, *settings, graph=graph, device=device)
+        if moved:
+            prove_switches.move(trainer.encoders.query.parameters(), moved)
+            trainer.encoders.copy_query_to_key()
+        return losses(trainer, sizes, steps=50)
+
+    moved = [run(f"moved {seed}", NEVER, seed) for seed in (1, 2)]
+    assert prove_switches.judge(run("captured", WARMUP_STEPS), run("plain", NEVER), moved)["equal"]
