@@ -111,11 +111,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 does not replay them."""
-        steps = self.method.preparation_steps(self.config.batch_size)
-        per_epoch = self.loader.steps_per_epoch
-        if steps:
-            self.progress.start_phase("initialisation", steps, self.position.step)
-        while self.position.step < steps and not self._out_of_steps():
+        per_epoch, shown = self.loader.steps_per_epoch, 0
+        while self.position.step < (steps := self._preparation_steps()) and not self._out_of_steps():
+            if steps != shown:
+                self.progress.start_phase("initialisation", steps, self.position.step)
+                shown = steps
             epoch, first = divmod(self.position.step, per_epoch)
             for batch in self._batches(-1 - epoch, first, min(per_epoch, steps - epoch * per_epoch)):
                 # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
@@ -129,6 +129,11 @@ class Trainer:
                 self.optimizer.state.clear()
             self.position.phase, self.position.step, self.position.phase_seconds = TRAINING, 0, 0.0
             self._interval = Interval()
+
+    def _preparation_steps(self) -> int:
+        """Those of the method, and one for each that was skipped, since it has filled no rows."""
+        steps = self.method.preparation_steps(self.config.batch_size)
+        return steps + int(self.skipped_steps) if steps else 0
 
     def _train(self) -> None:
         per_epoch = self.loader.steps_per_epoch

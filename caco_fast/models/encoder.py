@@ -89,17 +89,18 @@ class EncoderPair(nn.Module):
             UserError: a BatchNorm whose statistics would be those of one rank.
         """
         require_statistics_of_all_ranks(self)
-        self.wrap_query(
-            DistributedDataParallel(
-                self.query,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # Every step is one forward that uses every parameter, in the bank's initialisation too.
-                static_graph=True,
-            )
+        wrapped = DistributedDataParallel(
+            self.query,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Every step is one forward that uses every parameter, in the bank's initialisation too.
+            static_graph=True,
         )
+        # Otherwise it times every hundredth step, waiting for the device; no one reads that, and no graph can hold it.
+        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        self.wrap_query(wrapped)
 
     def queries(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # each [B, C]
         return self._forward_query[0](*views)
