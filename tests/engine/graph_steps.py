@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caco_fast import training
 from caco_fast.data import Batch
+from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.state import Rates
@@ -50,7 +51,7 @@ def make_trainer(
 
 
 def batch_at(step: int, sizes: Sequence[int]) -> Batch:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(1000 * rank() + step)
     return Batch([torch.randn(8, 3, size, size, generator=generator) for size in sizes], torch.arange(8))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import prove_switches
@@ -24,19 +25,23 @@ from graph_steps import (
     STEPS,
     assert_replays_are_steps,
     batch_at,
+    different,
     losses,
     make_trainer,
     rates_at,
+    state_of,
 )
+from ranks import run_ranks
 from replay import HostWait, NoHostWaits, Recorder
 from tiny_run import config, write_images
 from torch import Tensor
 
 from caco_fast import training
+from caco_fast.distributed import rank
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.settings import TrainerConfig
 from caco_fast.engine.state import Rates
-from caco_fast.engine.step_graph import WARMUP_STEPS, CudaCapture, StepGraph
+from caco_fast.engine.step_graph import WARMUP_STEPS, WARMUP_STEPS_OF_RANKS, CudaCapture, StepGraph
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_step
@@ -107,6 +112,42 @@ def on_the_host(trainer: Trainer, name: str) -> None:
         compute(views, objective, rates._replace(**{name: number}))
 
     trainer._compute = with_number
+
+
+# Several ranks
+
+
+def steps_of_a_rank(images: Path, folder: Path, *settings: str) -> tuple[bool, list[str], int]:
+    """In a process of its own: whether the losses are equal, what is not of the state, and the replays."""
+    bank_step.checks.check_positive_range = lambda op, positives, bank_rows: None
+    Trainer._require_finite = lambda self, step: None
+    # gloo's own copies its result when the host waits for it, which is no operation of the collective.
+    dist.reduce_scatter_tensor = reduce_scatter
+    recorder, found = Recorder(), []
+    for at, graph in enumerate([StepGraph(CPU, recorder, WARMUP_STEPS_OF_RANKS), StepGraph(CPU, Recorder(), NEVER)]):
+        trainer = make_trainer(images, folder / f"{at} {rank()}", *settings, graph=graph)
+        found.append((losses(trainer, steps=WARMUP_STEPS_OF_RANKS + STEPS), state_of(trainer)))
+    (captured, state), (plain, wanted) = found
+    return captured == plain, different(state, wanted), recorder.replays
+
+
+def reduce_scatter(own: Tensor, rows: Tensor) -> None:
+    whole = rows.clone()
+    dist.all_reduce(whole)
+    own.copy_(whole.chunk(dist.get_world_size())[rank()])
+
+
+OF_RANKS = {
+    "sharded": (LARS,),
+    "replicated": (ADAMW, "caco.bank_parallel=replicated"),
+    "moco": (SGD, "method=moco"),
+}
+
+
+@pytest.mark.parametrize("settings", OF_RANKS.values(), ids=OF_RANKS)
+def test_replays_on_two_ranks_are_steps(settings, images, tmp_path):
+    """With DistributedDataParallel and the collectives of BatchNorm, bank and queue; each rank has its own views."""
+    assert run_ranks(steps_of_a_rank, 2, images, tmp_path, *settings) == [(True, [], STEPS)] * 2
 
 
 # What the host waits for
