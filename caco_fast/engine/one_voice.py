@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from caco_fast.errors import UserError
 # How long a rank that lost contact waits for word from the others where nothing is known of them. torchrun leaves the
 # ranks 30 s once one has ended.
 PATIENCE_SECONDS = 10.0
+# How long rank 0, which may hold the store, stays for the others to look there whether its error was said.
+FAREWELL_SECONDS = 2.0
 LOST = 75
 # gloo's errors have no type of their own.
 MARKS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout")
@@ -54,7 +56,11 @@ def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _of_gloo(error)):
             _report_loss(store, rank, ranks, error)
-        elif not _first(store, rank, f"{type(error).__name__}: {error}"):
+            raise
+        first = _first(store, rank, f"{type(error).__name__}: {error}")
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _see_off(store, ranks)
+        if not first:
             raise SaidElsewhere(2 if isinstance(error, UserError) else 1) from None
         raise
 
@@ -62,10 +68,18 @@ def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
 def _first(store: dist.Store, rank: int, words: str) -> bool:
     """Whether no other rank has said this. Where the store is gone too, each speaks for itself."""
     try:
-        store.set(f"left/{rank}", words)
-        return store.add(f"said/{words}", 1) == 1
+        first = store.add(f"said/{words}", 1) == 1
     except RuntimeError:
         return True
+    with suppress(RuntimeError):
+        store.set(f"left/{rank}", words)
+    return first
+
+
+def _see_off(store: dist.Store, ranks: int) -> None:
+    end, others = time.monotonic() + FAREWELL_SECONDS, [f"left/{other}" for other in range(1, ranks)]
+    while time.monotonic() < end and not store.check(others):
+        time.sleep(0.02)
 
 
 def _report_loss(store: dist.Store, rank: int, ranks: int, error: Exception) -> None:
