@@ -170,7 +170,9 @@ class Trainer:
             self.graph(lambda views, rates: self._compute(views, self.method, rates), batch.views, rates)
         else:
             onto = dict(device=self.device, memory_format=torch.channels_last, non_blocking=True)
-            self._compute([view.to(**onto) for view in batch.views], objective, rates)
+            # On the stream of the steps to come, since torch keeps the memory of each stream apart.
+            with self.graph.aside() if self.graph is not None else contextlib.nullcontext():
+                self._compute([view.to(**onto) for view in batch.views], objective, rates)
         self._set_lr(rates)
         self._interval.steps += 1
         self._rates = rates

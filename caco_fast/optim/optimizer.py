@@ -83,8 +83,9 @@ def build_optimizer(
         optimizer.register_load_state_dict_pre_hook(_keep_implementation)
         return optimizer
     if config.name == "adamw":
-        # It warns at the steps before the capture.
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        if captured:
+            # It warns at the steps before the capture.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         optimizer = AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
         optimizer.register_load_state_dict_pre_hook(_keep_implementation)
         return optimizer

@@ -40,7 +40,7 @@ def small_pair(joint_views: bool) -> EncoderPair:
 
 def resnet_pair(joint_views: bool) -> EncoderPair:
     backbone = BackboneConfig("resnet18", "small_stride2", {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]})
-    # In f32, since oneDNN's bf16 gradients of convolutions down to one pixel are NaN now and then (torch 2.11).
+    # In f32: of a strided convolution of maps of one pixel, as the small views are, oneDNN's bf16 gradient is NaN.
     return build_encoder_pair(backbone, ProjectorConfig(2, 8, C), 1, None, joint_views)
 
 
