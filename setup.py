@@ -39,11 +39,14 @@ def output_of(*command: str) -> str:
 
 
 def wanted_arches(nvcc: str) -> list[str]:
-    if named := os.environ.get("CACO_ARCHES"):
-        return named.replace(",", ";").split(";")
-    known = output_of(nvcc, "--list-gpu-arch").split()
+    known = output_of(nvcc, "--list-gpu-arch").replace("compute_", "").split()
     # nvcc lists no compute_90a, but has it wherever it has compute_90.
-    return [arch for arch in sources.ARCHES if f"compute_{arch.rstrip('a')}" in known]
+    named = os.environ.get("CACO_ARCHES", "").replace(",", ";")
+    arches = named.split(";") if named else sources.ARCHES
+    unknown = [arch for arch in arches if arch.removesuffix("a") not in known]
+    if named and unknown:
+        raise SystemExit(f"error: CACO_ARCHES: found {unknown[0]!r}, wanted some of {' '.join(known)}, or 90a")
+    return [arch for arch in arches if arch not in unknown]
 
 
 def define(name: str, value: str) -> str:
@@ -103,7 +106,8 @@ class BuildKernels(build_ext):
         ninja = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
         if ninja is None:
             raise SystemExit("error: ninja not found; pip install ninja")
-        subprocess.run([ninja, "-C", str(folder)], check=True)
+        if subprocess.run([ninja, "-C", str(folder)]).returncode:
+            raise SystemExit("error: the CUDA module was not built; nvcc's messages are above")
 
 
 def extensions() -> list[Extension]:

@@ -1,4 +1,4 @@
-"""What the machine has to spare."""
+"""What the machine has, and has to spare."""
 
 import os
 
@@ -16,3 +16,12 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def computes_in_bf16() -> bool:
+    """Whether the processor has bf16 instructions of its own; False where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any(not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split()) for line in lines)
+    except OSError:
+        return False

@@ -189,17 +189,26 @@ def report(name: str, check: Check) -> bool:
     return check.passed
 
 
+def device_named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"found {name!r}, wanted a device such as cuda:1") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco_fast.selftest", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="the GPU to test, such as cuda:1")
+    parser.add_argument("--device", default="cuda", type=device_named, help="the GPU to test, such as cuda:1")
     parser.add_argument("--small", action="store_true", help="small shapes only, for compute-sanitizer")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device: torch.device = options.device
     kernels = backends.cuda_backend()
     if kernels is None:
         reason = "the kernels are not compiled; run `python setup.py build_ext` on a machine with nvcc"
     elif device.type == "cuda" and not torch.cuda.is_available():
         reason = "torch finds no CUDA GPU"
+    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        reason = f"there is no {device}, torch finds {torch.cuda.device_count()} GPUs"
     else:
         reason = kernels.why_not(device)
     if reason:

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
-from caco_fast.engine.precision import autocast_dtype, gradient_scaler
+from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision
 from caco_fast.engine.progress import Progress, log_to_console, table
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.state import TRAINING
@@ -58,6 +59,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     """
     with launched(config.trainer) as device:
         log_to_console()
+        config = settled(config, device)
         config.checkpoint.validate()
         run = RunFolder(folder)
         store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
@@ -80,10 +82,18 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
             run.close()
 
 
+def settled(config: Config, device: torch.device) -> Config:
+    """The configuration with what depends on the device decided, so that a run's own copy says what it ran with."""
+    # Rank 0 decides, because one step has one precision.
+    precision = broadcast_object(settled_precision(config.trainer.precision, device))
+    return replace(config, trainer=replace(config.trainer, precision=precision))
+
+
 def build_trainer(
     config: Config, run: RunFolder, store: CheckpointStore, device: torch.device, resume_at: int | None = None
 ) -> Trainer:
     """Every component of a run, from its own section of the configuration. `resume_at`: where its metrics go on."""
+    config = settled(config, device)
     if config.method not in METHODS:
         raise UserError(f"method: found '{config.method}', want one of {', '.join(METHODS)}")
     config.trainer.validate()

@@ -309,7 +309,6 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, O
                  : "l"(descriptor(a)), "l"(descriptor(b)), "r"(int(accumulate)))
 #define CACO_WGMMA_SHAPES(type)                                                                                \
     if constexpr (kColumns == 48) CACO_WGMMA(type, "48", CACO_D24, CACO_F24, "24", "25", "26");                \
-    else if constexpr (kColumns == 64) CACO_WGMMA(type, "64", CACO_D0_31, CACO_F32, "32", "33", "34");         \
     else if constexpr (kColumns == 96) CACO_WGMMA(type, "96", CACO_D48, CACO_F48, "48", "49", "50");           \
     else if constexpr (kColumns == 128) CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66");         \
     else static_assert(kColumns == 0, "no such shape")

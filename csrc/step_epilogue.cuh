@@ -29,18 +29,29 @@ __device__ __forceinline__ Span positives_of(const StepParams &params, int64_t f
             warp_lower_bound(params.positive_row, count, last, lane)};
 }
 
+// A row of bank and velocity before the step, by one warp: loaded apart from step_row, so that the memory is waited for
+// while the row before is finished. Rows from `end` on read as zeros.
+template <int kPadded>
+struct RowBefore {
+    Row<kPadded> row, speed;
+
+    __device__ __forceinline__ void load(const StepParams &params, int64_t j, int64_t end, int lane) {
+        const int channels = j < end ? params.channels : 0;
+        row.load(params.bank + j * params.channels, channels, lane);
+        speed.load(params.velocity + j * params.channels, channels, lane);
+    }
+};
+
 // Row j of bank and velocity, by one warp. `pulled` is sum_i a_i p_ij q_i; `span` covers at least row j's positives.
 //
 // c_ij differs from p_ij in the R M pairs of a row and its positives only; their share a_i o_im (1 - 2 p_ij) q_i is
 // added here in f32, in ascending order of i. As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G -
 // (G . u) u.
 template <class T, int kPadded>
-__device__ __forceinline__ void step_row(const StepParams &params, int64_t j, Row<kPadded> pulled, Span span,
-                                         int lane) {
+__device__ __forceinline__ void step_row(const StepParams &params, int64_t j, const RowBefore<kPadded> &before,
+                                         Row<kPadded> pulled, Span span, int lane) {
     float *bank = params.bank + j * params.channels, *velocity = params.velocity + j * params.channels;
-    Row<kPadded> row, speed;
-    row.load(bank, params.channels, lane);
-    speed.load(velocity, params.channels, lane);
+    Row<kPadded> row = before.row, speed = before.speed;
     const float inverse_norm = row.inverse_norm();
     if (params.skip != nullptr && *params.skip != 0.f) {
         if (params.bank_operand == nullptr) return;

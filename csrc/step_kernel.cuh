@@ -101,12 +101,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(StepParams para
                     make_float2(o[n][2 * half] * factor, o[n][2 * half + 1] * factor);
             }
             __syncthreads();
+            auto place = [&](int r) { return first_row + Tile::row_of(r, half); };
+            RowBefore<kPadded> before, next;
+            if constexpr (Tile::kLoadsAhead) next.load(params, place(warp), params.bank_rows, tile.lane);
             for (int r = warp; r < Tile::kRows / 2; r += Tile::kWarps) {
-                const int64_t j = first_row + Tile::row_of(r, half);
-                if (j >= params.bank_rows) continue;
+                if constexpr (Tile::kLoadsAhead) {
+                    const bool more = r + Tile::kWarps < Tile::kRows / 2;
+                    before = next;
+                    next.load(params, place(r + Tile::kWarps), more ? params.bank_rows : 0, tile.lane);
+                } else {
+                    before.load(params, place(r), params.bank_rows, tile.lane);
+                }
+                if (place(r) >= params.bank_rows) continue;
                 Row<kPadded> pulled;
                 pulled.load(staged + r * Shape::kStagedFloats, kPadded, tile.lane);
-                step_row<T>(params, j, pulled, span, tile.lane);
+                step_row<T>(params, place(r), before, pulled, span, tile.lane);
             }
             __syncthreads();
         }

@@ -14,9 +14,9 @@
 // Rows of a tile lie contiguous; the 16-byte chunk c of row r is stored at chunk c ^ (r % 8), so that reading one chunk
 // column of 8 consecutive rows falls into 8 different groups of banks.
 //
-// Instructions (sm80/tile.cuh, sm70/tile.cuh) have: kCompiled, kWarps, kStages, columns(P), kMostTileBytes, kMostBytes;
-// the places of a lane's elements (half_row, row_of, pair, channel, kRowLane); CopyResident, stream, scores and
-// accumulate.
+// Instructions (sm80/tile.cuh, sm70/tile.cuh) have: kCompiled, kWarps, kStages, columns(P), kMostTileBytes, kMostBytes,
+// kLoadsAhead; the places of a lane's elements (half_row, row_of, pair, channel, kRowLane); CopyResident, stream, scores
+// and accumulate.
 #pragma once
 #include "rows.cuh"
 
@@ -37,6 +37,8 @@ struct Tile {
     static constexpr int kChunks = kPadded / 8;                        // of 16 bytes in a row
     static constexpr int kCopies = kColumns * kChunks / kThreads;      // of chunks of a streamed tile, per thread
     static constexpr int kMostBytes = Instructions::kMostBytes;        // of shared memory, all in all
+    // Whether a warp that ends the step loads its next row of the bank before it works on this one.
+    static constexpr bool kLoadsAhead = Instructions::kLoadsAhead;
     static constexpr int kRowLane = Instructions::kRowLane;            // lanes 0, 1, 2, 3 times this share a row
     static constexpr int kResidentBytes = kRows * kPadded * kOperandBytes;
     static constexpr int kStageBytes = kColumns * kPadded * kOperandBytes;

@@ -69,10 +69,27 @@ def test_commands_of_a_stage_share_its_limit_and_end_at_the_first_failure():
     assert found["status"].startswith("failed") and found["output"] == ["1"]
 
 
+def test_the_proof_collects_only_files_that_have_tests_for_a_gpu():
+    """Others may import what a bare machine lacks, and then nothing of the stage would run."""
+    (tests,) = (stage for stage in gpu_check.stages("90", "", "") if stage.name == "tests")
+    files = [word for word in tests.commands[0] if word.startswith("tests/")]
+    assert "tests/gpu/test_device_contract.py" in files
+    assert all("pytest.mark.gpu" in (ROOT / name).read_text() for name in files)
+
+
 @pytest.mark.parametrize("printed, status", [("3 passed, 1 skipped", "passed"), ("3 skipped", "failed: the output")])
 def test_tests_that_were_all_skipped_prove_nothing(printed, status):
     (wanted,) = {stage.wanted for stage in gpu_check.stages("90", "", "") if "tests" in stage.name}
     assert gpu_check.run_stage(stage("tests", f"print({printed!r})", wanted=wanted), 20)["status"].startswith(status)
+
+
+def test_only_wheels_of_packages_that_are_lacking_are_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    for name in ("pytest-99-py3-none-any.whl", "lacking_here-1-py3-none-any.whl"):  # no wheels, so pip refuses them
+        (tmp_path / name).write_text("")
+    gpu_check.install_wheels(tmp_path)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: lacking_here-1-py3-none-any.whl is not installed: ")
 
 
 def test_a_program_that_is_missing_is_named():

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "caco_fast"
 
 # Lowest first. Parts of the ground layer may use each other; in all others each stands alone.
-GROUND = ("errors", "settings", "host", "distributed", "provenance", "benchmarking")
+GROUND = ("apex", "errors", "settings", "host", "distributed", "provenance", "benchmarking")
 LAYERS = (
     GROUND,
     ("ops",),

@@ -38,6 +38,7 @@ from caco_fast.config import Config, load_config, settings_of
 from caco_fast.distributed import barrier, rank, world_size
 from caco_fast.engine.launch import launched
 from caco_fast.errors import UserError
+from caco_fast.training import settled
 
 RELEASED, MOCO, LOADED = "CaCo as released", "MoCo v2 symmetric", "CaCo, with the loader"
 GRAPH = "CaCo, CUDA graph"
@@ -214,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(options.config, options.settings)
     start, results = time.monotonic(), []
     with launched(config.trainer) as device:
+        config = settled(config, device)
         left_out = {GRAPH} if device.type == "cpu" else set()
         if lacks_data(config):
             left_out.add(LOADED)

@@ -25,6 +25,8 @@ MATRIX_KERNELS = re.compile(r"(?=.*?\d(sm70|sm80|sm90)\d).*(attend|select|step)_
 MATRIX_INSTRUCTION = {"sm70": "HMMA.884", "sm80": "HMMA.16816", "sm90": "HGMMA"}
 # Paths whose kernels are empty but on one architecture.
 ONLY_ON = {"sm90": "90a"}
+# Registers that a warpgroup of sm90's kernels has left after setmaxnreg: one gives back, two take.
+REGISTERS_AFTER = re.compile(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\b.*?(0x[0-9a-f]+)")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 MOST_REGISTERS = 255
 
@@ -66,6 +68,12 @@ class Kernel:
             faults.append(f"no {MATRIX_INSTRUCTION[self.path]}")
         elif 4 * code.count("WARPGROUP.DEPBAR") > len(re.findall(r"\bHGMMA\b", code)) > 0:
             faults.append("wgmma waited for one by one: ptxas has serialised them, see its messages C7510 to C7518")
+        elif self.path == "sm90":
+            after = {kind: int(count, 16) for kind, count in REGISTERS_AFTER.findall(code)}
+            if len(after) < 2:
+                faults.append("no setmaxnreg: ptxas has ignored it, see its message C7508")
+            elif after["DEALLOC"] + 2 * after["TRY_ALLOC"] > 3 * self.registers:
+                faults.append(f"setmaxnreg beyond the {self.registers} registers of the launch: it would wait for ever")
         return faults
 
 

@@ -5,14 +5,16 @@
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
-    python tools/gpu_check.py --wheels DIR           use them
+    python tools/gpu_check.py --wheels DIR           use those that this Python lacks
 
-The machine needs torch with CUDA, numpy, nvcc, g++ and compute-sanitizer; no network. Every stage runs in processes of
-its own under its own time limit, and one that fails does not stop the others. The status is 0 if all stages passed, 1
-if not, 2 if there is nothing to run on. On a machine without git name the commit: --commit SHA.
+The machine needs torch with CUDA, numpy, nvcc, g++ and compute-sanitizer; torchvision and pillow for what is no part of
+the proof; no network. Every stage runs in processes of its own under its own time limit, and one that fails does not
+stop the others. The status is 0 if all stages passed, 1 if not, 2 if there is nothing to run on. On a machine without
+git name the commit: --commit SHA.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -64,11 +66,10 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
     """The stages for a GPU of this architecture ("90"), what matters most first."""
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     some = r"\d+ passed"
-    elsewhere = sorted(
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").rglob("test_*.py")
-        if "pytest.mark.gpu" in path.read_text() and not str(path.relative_to(ROOT)).startswith(TESTS_OF_KERNELS)
-    )
+    # By file: others in the same folders may import what a bare machine lacks.
+    marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    of_kernels = [name for name in map(relative, marked) if name.startswith(TESTS_OF_KERNELS)]
+    elsewhere = [name for name in map(relative, marked) if name not in of_kernels]
 
     def sanitized(tool: str, claim: str, clean: str) -> Stage:
         check = (sanitizer, "--tool", tool, "--error-exitcode", "9", kernel_filter(sanitizer), "kns=caco")
@@ -85,11 +86,11 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             60,
             tuple(
                 command
-                for path in paths_run(architecture, kernel_paths())
+                for path in reversed(paths_run(architecture, kernel_paths()))  # the GPU's own first
                 for command in commands_of_primitives(path, architecture, nvcc)
             ),
         ),
-        Stage("tests", "all tests of the operations on a device pass", 110, ((*pytest, *TESTS_OF_KERNELS),), some),
+        Stage("tests", "all tests of the operations on a device pass", 110, ((*pytest, *of_kernels),), some),
         Stage(
             "benchmark",
             "times, memory and shares of the card's ceilings are measured",
@@ -132,6 +133,10 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
         ),
         Stage("other tests", "gpu tests of other parts pass", 100, ((*pytest, *elsewhere),), some, proof=False),
     ]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def commands_of_primitives(path: str, architecture: str, nvcc: str) -> tuple[tuple[str, ...], ...]:
@@ -252,10 +257,16 @@ def slug(gpu: str) -> str:
 
 
 def install_wheels(folder: Path) -> None:
-    """The wheels into build/gpu_check/site, which comes before what this Python has."""
+    """Those whose package this Python lacks into build/gpu_check/site: a second version of one that it has would not
+    suit its other packages, such as pytest's plugins."""
     if not folder.is_dir():
         raise UserError(f"--wheels {folder}: no such folder; make one with --collect-wheels where there is a network")
     for wheel in sorted(folder.glob("*.whl")):
+        try:
+            importlib.metadata.distribution(wheel.name.split("-")[0])
+            continue
+        except importlib.metadata.PackageNotFoundError:
+            pass
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(SITE))
         done = subprocess.run(
             [sys.executable, "-m", "pip", "install", *options, str(wheel)], capture_output=True, text=True
@@ -326,6 +337,7 @@ def paths_run(capability: str, present: list[str]) -> list[str]:
 
 
 def check(options: argparse.Namespace) -> int:
+    start = time.monotonic()
     if options.wheels:
         install_wheels(options.wheels)
     gpu = describe_gpu()
@@ -344,7 +356,7 @@ def check(options: argparse.Namespace) -> int:
 
     for name in BENCHMARKS:
         (WORK / f"{name}_cuda.json").unlink(missing_ok=True)
-    found = run_stages(todo, options.seconds)
+    found = run_stages(todo, options.seconds - (time.monotonic() - start))
     results: dict[str, Any] = {"stages": {**kept, **found}, "benchmarks": []}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in BENCHMARKS:
@@ -363,10 +375,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="say what is proved, run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="run these stages only")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="use the packages in these wheels")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="use wheels of what is not installed")
     parser.add_argument("--collect-wheels", type=Path, metavar="DIR", help="download those wheels, run nothing")
     parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/gpu_check_<gpu>.json")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages together")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for wheels and all stages together")
     parser.add_argument("--commit", help="of these sources, where git cannot tell")
     options = parser.parse_args(arguments)
     if options.collect_wheels:

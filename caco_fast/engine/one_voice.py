@@ -16,8 +16,9 @@ from caco_fast.errors import UserError
 # How long a rank that lost contact waits for word from the others where nothing is known of them. torchrun leaves the
 # ranks 30 s once one has ended.
 PATIENCE_SECONDS = 10.0
-# How long rank 0, which may hold the store, stays for the others to look there whether its error was said.
-FAREWELL_SECONDS = 2.0
+# How long rank 0, where the store lives in it, stays for the others' questions; ranks that meet the same error come
+# within moments, those that wait for it in a collective only ask when it has gone.
+HOSTING_SECONDS = 5.0
 LOST = 75
 # gloo's errors have no type of their own.
 MARKS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout")
@@ -54,32 +55,35 @@ def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
     except Exception as error:
         # torchrun ends the ranks that are left; their last words come first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _of_gloo(error)):
-            _report_loss(store, rank, ranks, error)
-            raise
-        first = _first(store, rank, f"{type(error).__name__}: {error}")
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _see_off(store, ranks)
-        if not first:
-            raise SaidElsewhere(2 if isinstance(error, UserError) else 1) from None
+        try:
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _of_gloo(error)):
+                _report_loss(store, rank, ranks, error)
+            elif not _first(store, rank, f"{type(error).__name__}: {error}"):
+                raise SaidElsewhere(2 if isinstance(error, UserError) else 1) from None
+        finally:
+            _let_all_ask(store, rank, ranks)
         raise
 
 
 def _first(store: dist.Store, rank: int, words: str) -> bool:
     """Whether no other rank has said this. Where the store is gone too, each speaks for itself."""
     try:
-        first = store.add(f"said/{words}", 1) == 1
+        store.set(f"left/{rank}", words)
+        return store.add(f"said/{words}", 1) == 1
     except RuntimeError:
         return True
+
+
+def _let_all_ask(store: dist.Store, rank: int, ranks: int) -> None:
+    """Keeps rank 0 until the others have their answers: without torchrun the store ends with it."""
     with suppress(RuntimeError):
-        store.set(f"left/{rank}", words)
-    return first
-
-
-def _see_off(store: dist.Store, ranks: int) -> None:
-    end, others = time.monotonic() + FAREWELL_SECONDS, [f"left/{other}" for other in range(1, ranks)]
-    while time.monotonic() < end and not store.check(others):
-        time.sleep(0.02)
+        store.set(f"asked/{rank}", "")
+        if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        waiting, end = set(range(1, ranks)), time.monotonic() + HOSTING_SECONDS
+        while waiting and time.monotonic() < end:
+            waiting = {other for other in waiting if not store.check([f"asked/{other}"]) and not _is_dead(store, other)}
+            time.sleep(0.05)
 
 
 def _report_loss(store: dist.Store, rank: int, ranks: int, error: Exception) -> None:

@@ -4,11 +4,22 @@ import torch
 from torch.optim import Optimizer
 
 from caco_fast.errors import UserError
+from caco_fast.host import computes_in_bf16
 
 # A loss scale under which gradients overflow for another reason than their size.
 LEAST_SCALE = 2.0**-10
 
 AUTOCAST = {"f32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def settled_precision(precision: str, device: torch.device) -> str:
+    """The precision that `auto` stands for on a device: bf16 where it has that, else fp16 on a GPU, f32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    # Without instructions for it bf16 is emulated, and several times slower than f32.
+    return "bf16" if computes_in_bf16() else "f32"
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -18,7 +29,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         UserError: an unknown precision, or one that the device does not have.
     """
     if precision not in AUTOCAST:
-        raise UserError(f"trainer.precision: found '{precision}', want one of {', '.join(AUTOCAST)}")
+        raise UserError(f"trainer.precision: found '{precision}', want one of auto, {', '.join(AUTOCAST)}")
     if device.type == "cpu" and precision in ("fp16", "tf32"):
         raise UserError(f"trainer.precision: {precision} needs a GPU; on the CPU use f32 or bf16")
     if device.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:

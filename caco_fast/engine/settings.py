@@ -10,7 +10,11 @@ class TrainerConfig:
     epochs: int = setting(200, "epochs of training, after the bank's initialisation")
     batch_size: int = setting(1024, "images per step over all ranks; each gives all its views")
     seed: int = setting(0, "of weights, bank, sample order and views")
-    precision: str = setting("bf16", "of the encoders: f32, tf32, bf16 or fp16; embeddings and losses are f32")
+    precision: str = setting(
+        "auto",
+        "of the encoders: f32, tf32, bf16, fp16, or auto: bf16 where the device has it, else fp16 on a GPU and f32 on "
+        "a CPU; embeddings and losses are f32",
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
     cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
     joint_views: str = setting(

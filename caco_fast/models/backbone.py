@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from caco_fast.errors import UserError
-from caco_fast.settings import setting
+from caco_fast.settings import setting, switch
 
 STEMS = ("imagenet", "small", "small_stride2")
 
@@ -24,6 +24,12 @@ class BackboneConfig:
     options: dict[str, Any] = setting(
         {}, "more keyword arguments of the timm architecture, e.g. {layers: [1, 1, 1, 1]}"
     )
+    apex: str = setting(
+        "off", "BatchNorm, ReLU and addition of a ResNet as groupbn of NVIDIA Apex, in fp16: on, off, or auto: if built"
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "apex", switch("backbone.apex", self.apex))
 
 
 def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:

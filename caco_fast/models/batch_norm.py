@@ -27,6 +27,8 @@ class SegmentedBatchNorm(_BatchNorm):
     """
 
     segments = 1
+    # Whether views together cost less than views apart.
+    joins_views = True
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -91,8 +93,8 @@ def segment_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def separable(module: nn.Module) -> bool:
-    """Whether several views may pass `module` as one batch: each of its BatchNorms can tell them apart."""
-    return not any(_mixes_views(child) for child in module.modules())
+    """Whether several views may pass `module` as one batch: each of its BatchNorms can tell them apart, and gains."""
+    return not any(_mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
 
 
 def require_statistics_of_all_ranks(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from caco_fast.models.apex_norm import use_apex_norm
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
@@ -134,6 +135,8 @@ def build_encoder_pair(
     joint_views: bool = False,
     ema_backend: str = "auto",
 ) -> EncoderPair:
-    features = segment_batch_norm(build_backbone(backbone, channels))
+    features = build_backbone(backbone, channels)
+    use_apex_norm(backbone.apex, features, autocast)
+    features = segment_batch_norm(features)
     head = segment_batch_norm(build_projector(projector, feature_width(features)))
     return EncoderPair(Encoder(features, head, autocast, joint_views), ema_backend)

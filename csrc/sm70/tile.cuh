@@ -17,6 +17,7 @@ struct Instructions {
     static constexpr bool kCompiled = kArch == 0 || (kArch >= 700 && kArch < 800);
     static constexpr int kWarps = 4, kStages = 1;
     static constexpr int kMostTileBytes = 48 * 1024, kMostBytes = 64 * 1024;
+    static constexpr bool kLoadsAhead = false;  // at P = 512 it would spill; a V100's other block runs meanwhile
     static constexpr int columns(int padded) { return padded >= 256 ? 16 : padded == 128 ? 32 : 64; }
 
     // A lane holds, of its quadpair's 8 x 8 elements, rows (lane & 1) + 4 (lane / 16) and 2 further, each in pairs at

@@ -10,6 +10,7 @@ struct Instructions {
     static constexpr int kWarps = 8, kStages = 2;
     static constexpr int kMostTileBytes = 96 * 1024;  // sm_86, sm_89 and sm_120 have 99 KB per block
     static constexpr int kMostBytes = 99 * 1024;
+    static constexpr bool kLoadsAhead = true;
     static constexpr int columns(int padded) { return padded == 512 ? 16 : padded == 256 ? 32 : 64; }
 
     // Fragments of D as in primitives.cuh: a lane holds rows lane / 4 and 8 further, in pairs at 2 (lane % 4).

@@ -23,7 +23,7 @@ struct StepShape {
     static constexpr int kTermsBytes = Tile::kColumns * int(sizeof(RowTerms));  // per stage
     static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kStages * kTermsBytes;
     static constexpr int kWarps = 4 * kComputeWarpgroups;
-    static constexpr int kRowsAtOnce = 4;  // of the bank, that a warp loads before it uses the first
+    static constexpr int kRowsAtOnce = 8;  // of the bank, that a warp loads before it uses the first
     // A row of the staged accumulator; 8 more floats send the four rows of a store phase to different banks.
     static constexpr int kStagedFloats = Tile::kPadded + 8;
     static_assert(Tile::kRows * kStagedFloats * 4 <= Tile::kTileBytes, "the accumulator fits the tiles' room");
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             tile.accumulate(o, weights, tile.stage(before));
             wgmma_wait<1>(s);
             weigh_scores();
+            async_proxy_fence();  // this thread has read row terms, of `before` in the round before
             wgmma_wait<0>(o);
-            async_proxy_fence();  // this thread has read row terms of the stage
             __syncwarp();
             tile.release(before);
             tile.pack_weights(weights, s);
@@ -144,6 +144,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
         const float factor = *static_cast<const float *>(params.workspace);
         const Span span = positives_of(params, first_row, first_row + Tile::kRows, tile.lane);
+        const int64_t end = first_row + Tile::kRows < params.bank_rows ? first_row + Tile::kRows : params.bank_rows;
+        RowBefore<Tile::kPadded> next;
+        next.load(params, first_row + warp, end, tile.lane);
         float *staged = reinterpret_cast<float *>(memory);  // [kRows, kStagedFloats]
         tile.barrier();                                     // all products are done with the tiles
 #pragma unroll
@@ -155,10 +158,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
         }
         tile.barrier();
-        for (int r = warp; r < Tile::kRows && first_row + r < params.bank_rows; r += Shape::kWarps) {
+        for (int r = warp; first_row + r < end; r += Shape::kWarps) {
+            const RowBefore<Tile::kPadded> before = next;
+            next.load(params, first_row + r + Shape::kWarps, end, tile.lane);
             Row<Tile::kPadded> pulled;
             pulled.load(staged + r * Shape::kStagedFloats, Tile::kPadded, tile.lane);
-            step_row<typename Tile::T>(params, first_row + r, pulled, span, tile.lane);
+            step_row<typename Tile::T>(params, first_row + r, before, pulled, span, tile.lane);
         }
     };
     tile.run(start_copies, compute);

@@ -19,20 +19,24 @@
 
 namespace caco::sm90 {
 
-// Of the 512 registers that a multiprocessor has for each of 128 threads, after setmaxnreg.
+// Per thread, after setmaxnreg. They come out of what the block was launched with, and a warpgroup that asks for more
+// than is left waits for ever: ptxas gives a kernel with these launch bounds a multiple of 8 of a multiprocessor's 65536.
 constexpr int kProducerRegisters = 24, kComputeRegisters = 240;
-constexpr int kComputeWarpgroups = 2;
-static_assert(kProducerRegisters + kComputeWarpgroups * kComputeRegisters <= 512);
+constexpr int kComputeWarpgroups = 2, kWarpgroups = 1 + kComputeWarpgroups;
+constexpr int kLaunchRegisters = 65536 / (kWarpgroups * kWarpgroupThreads) / 8 * 8;
+static_assert(kProducerRegisters + kComputeWarpgroups * kComputeRegisters <= kWarpgroups * kLaunchRegisters);
 
 template <class T_, int kPadded_, int kProducts = 2>
 struct Tile {
     using T = T_;
     static constexpr int kPadded = kPadded_;
-    static constexpr int kThreads = kWarpgroupThreads * (1 + kComputeWarpgroups);
+    static constexpr int kThreads = kWarpgroupThreads * kWarpgroups;
     static constexpr int kChannelGroups = kPadded == 512 && kProducts == 2 ? 2 : 1;  // warpgroups that share 64 rows
     static constexpr int kRows = 64 * kComputeWarpgroups / kChannelGroups;
-    static constexpr int kColumns = kPadded == 512 ? (kProducts == 2 ? 64 : 48) : kPadded == 256 ? 96 : 128;
-    static constexpr int kStages = kPadded == 512 ? 2 : kPadded == 256 ? 3 : 4;
+    static constexpr int kColumns = kPadded == 512 ? 48 : kPadded == 256 ? 96 : 128;
+    // Two products hold two stages at a time, the scores of a tile and the second product of the one before: the third
+    // is filled meanwhile.
+    static constexpr int kStages = kPadded == 512 ? 1 + kProducts : kPadded == 256 ? 3 : 4;
     static constexpr int kGroupChannels = kPadded / kChannelGroups;
     static constexpr int kSlabs = kPadded / kSlabChannels;
     static constexpr int kResidentSlabBytes = kRows * kSlabRowBytes, kStageSlabBytes = kColumns * kSlabRowBytes;
@@ -43,11 +47,12 @@ struct Tile {
 
     static_assert((1 + 2 * kStages) * int(sizeof(Mbarrier)) <= kBarrierBytes);
     static_assert(kStageSlabBytes % 1024 == 0 && kResidentSlabBytes % 1024 == 0, "the swizzle repeats every 8 rows");
+    static_assert(kStages > kProducts, "a stage is filled while the products hold theirs");
     static_assert(kRows <= 256 && kColumns <= 256, "a TMA box has at most 256 rows");
     static_assert(kSharedBytes <= 227 * 1024, "sm_90 has 227 KB per block");
 
     using Scores = float[kColumns / 8][4];          // as wgmma lays out D [64, kColumns]
-    using Weights = uint32_t[kColumns / 16][4];   // as A [64, 16] operands
+    using Weights = uint32_t[kColumns / 16][4];     // as A [64, 16] operands
     using Accumulator = float[kGroupChannels / 8][4];
 
     // Resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers; what follows is the kernel's own.

@@ -33,8 +33,8 @@ struct Arguments {
 
 // The queries for products, each thread half a row, its chunks swizzled.
 void store_queries(const Arguments &a, uint16_t *rows) {
-    const int row = threadIdx.x / 2;
-    for (int channel = threadIdx.x % 2 * 32; channel < (threadIdx.x % 2 + 1) * 32; channel++) {
+    const int thread = threadIdx.x, row = thread / 2;
+    for (int channel = thread % 2 * 32; channel < (thread % 2 + 1) * 32; channel++) {
         uint16_t *to = rows + row * kChannels + (channel / 8 ^ row % 8) * 8 + channel % 8;
         const uint16_t value = a.queries[row * kChannels + channel];
         if (a.bug == "plain stores") *to = value;

@@ -111,3 +111,9 @@ def test_kernels_under_a_sanitizer(sanitizer, shape, kernel_path):
     for schedule in ("0 0 1", "5 1 0"):
         arguments = (*shape.split(), *schedule.split(), str(kernel_path))
         assert output_of("kernels_program.cpp", sanitizer, *arguments) == "ok\n"
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_a_ring_that_goes_round_under_a_sanitizer(sanitizer):
+    """Four tiles of 48 through the three stages of attend and step on sm90; the shapes above have one tile there."""
+    assert output_of("kernels_program.cpp", sanitizer, *"150 150 512 float16 5 1 0 90".split()) == "ok\n"

@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import check_sass  # noqa: E402
 import check_sm70  # noqa: E402
 
+SETMAXNREG = ["USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ", "USETMAXREG.DEALLOC.CTAPOOL 0x18 "]
+
 
 def test_selftest_passes_on_emulated_kernels(cuda_ops, capsys):
     assert selftest.run(torch.device("cpu"), ((1, 1, 64), (70, 133, 80)))
@@ -53,6 +55,12 @@ def test_selftest_without_a_gpu_says_so_in_one_line():
     done = subprocess.run([sys.executable, "-m", "caco_fast.selftest"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing to test: ") and done.stderr.count("\n") == 1
+
+
+def test_selftest_of_no_device_names_what_it_wanted(capsys):
+    with pytest.raises(SystemExit):
+        selftest.main(["--device", "gpu1"])
+    assert "found 'gpu1', wanted a device such as cuda:1" in capsys.readouterr().err
 
 
 def test_compiled_kernels_pass_the_static_gate():
@@ -149,6 +157,8 @@ def test_compiled_module_is_of_the_present_sources():
         ("one by one", "90", 40, 0, 2 * ["HGMMA.64x96x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]),
         ("no HGMMA", "90", 40, 0, ["HMMA.16816.F32 R0"]),
         ("1 local loads", "90", 40, 0, ["STL [R2], R1", "HGMMA.64x96x16.F32.BF16 R24"]),
+        ("no setmaxnreg", "90", 168, 0, ["HGMMA.64x96x16.F32.BF16 R24"]),
+        ("beyond the 160 registers", "90", 160, 0, [*SETMAXNREG, "HGMMA.64x96x16.F32.BF16 R24"]),
     ],
 )
 def test_static_gate_finds_a_fault(fault, arch, registers, stack, code):
@@ -158,6 +168,11 @@ def test_static_gate_finds_a_fault(fault, arch, registers, stack, code):
     }[arch]
     kernel = check_sass.Kernel(arch, symbol, registers, stack, 0, code)
     assert any(fault in text for text in kernel.faults())
+
+
+def test_static_gate_passes_a_kernel_of_sm90():
+    code = [*SETMAXNREG, "HGMMA.64x96x16.F32.BF16 R24"]
+    assert check_sass.Kernel("90a", "_ZN4caco4sm9013attend_kernelEv", 168, 0, 0, code).faults() == []
 
 
 @pytest.mark.parametrize(
@@ -177,3 +192,19 @@ def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line)
     )
     assert done.returncode == returncode
     assert [text for text in done.stderr.splitlines() if "CACO_CUDA" in text] == [line]
+
+
+@pytest.mark.parametrize("arches, unknown", [("80;banana", "banana"), ("80;", ""), ("sm_80", "sm_80"), ("80,20", "20")])
+def test_setup_names_an_architecture_that_nvcc_does_not_know(arches, unknown):
+    if check_sass.find_tool("nvcc") is None:
+        pytest.skip("nvcc not found")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CACO_ARCHES": arches},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: CACO_ARCHES: found {unknown!r}, wanted some of ")
+    assert done.stderr.count("\n") == 1

@@ -40,8 +40,7 @@ def small_pair(joint_views: bool) -> EncoderPair:
 
 def resnet_pair(joint_views: bool) -> EncoderPair:
     backbone = BackboneConfig("resnet18", "small_stride2", {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]})
-    # In f32: of a strided convolution of maps of one pixel, as the small views are, oneDNN's bf16 gradient is NaN.
-    return build_encoder_pair(backbone, ProjectorConfig(2, 8, C), 1, None, joint_views)
+    return build_encoder_pair(backbone, ProjectorConfig(2, 8, C), 1, torch.bfloat16, joint_views)
 
 
 def steps(
@@ -59,7 +58,9 @@ def steps(
     optimizer = torch.optim.SGD(pair.query.parameters(), lr=0.1)
     losses = []
     for _ in range(3):
-        sides = (16, 16, 8, 8) if name == "caco" else (16, 16)
+        # No smaller: where a 3x3 convolution of stride 2 gets a map of 1x1, oneDNN's bf16 backward pass (torch 2.11, on
+        # a processor with AMX) reads memory that nothing wrote.
+        sides = (16, 16, 12, 12) if name == "caco" else (16, 16)
         views = [torch.randn(B, 1, side, side).chunk(world_size())[rank()] for side in sides]
         output = method(views, pair)
         optimizer.zero_grad()

@@ -118,10 +118,14 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(file, tmp_path):
 
 
 def test_a_rank_killed_at_any_moment_neither_hangs_nor_spoils_the_run(tmp_path):
-    found = list(moments(tmp_path, KILLS))
+    found = []
+    # A busy machine may let a write end before the kill arrives: further moments, until one has hit.
+    for at in moments(tmp_path, 4 * KILLS):
+        found.append(at)
+        if len(found) >= KILLS and any(at["leftovers"] for at in found):
+            break
     assert all(at["killed"] for at in found if at["in_write"])
-    # Else the kills missed the writes, and the test showed less than it says.
-    assert any(at["leftovers"] for at in found)
+    assert any(at["leftovers"] for at in found), "the kills missed the writes"
 
 
 def test_torchrun_restarts_a_run_by_itself(file, tmp_path, whole):

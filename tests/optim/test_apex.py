@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from caco_fast.apex import BUILD
 from caco_fast.errors import UserError
-from caco_fast.optim import OptimizerConfig, apex, build_optimizer
+from caco_fast.optim import OptimizerConfig, build_optimizer
 
 REAL = """
 from torch.optim import SGD
@@ -72,8 +73,8 @@ def test_the_real_one_gets_the_settings(asked: str, on_path: Path, as_on_a_gpu: 
     "kind, line",
     [
         ("none", "NVIDIA Apex is not installed"),
-        ("theirs", "the installed package 'apex' is the package index's, another project; uninstall it"),
-        ("plain", "NVIDIA Apex is installed without its CUDA extensions"),
+        ("theirs", "the installed package 'apex' is not NVIDIA's, it has no optimizers/fused_sgd.py; uninstall it"),
+        ("plain", "NVIDIA Apex is installed without its extension amp_C"),
     ],
 )
 def test_without_it_on_is_an_error_and_auto_is_torchs(
@@ -84,7 +85,7 @@ def test_without_it_on_is_an_error_and_auto_is_torchs(
     assert type(build("auto", as_on_a_gpu)) is SGD
     with pytest.raises(UserError) as error:
         build("on", as_on_a_gpu)
-    assert str(error.value) == f"optimizer.apex: {line}; build it by `{apex.BUILD}`, or set optimizer.apex=off"
+    assert str(error.value) == f"optimizer.apex: {line}; build it by `{BUILD}`, or set optimizer.apex=off"
 
 
 def test_it_needs_a_gpu(on_path: Path) -> None:
