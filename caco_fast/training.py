@@ -1,6 +1,7 @@
 """One run from its configuration: builds every component, resumes, trains, evaluates, and leaves its figures behind."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision
 from caco_fast.engine.progress import Progress, log_to_console, table
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import TRAINING, Trainer
+from caco_fast.engine.state import TRAINING
+from caco_fast.engine.step_graph import StepGraph, build_step_graph
+from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS
@@ -97,7 +100,8 @@ def build_trainer(
     config.checkpoint.validate()
     config.evaluation.validate()
     torch.manual_seed(config.trainer.seed)
-    encoders = _build_encoders(config, device)
+    graph = build_step_graph(config.trainer, device)
+    encoders = _build_encoders(config, device, graph)
     method = METHODS[config.method](getattr(config, config.method), config.projector.dim)
     method.check_views([view.size for view in config.views for _ in range(view.count)])
     method.to(device)
@@ -123,7 +127,9 @@ def build_trainer(
         device=device,
         encoders=encoders,
         method=method,
-        optimizer=build_optimizer(optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled()),
+        optimizer=build_optimizer(
+            optimizer, encoders.query.parameters(), batch_size, scaler.is_enabled(), captured=graph is not None
+        ),
         scaler=scaler,
         schedule=Schedule(config.schedule, lr, trainer_config.epochs, loader.steps_per_epoch),
         loader=loader,
@@ -140,6 +146,7 @@ def build_trainer(
             plain=True if config.run.plain else None,
         ),
         resolved_config=to_yaml(config),
+        graph=graph,
     )
 
 
@@ -288,7 +295,7 @@ def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
     return named
 
 
-def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
+def _build_encoders(config: Config, device: torch.device, graph: StepGraph | None) -> EncoderPair:
     channels = build_source(config.data, "train").channels
     autocast = autocast_dtype(config.trainer.precision, device)
     joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
@@ -301,7 +308,8 @@ def _build_encoders(config: Config, device: torch.device) -> EncoderPair:
         )
     encoders.to(device, memory_format=torch.channels_last)
     if is_distributed():
-        encoders.distribute(device)
+        with graph.aside() if graph is not None else nullcontext():
+            encoders.distribute(device)
     return encoders
 
 

@@ -104,7 +104,8 @@ struct StepParams {
     int64_t rows, bank_rows;
     int channels, positives;  // C, M
     OperandType type;
-    float temperature, lr, momentum;
+    float temperature, momentum;
+    const float *lr;  // [], eta: on the device, so that the replay of a graph reads it anew
     bool project;
     const float *skip = nullptr;  // [] or null; where it is not 0, bank and velocity stay as they are
 };

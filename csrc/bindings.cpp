@@ -122,7 +122,7 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         [](const caco::Target &target, Address bank, Address velocity, Address bank_operand, Address queries,
            Address exact_queries, Address lse, Address row_weight, Address positive_row, Address positive_place,
            Address positive_weight, Address workspace, int64_t rows, int64_t bank_rows, int channels, int positives,
-           const std::string &type, float temperature, float lr, float momentum, bool project, Address skip) {
+           const std::string &type, float temperature, Address lr, float momentum, bool project, Address skip) {
             caco::bank_step({at<float>(bank),
                              at<float>(velocity),
                              at<void>(bank_operand),
@@ -140,8 +140,8 @@ PYBIND11_MODULE(CACO_MODULE, m) {
                              positives,
                              operand_type(type),
                              temperature,
-                             lr,
                              momentum,
+                             at<float>(lr),
                              project,
                              at<float>(skip)},
                             target);
@@ -172,19 +172,20 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         "target"_a, py::kw_only(), "counts"_a, "lists"_a, "table"_a);
     m.def(
         "ema_update",
-        [](const caco::Target &target, Address table, int tensors, int64_t chunks, Address skip, float weight) {
-            caco::ema_update({at<caco::TensorRecord>(table), tensors, chunks, at<float>(skip), weight}, target);
+        [](const caco::Target &target, Address table, int tensors, int64_t chunks, Address skip, Address weight) {
+            caco::ema_update(
+                {at<caco::TensorRecord>(table), tensors, chunks, at<float>(skip), at<float>(weight)}, target);
         },
         "target"_a, py::kw_only(), "table"_a, "tensors"_a, "chunks"_a, "skip"_a, "weight"_a);
     m.def("lars_step_workspace", &caco::lars_step_workspace, "trusted"_a, "trusted_chunks"_a);
     m.def(
         "lars_step",
         [](const caco::Target &target, Address table, int tensors, int trusted, int64_t chunks, int64_t trusted_chunks,
-           Address grad_scale, Address skip, Address workspace, float lr, float momentum, float weight_decay,
+           Address grad_scale, Address skip, Address workspace, Address lr, float momentum, float weight_decay,
            float trust) {
             caco::lars_step(
                 {at<caco::TensorRecord>(table), tensors, trusted, chunks, trusted_chunks, at<float>(grad_scale),
-                 at<float>(skip), at<void>(workspace), lr, momentum, weight_decay, trust},
+                 at<float>(skip), at<void>(workspace), at<float>(lr), momentum, weight_decay, trust},
                 target);
         },
         "target"_a, py::kw_only(), "table"_a, "tensors"_a, "trusted"_a, "chunks"_a, "trusted_chunks"_a, "grad_scale"_a,

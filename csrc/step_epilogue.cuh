@@ -75,12 +75,12 @@ __device__ __forceinline__ void step_row(const StepParams &params, int64_t j, co
         }
     }
 
-    const float along = pulled.dot(unit), scale = -inverse_norm / params.temperature;
+    const float along = pulled.dot(unit), scale = -inverse_norm / params.temperature, lr = *params.lr;
 #pragma unroll
     for (int c = 0; c < row.kValues; c++) {
         const float gradient = scale * (pulled.value[c] - along * unit.value[c]);
         speed.value[c] = fmaf(params.momentum, speed.value[c], gradient);
-        row.value[c] = fmaf(-params.lr, speed.value[c], row.value[c]);
+        row.value[c] = fmaf(-lr, speed.value[c], row.value[c]);
     }
     if (params.project) {
         const float rescale = row.inverse_norm();

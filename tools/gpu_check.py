@@ -1,8 +1,7 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
     python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
-                                                     beside it, bench_bank_<gpu>.json and
-                                                     bench_optim_<gpu>.json
+                                                     beside it, what its benchmarks and prove_switches found
     python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
     python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
     python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
@@ -42,7 +41,7 @@ SITE = WORK / "site"
 TOTAL_SECONDS = 570
 TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
 OUTPUT_LINES = 40
-BENCHMARKS = ("bench_bank", "bench_optim", "bench_train")
+BENCHMARKS = ("bench_bank", "bench_optim", "bench_train", "prove_switches")
 # What the build, the tests and caco_fast.data import beside torch, torchvision and numpy.
 PACKAGES = ("setuptools", "pybind11", "ninja", "pytest", "iniconfig", "pluggy", "packaging", "pygments", "pyyaml")
 PACKAGES += ("omegaconf", "timm", "rich", "markdown-it-py", "mdurl")
@@ -122,7 +121,17 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             ),
             proof=False,
         ),
-        Stage("other tests", "gpu tests of other parts pass", 60, ((*pytest, *elsewhere),), some, proof=False),
+        Stage(
+            "CUDA graph",
+            "50 steps replayed from a CUDA graph have the losses of steps launched kernel by kernel",
+            60,
+            (
+                (python, "tools/prove_switches.py", "--switches", "graph", "--precision", "bf16", "fp16")
+                + ("trainer.device=cuda", "--output", str(WORK / "prove_switches_cuda.json")),
+            ),
+            proof=False,
+        ),
+        Stage("other tests", "gpu tests of other parts pass", 100, ((*pytest, *elsewhere),), some, proof=False),
     ]
 
 

@@ -2,6 +2,7 @@
 """Whether the switches of a step change its losses by more than rounding does: 50 steps at one seed, with and without.
 
     python tools/prove_switches.py [--switches views compile] [--precision f32 bf16] [key=value ...]
+    python tools/prove_switches.py trainer.device=cuda                                     on a GPU, its graph as well
     python tools/prove_switches.py --table benchmarks/results/prove_switches_cpu.json     the result as Markdown
 
 What rounding does is measured: the same run twice more, from weights of which each is moved by one unit in the last
@@ -49,7 +50,9 @@ SWITCHES = {
     "views": ("trainer.joint_views=on",),
     "compile": ("trainer.compile=true",),
     "both": ("trainer.joint_views=on", "trainer.compile=true"),
+    "graph": ("trainer.cuda_graph=true",),
 }
+ON_A_GPU = ("graph",)
 
 
 def losses(config: Config, moved: int = 0) -> list[float]:
@@ -115,7 +118,7 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", help="YAML file")
-    parser.add_argument("--switches", nargs="+", default=list(SWITCHES), choices=SWITCHES, help="those to prove")
+    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="those to prove; by default all that there are")
     parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="those to prove them in")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", type=Path, help="default benchmarks/results/prove_switches_<device>.json")
@@ -126,6 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(read_result(options.table)))
         return 0
     common = [*SETTINGS, f"trainer.max_steps={options.steps}", *options.settings]
+    device = load_config(options.config, common).trainer.device
+    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    switches = options.switches or [switch for switch in SWITCHES if device == "cuda" or switch not in ON_A_GPU]
     results: dict[str, Any] = {}
     for precision in options.precision:
         of_precision = [*common, f"trainer.precision={precision}"]
@@ -133,14 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = losses(plain)
         moved = [losses(plain, seed + 1) for seed in range(MOVED_RUNS)]
         results[precision] = {"losses": wanted, "moved_losses": moved, "switches": {}}
-        for switch in options.switches:
+        for switch in switches:
             found = losses(load_config(options.config, [*of_precision, *SWITCHES[switch]]))
             results[precision]["switches"][switch] = judged = judge(found, wanted, moved)
             print(precision, switch, "is equal" if judged["equal"] else "is NOT equal", flush=True)
-    device = "cuda" if plain.trainer.device != "cpu" and torch.cuda.is_available() else "cpu"
     output = options.output or ROOT / "benchmarks" / "results" / f"prove_switches_{device}.json"
     settings = {"config": options.config.name, "settings": common, "factor": FACTOR, "device": device}
-    settings["switches"] = {switch: list(SWITCHES[switch]) for switch in options.switches}
+    settings["switches"] = {switch: list(SWITCHES[switch]) for switch in switches}
     path = write_result(output, settings=settings, results=results)
     print(table(read_result(path)))
     print(f"written to {path}")

@@ -23,7 +23,8 @@ from caco_fast.data.build import build_source
 from caco_fast.distributed import world_size
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.engine.state import Rates
+from caco_fast.engine.trainer import Trainer
 from caco_fast.models import build_backbone, build_projector
 from caco_fast.models.backbone import feature_width
 from caco_fast.optim import build_optimizer, peak_lr
@@ -74,6 +75,8 @@ class TrainerStep:
         self.trainer: Trainer = build_trainer(config, run, CheckpointStore(run.checkpoints, keep=1), device)
         self.trainer.encoders.train()
         self.trainer.method.train()
+        # Steps that are not like those to come: those before a capture, and the one with it.
+        self.warmup = self.trainer.graph.warmup + 1 if self.trainer.graph is not None else 0
         self.rates = Rates(lr=self.trainer.schedule.lr, **RATES)
         self.batches = itertools.repeat(synthetic_batch(config, device)) if synthetic else self._loaded()
 
@@ -120,6 +123,8 @@ class ReleasedStep:
 
     Convolutions may use TF32, torch's default. With one rank only, on one synthetic batch.
     """
+
+    warmup = 0
 
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.trainer.seed)

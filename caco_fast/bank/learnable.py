@@ -13,6 +13,7 @@ from caco_fast.bank.pending import PendingRows, Rows, gather_rows
 from caco_fast.distributed import all_gather_rows
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from caco_fast.ops.rates import Rate
 from caco_fast.ops.tiling import unit_rows
 
 NORMS = ("implicit", "project")
@@ -146,11 +147,12 @@ class LearnableBank(nn.Module):
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
     @torch.no_grad()
-    def step(self, lr: float, scale: float = 1.0, *, skip: Tensor | None = None) -> None:
+    def step(self, lr: Rate, scale: float = 1.0, *, skip: Tensor | None = None) -> None:
         """One bank step with all recorded rows of all ranks, which are consumed.
 
-        lr: eta. scale: multiplies the row weights, 1 / n for gradients accumulated over n batches. skip: a flag on the
-        device, such as GradScaler's found_inf: where it is not 0 the rows are consumed, and nothing else changes.
+        lr: eta, a number or on the device, []. scale: multiplies the row weights, 1 / n for gradients accumulated over
+        n batches. skip: a flag on the device, such as GradScaler's found_inf: where it is not 0 the rows are consumed,
+        and nothing else changes.
         Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
         `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
         host wait for the device. A trainer looks at its loss before it comes here.

@@ -23,6 +23,7 @@ class TrainerConfig:
         "auto: with several ranks, where it halves the collectives",
     )
     compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
+    cuda_graph: bool = setting(False, "on a GPU, capture a step once and replay it: no launches by the host")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
     deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")

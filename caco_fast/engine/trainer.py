@@ -8,15 +8,15 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from caco_fast.data import Batch, TrainLoader
-from caco_fast.distributed import all_reduce_sum, rank, world_size
+from caco_fast.distributed import rank
 from caco_fast.engine import random_state
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
 from caco_fast.engine.interrupt import Interrupt, Interrupted
@@ -24,6 +24,8 @@ from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import optimizer_step, require_scale
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
+from caco_fast.engine.state import PREPARATION, TRAINING, Interval, Position, Rates
+from caco_fast.engine.step_graph import StepGraph
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import Method, StepOutput
@@ -31,65 +33,6 @@ from caco_fast.models import EncoderPair
 from caco_fast.optim import Schedule
 
 log = logging.getLogger("caco_fast.trainer")
-
-PREPARATION, TRAINING = "preparation", "training"
-
-
-@dataclass
-class Position:
-    """Where a run stands: `step` counts the finished steps of the phase, `total_steps` those of both phases.
-
-    `epochs_ended` are the epochs whose kNN and checkpoint are done too: a run stopped before that
-    does them when resumed.
-    """
-
-    phase: str = PREPARATION
-    step: int = 0
-    total_steps: int = 0
-    epochs_ended: int = 0
-    phase_seconds: float = 0.0
-    train_seconds: float = 0.0
-
-
-class Rates(NamedTuple):
-    """What the schedule sets for one step."""
-
-    lr: float
-    # Of the EMA at the step's end, which makes the keys of the next step.
-    key_momentum: float
-    warmup: float
-
-
-@dataclass
-class Interval:
-    """Sums of what the steps since the last log line gave; they stay on the device until they are read."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    steps: int = 0
-    seconds: float = 0.0
-
-    def add(self, output: StepOutput) -> None:
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
-
-    def means(self) -> dict[str, float]:
-        """Means over these steps and over all ranks, each of which calls."""
-        totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
-        return dict(zip(self.sums, totals.tolist()))
-
-    def state_dict(self) -> dict[str, Any]:
-        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
-        sums = dict(self.sums)
-        if sums:
-            means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
-            sums = dict(zip(sums, means.unbind()))
-        return asdict(replace(self, sums=sums))
-
-    def clear(self) -> None:
-        self.sums, self.steps, self.seconds = {}, 0, 0.0
-
 
 class Trainer:
     """Runs a method on a pair of encoders. The caller builds every component; here only their interfaces are known."""
@@ -111,6 +54,7 @@ class Trainer:
         metrics: MetricsWriter,
         progress: Progress,
         resolved_config: str,
+        graph: StepGraph | None = None,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
@@ -126,6 +70,7 @@ class Trainer:
         self.metrics = metrics
         self.progress = progress
         self.resolved_config = resolved_config
+        self.graph = graph
         self.interrupt = Interrupt(config.collective_timeout)
         self.position = Position()
         self._interval = Interval()
@@ -166,11 +111,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 does not replay them."""
-        steps = self.method.preparation_steps(self.config.batch_size)
-        per_epoch = self.loader.steps_per_epoch
-        if steps:
-            self.progress.start_phase("initialisation", steps, self.position.step)
-        while self.position.step < steps and not self._out_of_steps():
+        per_epoch, shown = self.loader.steps_per_epoch, 0
+        while self.position.step < (steps := self._preparation_steps()) and not self._out_of_steps():
+            if steps != shown:
+                self.progress.start_phase("initialisation", steps, self.position.step)
+                shown = steps
             epoch, first = divmod(self.position.step, per_epoch)
             for batch in self._batches(-1 - epoch, first, min(per_epoch, steps - epoch * per_epoch)):
                 # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
@@ -183,7 +128,12 @@ class Trainer:
                 self.method.finish_preparation(self.encoders)
                 self.optimizer.state.clear()
             self.position.phase, self.position.step, self.position.phase_seconds = TRAINING, 0, 0.0
-            self._interval.clear()
+            self._interval = Interval()
+
+    def _preparation_steps(self) -> int:
+        """Those of the method, and one for each that was skipped, since it has filled no rows."""
+        steps = self.method.preparation_steps(self.config.batch_size)
+        return steps + int(self.skipped_steps) if steps else 0
 
     def _train(self) -> None:
         per_epoch = self.loader.steps_per_epoch
@@ -215,11 +165,24 @@ class Trainer:
             yield from itertools.islice(batches, count)
 
     def _step(self, batch: Batch, objective: Callable[..., StepOutput], rates: Rates) -> None:
-        views = [view.to(self.device, memory_format=torch.channels_last, non_blocking=True) for view in batch.views]
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates.lr
-        self.encoders.momentum = rates.key_momentum
+        # The host reads the row to fill, so the bank's initialisation is never captured.
+        if self.graph is not None and objective is self.method:
+            self.graph(lambda views, rates: self._compute(views, self.method, rates), batch.views, rates)
+        else:
+            onto = dict(device=self.device, memory_format=torch.channels_last, non_blocking=True)
+            # On the stream of the steps to come, since torch keeps the memory of each stream apart.
+            with self.graph.aside() if self.graph is not None else contextlib.nullcontext():
+                self._compute([view.to(**onto) for view in batch.views], objective, rates)
+        self._set_lr(rates)
+        self._interval.steps += 1
+        self._rates = rates
+        self.position.step += 1
+        self.position.total_steps += 1
 
+    def _compute(self, views: Sequence[torch.Tensor], objective: Callable[..., StepOutput], rates: Rates) -> None:
+        """What the device does in a step, and so all of it that a CUDA graph repeats."""
+        self._set_lr(rates)
+        self.encoders.momentum = rates.key_momentum
         output = objective(views, self.encoders)
         self._interval.add(output)
         if self.device.type == "cpu":
@@ -232,9 +195,9 @@ class Trainer:
         if skip is not None:
             self.skipped_steps += skip != 0
 
-        self._rates = rates
-        self.position.step += 1
-        self.position.total_steps += 1
+    def _set_lr(self, rates: Rates) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates.lr
 
     def _after_step(self, epoch: int, step: int) -> None:
         """Between two steps: the clock, a log line, a checkpoint, a request to stop. `step` counts within `epoch`."""
@@ -418,4 +381,6 @@ class Trainer:
         self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}
         self.positives = dict(state["positives"])
         self.position = position
+        if self.graph is not None:
+            self.graph.reset()
         self._saved = (position.total_steps, position.epochs_ended)

@@ -14,6 +14,7 @@ from torch import nn
 from caco_fast.errors import UserError
 from caco_fast.models import EncoderPair
 from caco_fast.ops.backends import BACKENDS
+from caco_fast.ops.rates import Rate
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Method(nn.Module, ABC):
         """Views [B, channels, h, w] each, in the configured order, to the loss of this step."""
 
     @abstractmethod
-    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
+    def update(self, warmup: Rate, skip: torch.Tensor | None = None) -> None:
         """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1].
 
         skip: a 0-d flag on the device; where it is not 0 the optimiser has skipped this step, and so does the bank.

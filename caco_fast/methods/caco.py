@@ -16,6 +16,7 @@ from caco_fast.errors import UserError
 from caco_fast.methods.base import Method, StepOutput, check_settings
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
+from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
 # How several ranks hold the bank; `auto` is sharded where there are several.
@@ -198,7 +199,7 @@ class CaCo(Method):
         }
         return StepOutput(loss, metrics)
 
-    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
+    def update(self, warmup: Rate, skip: torch.Tensor | None = None) -> None:
         if self._keys is None:
             self.bank.step(self.config.bank_lr * warmup, skip=skip)
             return

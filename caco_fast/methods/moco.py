@@ -14,6 +14,7 @@ from caco_fast.methods.base import Method, StepOutput, check_settings
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
 from caco_fast.ops import bank_attend
+from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
 
@@ -51,7 +52,7 @@ class MoCo(Method):
         loss = torch.stack([half[0] for half in halves]).mean()
         return StepOutput(loss, {"positive_probability": torch.stack([half[1] for half in halves]).mean()})
 
-    def update(self, warmup: float, skip: torch.Tensor | None = None) -> None:
+    def update(self, warmup: Rate, skip: torch.Tensor | None = None) -> None:
         for keys in self._keys:
             self.queue.enqueue(keys, skip=skip)
         self._keys = []

@@ -18,6 +18,7 @@ from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_wi
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
 from caco_fast.ops import ema_update_
+from caco_fast.ops.rates import Rate
 
 
 class Encoder(nn.Module):
@@ -73,7 +74,7 @@ class EncoderPair(nn.Module):
         super().__init__()
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(False)
-        self.momentum = 0.99
+        self.momentum: Rate = 0.99
         self.ema_backend = ema_backend
         # What the forwards go through; in a tuple, a DistributedDataParallel wrapper stays out of state_dict().
         self._forward_query: tuple[nn.Module] = (query,)
@@ -89,17 +90,18 @@ class EncoderPair(nn.Module):
             UserError: a BatchNorm whose statistics would be those of one rank.
         """
         require_statistics_of_all_ranks(self)
-        self.wrap_query(
-            DistributedDataParallel(
-                self.query,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # Every step is one forward that uses every parameter, in the bank's initialisation too.
-                static_graph=True,
-            )
+        wrapped = DistributedDataParallel(
+            self.query,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Every step is one forward that uses every parameter, in the bank's initialisation too.
+            static_graph=True,
         )
+        # Otherwise it times every hundredth step, waiting for the device; no one reads that, and no graph can hold it.
+        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        self.wrap_query(wrapped)
 
     def queries(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # each [B, C]
         return self._forward_query[0](*views)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from caco_fast.ops import backends, checks
+from caco_fast.ops.rates import Rate, check_rate
 from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, unit_rows
 
 OP = "bank_step_"
@@ -28,7 +29,7 @@ def bank_step_(
     lse: Tensor,  # [R]
     *,
     temperature: float,
-    lr: float,
+    lr: Rate,
     momentum: float,
     row_weight: Tensor,  # [R]
     positives: Tensor | None = None,  # [R, M] int64
@@ -40,6 +41,7 @@ def bank_step_(
     """Move the bank rows and their velocity; positives descend the contrastive loss and negatives ascend it.
 
     lse: `bank_attend` of the same queries and bank at `temperature`, the bank temperature t_m.
+    lr: a tensor on the device, [], is not looked at.
     row_weight: 1 / B for each of the rows of a batch of B images. positive_weight: sums to 1 over M; None means 1 / M.
     positives: None or M = 0 for AdCo (negatives only), M = 1 for CaCo. An index out of range is an IndexError on the
         CPU; on an accelerator it is not looked at, the device's own check reports it.
@@ -59,7 +61,9 @@ def bank_step_(
     checks.check_like(OP, "lse", lse, (rows,), "[R]", bank)
     checks.check_like(OP, "row_weight", row_weight, (rows,), "[R]", bank)
     checks.check_temperature(OP, temperature)
-    checks.check_step_settings(OP, lr, momentum, norm)
+    checks.check_step_settings(OP, 0.0 if isinstance(lr, Tensor) else lr, momentum, norm)
+    if isinstance(lr, Tensor):
+        check_rate(OP, "lr", lr, bank.device)
     checks.check_flag(OP, "skip", skip, bank.device)
     if positives is not None:
         checks.check_positives(OP, positives, rows, bank)
@@ -80,7 +84,8 @@ def bank_step_(
             queries.detach(),
             lse.detach(),
             float(temperature),
-            float(lr),
+            0.0 if isinstance(lr, Tensor) else float(lr),
+            lr if isinstance(lr, Tensor) else None,
             float(momentum),
             row_weight.detach(),
             positives,
@@ -97,7 +102,7 @@ def step_reference_(
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: float,
+    lr: Rate,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
@@ -127,7 +132,7 @@ def step_tiled_(
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: float,
+    lr: Rate,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
@@ -166,7 +171,10 @@ def step_tiled_(
         along = torch.linalg.vecdot(pulled, unit).unsqueeze(1)  # [k, 1]
         pulled.addcmul_(unit, along, value=-1)
         speed.addcmul_(pulled, inverse_norm * largest_weight, value=-1 / temperature)
-        rows.sub_(speed, alpha=lr)
+        if isinstance(lr, Tensor):
+            rows.addcmul_(speed, lr.to(rows.dtype), value=-1)
+        else:
+            rows.sub_(speed, alpha=lr)
         if norm == "project":
             rows.copy_(unit_rows(rows)[0])
 
@@ -206,6 +214,7 @@ def _bank_step_(
     lse: Tensor,
     temperature: float,
     lr: float,
+    device_lr: Tensor | None,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
@@ -214,10 +223,12 @@ def _bank_step_(
     skip: Tensor | None,
     backend: str,
 ) -> None:
+    # A rate on the device stands in place of the float.
+    rate = lr if device_lr is None else device_lr
     if positives is not None:
         checks.check_positive_range(OP, positives, bank.shape[0])
     chosen = backends.resolve(OP, backend, bank.device, bank.dtype)
-    settings = (queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm)
+    settings = (queries, lse, temperature, rate, momentum, row_weight, positives, positive_weight, norm)
     # Autocast would turn the f32 products into bf16 ones.
     with torch.autocast(bank.device.type, enabled=False):
         if chosen == "cuda":
@@ -231,20 +242,4 @@ def _bank_step_(
             changed.copy_(torch.where(skip != 0, before, changed))
 
 
-@_bank_step_.register_fake
-def _(
-    bank: Tensor,
-    velocity: Tensor,
-    queries: Tensor,
-    lse: Tensor,
-    temperature: float,
-    lr: float,
-    momentum: float,
-    row_weight: Tensor,
-    positives: Tensor | None,
-    positive_weight: Tensor | None,
-    norm: str,
-    skip: Tensor | None,
-    backend: str,
-) -> None:
-    return None
+_bank_step_.register_fake(lambda *arguments: None)

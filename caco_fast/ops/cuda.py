@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import caco_fast._C as kernels
+from caco_fast.ops.rates import Rate, on_device
 
 
 @functools.cache
@@ -171,7 +172,7 @@ def step_(
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: float,
+    lr: Rate,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
@@ -192,6 +193,7 @@ def step_(
     exact_bank, exact_velocity = bank.contiguous(), velocity.contiguous()
     query_operand = make_operand(exact_queries, dtype, normalise=False, target=target)
     lse, row_weight = lse.float().contiguous(), row_weight.float().contiguous()
+    lr = on_device(lr, bank.device)
     sorted_rows = places = weights = None
     if many > 0:
         sorted_rows, places = positives.flatten().long().sort(stable=True)  # the order of the rows i within a bank row
@@ -217,7 +219,7 @@ def step_(
         positives=many,
         type=type_name(dtype),
         temperature=temperature,
-        lr=lr,
+        lr=lr.data_ptr(),
         momentum=momentum,
         project=norm == "project",
         skip=address_or_null(skip),

@@ -10,12 +10,15 @@ bytes for every 16384 elements.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from caco_fast.ops import backends
+
+if TYPE_CHECKING:
+    from caco_fast.ops.lars_step import LarsSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Table:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def ema_update_(averages: list[Tensor], values: list[Tensor], weight: float, skip: Tensor | None) -> None:
+def ema_update_(averages: list[Tensor], values: list[Tensor], weight: Tensor, skip: Tensor | None) -> None:
     cuda = backends.cuda_backend()
     target = cuda.target_for(averages[0].device)
     table = table_of([averages, values], target)
@@ -39,7 +42,7 @@ def ema_update_(averages: list[Tensor], values: list[Tensor], weight: float, ski
         tensors=len(averages),
         chunks=chunks_of(averages),
         skip=cuda.address_or_null(skip),
-        weight=weight,
+        weight=weight.data_ptr(),
     )
 
 
@@ -47,12 +50,7 @@ def lars_step_(
     params: list[Tensor],
     grads: list[Tensor],
     velocities: list[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    trust: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
+    settings: "LarsSettings",
 ) -> None:
     cuda = backends.cuda_backend()
     target = cuda.target_for(params[0].device)
@@ -70,13 +68,13 @@ def lars_step_(
         trusted=trusted,
         chunks=chunks_of(params),
         trusted_chunks=trusted_chunks,
-        grad_scale=cuda.address_or_null(grad_scale),
-        skip=cuda.address_or_null(skip),
+        grad_scale=cuda.address_or_null(settings.grad_scale),
+        skip=cuda.address_or_null(settings.skip),
         workspace=workspace.data_ptr(),
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust=trust,
+        lr=settings.lr.data_ptr(),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        trust=settings.trust,
     )
 
 

@@ -10,13 +10,26 @@ For a parameter w with gradient g, velocity v, loss scale s:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caco_fast.ops import checks, cuda_optim, tensor_lists
+from caco_fast.ops.rates import Rate, check_rate, on_device
 
 OP = "lars_step_"
+
+
+class LarsSettings(NamedTuple):
+    """As `lars_step_` takes them."""
+
+    lr: Rate
+    momentum: float
+    weight_decay: float
+    trust: float
+    grad_scale: Tensor | None
+    skip: Tensor | None
 
 
 @torch.no_grad()
@@ -25,7 +38,7 @@ def lars_step_(
     grads: Sequence[Tensor],
     velocities: Sequence[Tensor],
     *,
-    lr: float,
+    lr: Rate,
     momentum: float,
     weight_decay: float,
     trust: float,
@@ -37,6 +50,7 @@ def lars_step_(
 
     grads, velocities: as params in shape and dtype. backend "cuda" wants f32, dense in memory, and a gradient and
         velocity in the memory format of their parameter (channels_last is fine).
+    lr: a tensor on the device, [], is not looked at.
     grad_scale: s, on the device, by which the gradients are still multiplied; None: they are not.
     skip: a flag on the device, such as GradScaler's found_inf; where it is not 0 nothing changes, whatever is in the
         gradients.
@@ -47,35 +61,31 @@ def lars_step_(
     lists = {"params": params, "grads": grads, "velocities": velocities}
     tensor_lists.check_lengths(OP, lists)
     for name, value in dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust).items():
-        if not value >= 0:
+        if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"{OP}: {name}: found {value}, wanted 0 or more")
     if not params:
         return
     device = params[0].device
+    if isinstance(lr, Tensor):
+        check_rate(OP, "lr", lr, device)
     checks.check_flag(OP, "grad_scale", grad_scale, device)
     checks.check_flag(OP, "skip", skip, device)
     chosen = tensor_lists.resolve(OP, backend, device)
-    settings = (float(lr), float(momentum), float(weight_decay), float(trust), grad_scale, skip)
+    settings = LarsSettings(lr, float(momentum), float(weight_decay), float(trust), grad_scale, skip)
     if chosen == "cuda":
         tensor_lists.check_for_kernels(OP, lists)
+        settings = settings._replace(lr=on_device(lr, device))
         torch.ops.caco_fast.lars_step_(list(params), list(grads), list(velocities), *settings)
     else:
         step = lars_step_reference_ if chosen == "reference" else lars_step_foreach_
-        step(params, grads, velocities, *settings)
+        step(params, grads, velocities, settings)
 
 
 def lars_step_reference_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    velocities: Sequence[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    trust: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
 ) -> None:
     """As the formula."""
+    lr, momentum, weight_decay, trust, grad_scale, skip = settings
     for w, g, v in zip(params, grads, velocities, strict=True):
         d = g if grad_scale is None else g / grad_scale
         if w.ndim > 1:
@@ -95,21 +105,15 @@ def trust_ratio(weight_norm: Tensor, grad_norm: Tensor, trust: float) -> Tensor:
 
 
 def lars_step_foreach_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    velocities: Sequence[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    trust: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
 ) -> None:
+    lr, momentum, weight_decay, trust, grad_scale, skip = settings
     if grad_scale is not None:
         grads = torch._foreach_mul(grads, grad_scale.reciprocal())
     if skip is not None:
         # A product with 0 would keep what is not finite.
         grads = [torch.where(skip != 0, 0.0, g) for g in grads]
+        lr, momentum = torch.where(skip != 0, 0.0, lr), torch.where(skip != 0, 1.0, momentum)
     for trusted in (True, False):
         chosen = [at for at, w in enumerate(params) if (w.ndim > 1) == trusted]
         if not chosen:
@@ -119,14 +123,12 @@ def lars_step_foreach_(
             d = torch._foreach_add(d, w, alpha=weight_decay)
             ratios = [trust_ratio(*norms, trust) for norms in zip(torch._foreach_norm(w), torch._foreach_norm(d))]
             torch._foreach_mul_(d, ratios if skip is None else [torch.where(skip != 0, 0.0, r) for r in ratios])
-        if skip is None:
-            torch._foreach_mul_(v, momentum)
-            torch._foreach_add_(v, d)
-            torch._foreach_add_(w, v, alpha=-lr)
+        torch._foreach_mul_(v, momentum)
+        torch._foreach_add_(v, d)
+        if isinstance(lr, Tensor):
+            torch._foreach_sub_(w, torch._foreach_mul(v, lr.to(w[0].dtype)))
         else:
-            torch._foreach_mul_(v, torch.where(skip != 0, 1.0, momentum))
-            torch._foreach_add_(v, d)
-            torch._foreach_sub_(w, torch._foreach_mul(v, torch.where(skip != 0, 0.0, lr)))
+            torch._foreach_add_(w, v, alpha=-lr)
 
 
 # For the kernels alone: a compiler sees through the operations of torch, and should.
@@ -135,28 +137,15 @@ def _lars_step_(
     params: list[Tensor],
     grads: list[Tensor],
     velocities: list[Tensor],
-    lr: float,
+    lr: Tensor,
     momentum: float,
     weight_decay: float,
     trust: float,
     grad_scale: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    cuda_optim.lars_step_(
-        params, grads, velocities, lr, momentum, weight_decay, trust, grad_scale, skip
-    )
+    settings = LarsSettings(lr, momentum, weight_decay, trust, grad_scale, skip)
+    cuda_optim.lars_step_(params, grads, velocities, settings)
 
 
-@_lars_step_.register_fake
-def _(
-    params: list[Tensor],
-    grads: list[Tensor],
-    velocities: list[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    trust: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    return None
+_lars_step_.register_fake(lambda *arguments: None)

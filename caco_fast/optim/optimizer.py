@@ -1,5 +1,6 @@
 """The encoder's optimiser from its settings."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from caco_fast.optim.lars import LARS
 from caco_fast.settings import setting, switch
 
 NAMES = ("lars", "sgd", "adamw")
+# Of torch's optimisers, what in a parameter group says how a step is computed.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,17 @@ def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
 
 
 def build_optimizer(
-    config: OptimizerConfig, params: Iterable[Tensor], batch_size: int, scaled: bool = False
+    config: OptimizerConfig,
+    params: Iterable[Tensor],
+    batch_size: int,
+    scaled: bool = False,
+    captured: bool = False,
 ) -> Optimizer:
-    """The optimiser of the settings. `scaled`: under a GradScaler, whose overflow flag it then reads on the device."""
+    """The optimiser of the settings.
+
+    scaled: under a GradScaler, whose overflow flag it then reads on the device. captured: in a CUDA graph, where it
+    does so with its lr, a tensor.
+    """
     if not config.lr > 0:
         raise UserError(f"optimizer.lr: must be positive, found {config.lr}")
     if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
@@ -55,20 +66,29 @@ def build_optimizer(
         raise UserError(str(error)) from None
     if config.apex == "on" and config.name != "sgd":
         raise UserError(f"optimizer.apex: Apex serves sgd here, not {config.name}; set it to off or auto")
+    if config.apex == "on" and captured:
+        raise UserError("optimizer.apex: FusedSGD reads its lr on the host; set it or trainer.cuda_graph to off")
     lr = peak_lr(config, batch_size)
-    # Of torch's own optimisers the fused form alone leaves it to the device whether a step is skipped.
-    fused = True if scaled else None
+    # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
+    fused = True if scaled or captured else None
     if config.name == "lars":
         return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
     if config.name == "sgd":
-        if (of_apex := fused_sgd(config.apex, params, lr, config.momentum, config.weight_decay)) is not None:
+        apex = "off" if captured else config.apex
+        if (of_apex := fused_sgd(apex, params, lr, config.momentum, config.weight_decay)) is not None:
             return of_apex
         optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
-        if scaled:
+        if fused:
             optimizer.register_step_pre_hook(_start_at_rest)
+        optimizer.register_load_state_dict_pre_hook(_keep_implementation)
         return optimizer
     if config.name == "adamw":
-        return AdamW(params, lr, weight_decay=config.weight_decay, fused=fused)
+        if captured:
+            # It warns at the steps before the capture.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        optimizer = AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
+        optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+        return optimizer
     raise UserError(f"optimizer.name: found '{config.name}', want one of {', '.join(NAMES)}")
 
 
@@ -79,3 +99,10 @@ def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str
         for p in group["params"] if group["momentum"] else ():
             if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state without its choice of code: it may come from a run with another precision or switch."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    kept = [{**saved, **{name: own[name] for name in IMPLEMENTATION if name in own}} for saved, own in groups]
+    return {**state, "param_groups": kept}

@@ -8,8 +8,9 @@ namespace {
 // each is exact at its end, w = 0 and w = 1.
 __global__ void __launch_bounds__(kTensorThreads) ema_update_kernel(const TensorRecord *__restrict__ table,  // [T + 1]
                                                                     int tensors, const float *__restrict__ skip,
-                                                                    float weight) {
+                                                                    const float *__restrict__ device_weight) {
     if (is_set(skip)) return;
+    const float weight = *device_weight;
     const Chunk chunk = chunk_of<2>(table, tensors, blockIdx.x);
     for_fours(chunk, [&](int i) {
         Four average, value;

@@ -76,9 +76,10 @@ __global__ void __launch_bounds__(kTensorThreads)
     lars_step_kernel(const TensorRecord *__restrict__ table,  // [T + 1]
                      int tensors, int trusted,
                      const float *__restrict__ ratio,         // [trusted]
-                     const float *__restrict__ grad_scale, const float *__restrict__ skip, float lr, float momentum,
-                     float weight_decay) {
+                     const float *__restrict__ grad_scale, const float *__restrict__ skip,
+                     const float *__restrict__ device_lr, float momentum, float weight_decay) {
     if (is_set(skip)) return;
+    const float lr = *device_lr;
     const Chunk chunk = chunk_of<3>(table, tensors, blockIdx.x);
     const bool is_trusted = chunk.tensor < trusted;
     const float decay = is_trusted ? weight_decay : 0.f, scale = is_trusted ? ratio[chunk.tensor] : 1.f;

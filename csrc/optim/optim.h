@@ -36,9 +36,9 @@ void write_tensor_table(const TensorTableParams &params, const Target &target);
 struct EmaUpdateParams {
     const TensorRecord *table;  // [T + 1]; lists: g in and out, f
     int tensors;
-    int64_t chunks;     // of all tensors
-    const float *skip;  // [] or null; where it is not 0 nothing changes
-    float weight;
+    int64_t chunks;       // of all tensors
+    const float *skip;    // [] or null; where it is not 0 nothing changes
+    const float *weight;  // [], w: on the device, as lr below, so that the replay of a graph reads it anew
 };
 void ema_update(const EmaUpdateParams &params, const Target &target);
 
@@ -51,7 +51,8 @@ struct LarsStepParams {
     const float *grad_scale;         // [], s, or null for 1
     const float *skip;               // [] or null; where it is not 0 nothing changes
     void *workspace;
-    float lr, momentum, weight_decay, trust;
+    const float *lr;                 // []
+    float momentum, weight_decay, trust;
 };
 constexpr int64_t lars_step_workspace(int64_t trusted, int64_t trusted_chunks) {  // bytes
     return (2 * trusted_chunks + trusted) * int64_t(sizeof(float));

@@ -145,6 +145,19 @@ def test_step_is_skipped_where_the_flag_is_set(cuda_ops, set_to):
     assert torch.equal(after, wanted)
 
 
+def test_step_reads_its_lr_on_the_device(cuda_ops):
+    queries, bank = Case(3, 50, 64).make()
+    lse, _ = bank_attend(queries, bank, TEMPERATURE, backend="cuda")
+    found = []
+    for lr in (LR, torch.tensor(LR, dtype=torch.float64), torch.tensor(0.0)):
+        found.append(bank.clone())
+        bank_step_(
+            found[-1], torch.zeros_like(bank), queries, lse, temperature=TEMPERATURE, lr=lr, momentum=MOMENTUM,
+            row_weight=torch.ones(3), backend="cuda",
+        )  # fmt: skip
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], bank) and not torch.equal(found[0], bank)
+
+
 def test_step_without_rows_only_decays_the_velocity(cuda_ops):
     queries, bank = Case(3, 50, 64).make()
     velocity = torch.ones_like(bank)

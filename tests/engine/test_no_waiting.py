@@ -10,19 +10,25 @@ from tiny_run import config, write_images
 from caco_fast.data import Batch
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.engine.state import Rates
+from caco_fast.engine.step_graph import WARMUP_STEPS
+from caco_fast.engine.trainer import Trainer
 from caco_fast.training import build_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 RATES = Rates(lr=0.05, key_momentum=0.9, warmup=0.5)
-STEPS = 4
+STEPS = WARMUP_STEPS + 1
 CASES = {
     "caco": ("trainer.precision=bf16",),
     "caco, fp16": ("trainer.precision=fp16",),
     "caco, views together": ("trainer.precision=bf16", "trainer.joint_views=on"),
     "caco, sgd": ("optimizer={name: sgd, lr: 0.03}",),
     "moco": ("method=moco", "moco.symmetric=true"),
+    "replays": ("trainer.cuda_graph=true", "trainer.precision=bf16"),
+    "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
+    "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),
+    "replays, moco": ("trainer.cuda_graph=true", "method=moco"),
 }
 
 
@@ -63,7 +69,7 @@ def test_a_step_without_a_log_line_does_not_wait(case: str, images: Path, tmp_pa
         for _ in range(STEPS):
             trainer._step(batch, trainer.method, RATES)
 
-    steps()  # Libraries load, and states are made.
+    steps()  # Libraries load, and states are made; of captured steps, all that precedes the replays.
     assert waits(steps) == []
     # The same ears hear a wait.
     assert len(waits(lambda: trainer._interval.sums["loss"].item())) == 1

@@ -21,7 +21,8 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.precision import require_scale
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.trainer import Rates, Trainer
+from caco_fast.engine.state import Rates
+from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
 from caco_fast.optim import build_optimizer
@@ -107,6 +108,20 @@ def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
     assert not torch.equal(trainer.method.bank.bank[:4], before["method.criterion.bank.bank"][:4])
 
 
+def test_a_skipped_step_of_the_preparation_is_made_up_for(images, tmp_path, monkeypatch):
+    """No row of the bank stays as it was drawn."""
+    trainer = make_trainer(images, tmp_path, "trainer.epochs=1")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117, growth_interval=10**6)
+    drawn = trainer.method.bank.bank.clone()
+    monkeypatch.setattr(trainer, "_train", lambda: None)
+    monkeypatch.setattr(trainer, "_save", lambda: None)
+    trainer.metrics.open()
+    trainer.run()
+    assert int(trainer.skipped_steps) == 1 and trainer.position.total_steps == 6
+    assert not (trainer.method.bank.bank == drawn).all(dim=1).any()
+    trainer.close()
+
+
 def test_a_skipped_enqueue_keeps_the_oldest_keys_in_turn():
     queue, flag = KeyQueue(5, 3), torch.tensor(1.0)
     before = queue.queue.clone()
@@ -158,9 +173,9 @@ def run_in_fp16(monkeypatch: pytest.MonkeyPatch, images: Path, folder: Path, *se
 def test_a_run_in_fp16_logs_its_skipped_steps_and_goes_on_after_a_stop(images, tmp_path, monkeypatch):
     assert run_in_fp16(monkeypatch, images, tmp_path / "whole")["finished"]
     lines = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
-    # 37 rows at batch 8 fill in 5 steps; then an epoch of 5 steps.
-    assert [line["skipped_steps"] for line in lines] == [1] * 10
-    assert [line["loss_scale"] for line in lines] == [1024.0] * 10
+    # 37 rows at batch 8 fill in 5 steps beside the skipped one; then an epoch of 5 steps.
+    assert [line["skipped_steps"] for line in lines] == [1] * 11
+    assert [line["loss_scale"] for line in lines] == [1024.0] * 11
     run_in_fp16(monkeypatch, images, tmp_path / "parts", "trainer.max_steps=3")
     run_in_fp16(monkeypatch, images, tmp_path / "parts", resume="auto")
     again = [line for line in read_metrics(tmp_path / "parts") if "loss" in line]

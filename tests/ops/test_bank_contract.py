@@ -78,6 +78,7 @@ BAD_STEPS = {
     "row_weight dtype": ({"row_weight": torch.ones(5).long()}, TypeError, "row_weight: found torch.int64"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature: found 0.0"),
     "lr": ({"lr": float("nan")}, ValueError, "lr: found nan"),
+    "lr of two": ({"lr": torch.ones(2)}, ValueError, r"lr: found torch.float32 \[2\] on cpu, wanted a number, or one"),
     "negative lr": ({"lr": -1.0}, ValueError, "lr: found -1.0"),
     "momentum": ({"momentum": 1.0}, ValueError, r"momentum: found 1.0, wanted a number in \[0, 1\)"),
     "norm": ({"norm": "l2"}, ValueError, "norm: found 'l2', wanted 'implicit' or 'project'"),
@@ -269,6 +270,16 @@ def test_what_carries_a_gradient_and_what_does_not():
 
 
 @backends
+def test_an_lr_on_the_device_is_the_number(backend):
+    step = make_step_arguments(bank_rows=300, channels=16) | {"backend": backend, "lr": 0.3}
+    other = step | {"bank": step["bank"].clone(), "velocity": step["velocity"].clone()}
+    bank_step_(**step)
+    bank_step_(**other | {"lr": torch.tensor(0.3, dtype=torch.float64)})
+    torch.testing.assert_close(other["bank"], step["bank"], rtol=3e-7, atol=1e-7)
+    assert torch.equal(other["velocity"], step["velocity"])
+
+
+@backends
 def test_opcheck(backend):
     queries, bank = unit_rows(5, 8).requires_grad_(), unit_rows(17, 8)
     torch.library.opcheck(torch.ops.caco_fast.bank_attend, (queries, bank, [0.1], backend))
@@ -278,7 +289,7 @@ def test_opcheck(backend):
         step = make_step_arguments(rows=5, bank_rows=17, channels=8, many=many or 1)
         positives, weights = (step["positives"], step["positive_weight"]) if many else (None, None)
         state = (step["bank"], step["velocity"], step["queries"], step["lse"])
-        settings = (0.1, 1.0, 0.9, step["row_weight"], positives, weights, "project", None, backend)
+        settings = (0.1, 1.0, None, 0.9, step["row_weight"], positives, weights, "project", None, backend)
         torch.library.opcheck(torch.ops.caco_fast.bank_step_, (*state, *settings))
 
 

@@ -99,6 +99,21 @@ def test_foreach_agrees_with_the_reference(dtype):
     assert_same(velocities, wanted[1], 8 * torch.finfo(dtype).eps)
 
 
+@backends
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_a_rate_on_the_device_is_the_number(backend, skip):
+    skip = None if skip is None else torch.tensor(skip)
+    lists = draw(), draw(), draw()
+    others = [copies(tensors) for tensors in lists]
+    settings = SETTINGS | {"skip": skip, "backend": backend}
+    lars_step_(*lists, **settings)
+    lars_step_(*others, **settings | {"lr": torch.tensor(SETTINGS["lr"], dtype=torch.float64)})
+    ema_update_(lists[2], lists[0], 0.3, skip=skip, backend=backend)
+    ema_update_(others[2], others[0], torch.tensor(0.3, dtype=torch.float64), skip=skip, backend=backend)
+    for found, wanted in zip(others, lists):
+        assert_same(found, wanted, 1e-7)  # beside a flag, a number passes through f32
+
+
 def test_empty_lists_are_no_work():
     ema_update_([], [], 0.5, backend="foreach")
     lars_step_([], [], [], **SETTINGS)
@@ -117,6 +132,8 @@ ONE = torch.ones(2)
         (lambda: ema_update_([ONE], [ONE], 0.5, backend="gpu"), ValueError, "found backend 'gpu', wanted one of auto"),
         (lambda: ema_update_([ONE], [ONE], 0.5, skip=ONE), ValueError, "skip: found torch.float32 [2] on cpu, wanted"),
         (lambda: ema_update_([ONE], [ONE], 0.5, skip=True), TypeError, "skip: found bool, wanted a tensor"),
+        (lambda: ema_update_([ONE], [ONE], ONE), ValueError, "weight: found torch.float32 [2] on cpu, wanted a number"),
+        (lambda: lars_step_([ONE], [ONE], [ONE], **{**SETTINGS, "lr": ONE}), ValueError, "lr: found torch.float32 [2]"),
         (lambda: lars_step_([ONE], [ONE], [], **SETTINGS), ValueError, "velocities: found 0 tensors, wanted 1"),
         (lambda: lars_step_([ONE], [ONE], [ONE], **{**SETTINGS, "lr": -1}), ValueError, "lr: found -1, wanted 0"),
     ],
@@ -170,9 +187,9 @@ def stand_ins(monkeypatch):
 
 def test_opcheck(stand_ins):
     lists = [draw(torch.float32) for _ in range(3)]
-    flag = torch.tensor(0.0)
-    torch.library.opcheck(torch.ops.caco_fast.ema_update_, (lists[0], lists[1], 0.3, flag))
-    torch.library.opcheck(torch.ops.caco_fast.lars_step_, (*lists, 0.1, 0.9, 0.01, 0.1, flag + 1, None))
+    flag, rate = torch.tensor(0.0), torch.tensor(0.3)
+    torch.library.opcheck(torch.ops.caco_fast.ema_update_, (lists[0], lists[1], rate, flag))
+    torch.library.opcheck(torch.ops.caco_fast.lars_step_, (*lists, rate, 0.9, 0.01, 0.1, flag + 1, None))
 
 
 def test_in_a_compiled_function_without_a_graph_break(stand_ins):

@@ -1,0 +1,29 @@
+"""A captured step on emulated kernels: a replay launches them anew with the addresses of then, and reads its rates."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+from graph_steps import LARS, assert_replays_are_steps
+from replay import RecordedKernels, Recording
+from tiny_run import write_images
+
+from caco_fast.engine.trainer import Trainer
+from caco_fast.ops import bank_step
+
+BACKENDS = ("caco.backend=cuda", "moco.backend=cuda", "optimizer.backend=cuda")
+
+
+@pytest.mark.parametrize("path, method", [(70, "caco"), (90, "caco"), (90, "moco")], indirect=["path"])
+def test_replays_of_kernels_are_steps(
+    method: str, cuda_ops: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank_step.checks, "check_positive_range", lambda op, positives, bank_rows: None)
+    monkeypatch.setattr(Trainer, "_require_finite", lambda self, step: None)
+    monkeypatch.setattr(cuda_ops, "kernels", RecordedKernels(cuda_ops.kernels))
+    monkeypatch.setattr(cuda_ops, "capturing", lambda device: Recording.entered is not None)
+    images = write_images(tmp_path / "images")
+    assert_replays_are_steps(images, tmp_path, (LARS, *BACKENDS, f"method={method}"))
