@@ -69,19 +69,6 @@ def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.n
         blend_(pixels, *blends[-3:-1], None)
 
 
-def exact_jitter_of_one(pixels: Tensor, draws: ViewDraws) -> None:
-    """What `exact_jitter` does, for a single view [1, y, ch, x]: its coefficients are numbers, without a table."""
-    for operation in draws.order[0].tolist():
-        factor = float(draws.factors[0, operation])
-        if operation == HUE and factor != 0:
-            shift_hue_(pixels, pixels.new_full((1,), factor))
-        elif operation != HUE and factor != 1:
-            own = 1 - factor if operation == SATURATION else None
-            blend_(pixels, factor, own, 1 - factor if operation == CONTRAST else None)
-    if draws.grey[0]:
-        blend_(pixels, 0.0, 1.0, None)
-
-
 def fast_table(draws: ViewDraws) -> np.ndarray:
     """What `fast_jitter` needs of each view, as rows [10, B] float32: a matrix [3, 3] by rows, a weight of the mean.
 
@@ -122,14 +109,13 @@ def fast_jitter(pixels: Tensor, table: Tensor) -> Tensor:
     return torch.matmul(colours, pixels).add_((table[9] * grey).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
-def blend_(pixels: Tensor, keep: Tensor | float, own: Tensor | float | None, average: Tensor | float | None) -> None:
-    """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1].
+def blend_(pixels: Tensor, keep: Tensor, own: Tensor | None, average: Tensor | None) -> None:
+    """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
 
-    Coefficients are [B], or one number for all. Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation
-    (f, 1 - f, 0), dropping the colour (0, 1, 0); None stands for zeros. In place, and by operations of two operands,
-    which are the ones that a CPU vectorises.
+    Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0); None
+    stands for zeros. In place, and by operations of two operands, which are the ones that a CPU vectorises.
     """
-    keep, own, average = (v[:, None, None, None] if isinstance(v, Tensor) else v for v in (keep, own, average))
+    keep, own, average = (value if value is None else value[:, None, None, None] for value in (keep, own, average))
     if own is None and average is None:
         pixels.mul_(keep).clamp_(0, 1)
         return

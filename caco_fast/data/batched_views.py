@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from caco_fast.data.batched_draws import ViewDraws
-from caco_fast.data.batched_jitter import (
-    by_hue_slot,
-    exact_jitter,
-    exact_jitter_of_one,
-    exact_table,
-    fast_jitter,
-    fast_table,
-)
+from caco_fast.data.batched_jitter import by_hue_slot, exact_jitter, exact_table, fast_jitter, fast_table
 from caco_fast.data.settings import ViewConfig
 
 # Rows that one product of the blur makes.
@@ -74,7 +67,7 @@ def finish_crops(
     `out` takes the views: [B, ch, s, s] of `dtype` in channels_last.
     """
     crops, order, hue_ends = crops.permute(0, 1, 3, 2), np.arange(len(crops)), None
-    if jitter == "exact" and len(crops) > 1:
+    if jitter == "exact":
         order, hue_ends = by_hue_slot(draws)
         crops, draws = crops.index_select(0, to_device(order, crops.device)), draws.take(order)
     pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
@@ -95,11 +88,9 @@ def _finish(
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i].
 
-    `hue_ends` is wanted for more than one view with exact jitter, see `by_hue_slot`.
+    `hue_ends` is wanted for exact jitter, see `by_hue_slot`.
     """
-    if jitter == "exact" and len(pixels) == 1:
-        exact_jitter_of_one(pixels, draws)
-    elif jitter == "exact":
+    if jitter == "exact":
         exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
     else:
         pixels = fast_jitter(pixels, to_device(fast_table(draws), pixels.device))
@@ -118,10 +109,13 @@ def _finish(
         solarize = to_device(draws.solarize.astype(np.float32), pixels.device)
         pixels = torch.minimum(pixels, (3 - 2 * solarize)[:, None, None, None] - pixels)
     pixels = pixels.sub_(mean[:, None]).div_(std[:, None]).to(dtype)
+    if out is not None:
+        for place, view in zip(order.tolist(), pixels.permute(0, 2, 1, 3)):
+            out[place].copy_(view)
+        return out
     if (order[1:] < order[:-1]).any():
         pixels = pixels.index_select(0, to_device(np.argsort(order), pixels.device))
-    views = pixels.permute(0, 2, 1, 3)
-    return views.contiguous(memory_format=torch.channels_last) if out is None else out.copy_(views)
+    return pixels.permute(0, 2, 1, 3).contiguous(memory_format=torch.channels_last)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -33,9 +33,9 @@ from caco_fast.data.source import BadImageError, Source
 from caco_fast.errors import UserError
 
 # Values finished at a time by one thread on a CPU, by the kind of jitter: enough for the calls to cost less than the
-# pixels, and as few as stay in its cache. A function of the view alone, so that the pixels don't depend on the number
-# of threads.
-_CPU_VALUES = {"exact": 3 * 224 * 224, "fast": 4 * 3 * 224 * 224}
+# pixels, since threads wait for each other between calls, and few enough for the cache. A function of the view alone,
+# so that the pixels don't depend on the number of threads.
+_CPU_VALUES = {"exact": 16 * 3 * 224 * 224, "fast": 8 * 3 * 224 * 224}
 
 # On a GPU an event of its stream, on the CPU the work on parts of the batch.
 _Ready = torch.cuda.Event | list[Future[None]]
@@ -80,10 +80,8 @@ class DaliLoader(DaliFlights[_Flight]):
             torch.tensor(values, dtype=torch.float32, device=self._device)
             for values in (config.mean or source.mean, config.std or source.std)
         )
-        # Half as many as decode: views are finished by many short calls, between which more threads would spend their
-        # time handing each other the interpreter's lock. Each runs by itself, or they would fight for the cores.
-        finishers = (self._threads + 1) // 2
-        self._finishers = ThreadPoolExecutor(finishers, "caco_fast views", torch.set_num_threads, (1,))
+        # Each of the threads that finish views runs by itself; many threads in each would fight for the cores.
+        self._finishers = ThreadPoolExecutor(self._threads, "caco_fast views", torch.set_num_threads, (1,))
         if self._stream is not None:
             # For the mean and the standard deviation.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
