@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.popen_forkserver import Popen
+from pickle import PicklingError
 from types import ModuleType
 from typing import Any
 
@@ -30,8 +31,10 @@ class _Popen(Popen):
 class _Process(ForkServerProcess):
     @staticmethod
     def _Popen(process: ForkServerProcess) -> Popen:
-        with _nameless_main():
+        with suppress(PicklingError), _nameless_main():
             return _Popen(process)
+        # It is given something of the script's own, such as a source of images.
+        return _Popen(process)
 
 
 class _Context(ForkServerContext):
@@ -76,7 +79,6 @@ def _nameless_main() -> Iterator[None]:
     """Inside, multiprocessing finds no script that a new process would have to run again.
 
     It would do so for what is pickled out of the script, and fail where the script has no `if __name__ == "__main__"`.
-    Workers are given nothing of it.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
