@@ -70,7 +70,8 @@ def finish_crops(
     if jitter == "exact":
         order, hue_ends = by_hue_slot(draws)
         crops, draws = crops.index_select(0, to_device(order, crops.device)), draws.take(order)
-    pixels = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    pixels = torch.empty(crops.shape, device=crops.device)
+    torch.mul(crops, 1 / 255, out=pixels)
     return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype, out)
 
 
