@@ -107,8 +107,8 @@ Result run(const Problem &p, caco::Path path) {
                      kPositives,
                      p.type,
                      kTemperature[0],
-                     kLr,
                      kMomentum,
+                     &kLr,
                      false},
                     target);
     return r;

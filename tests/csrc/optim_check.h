@@ -60,7 +60,7 @@ inline bool holds(const caco::Target &target) {
     Lists values = draw(2);
     const Lists before = averages;
     const auto ema_table = table_of({&averages, &values}, target);
-    caco::ema_update({ema_table.data(), tensors, chunks(tensors), nullptr, kWeight}, target);
+    caco::ema_update({ema_table.data(), tensors, chunks(tensors), nullptr, &kWeight}, target);
     for (int t = 0; t < tensors; t++) {
         for (int64_t i = 0; i < kCounts[t] && good; i++) {
             good = close("ema", averages[t][i], before[t][i] + double(kWeight) * (values[t][i] - double(before[t][i])));
@@ -73,7 +73,7 @@ inline bool holds(const caco::Target &target) {
     std::vector<float> workspace(caco::lars_step_workspace(kTrusted, chunks(kTrusted)) / sizeof(float), NAN);
     float flag = 1.f;
     const caco::LarsStepParams params{table.data(), tensors, kTrusted, chunks(tensors), chunks(kTrusted),
-                                      &kScale,      &flag,   workspace.data(), kLr, kMomentum, kDecay, kTrust};
+                                      &kScale,      &flag,   workspace.data(), &kLr,   kMomentum, kDecay, kTrust};
     caco::lars_step(params, target);
     if (weights != old_weights || velocities != old_velocities) good = false, std::printf("lars was not skipped\n");
     flag = 0.f;
