@@ -70,7 +70,7 @@ def finish_crops(
     if jitter == "exact":
         order, hue_ends = by_hue_slot(draws)
         crops, draws = crops.index_select(0, to_device(order, crops.device)), draws.take(order)
-    pixels = torch.empty(crops.shape, device=crops.device)
+    pixels = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
     torch.mul(crops, 1 / 255, out=pixels)
     return _finish(pixels, draws, order, hue_ends, config, mean, std, jitter, dtype, out)
 

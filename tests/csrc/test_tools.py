@@ -176,6 +176,11 @@ def test_static_gate_passes_a_kernel_of_sm90():
     assert check_sass.Kernel("90a", "_ZN4caco4sm9013attend_kernelEv", 168, 0, 0, code).faults() == []
 
 
+def build_ext(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
 @pytest.mark.parametrize(
     "choice, returncode, line",
     [
@@ -184,13 +189,7 @@ def test_static_gate_passes_a_kernel_of_sm90():
     ],
 )
 def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line):
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "CACO_CUDA": choice},
-    )
+    done = build_ext(CACO_CUDA=choice)
     assert done.returncode == returncode
     assert [text for text in done.stderr.splitlines() if "CACO_CUDA" in text] == [line]
 
@@ -199,13 +198,7 @@ def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line)
 def test_setup_names_an_architecture_that_nvcc_does_not_know(arches, unknown):
     if check_sass.find_tool("nvcc") is None:
         pytest.skip("nvcc not found")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "CACO_ARCHES": arches},
-    )
+    done = build_ext(CACO_ARCHES=arches)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: CACO_ARCHES: found {unknown!r}, wanted some of ")
     assert done.stderr.count("\n") == 1
