@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 
 quickstart: build
 	@echo "[3/3] training on the embedded Fashion-MNIST subset, two to four minutes; a run in $(RUN) is gone on with"
-	$(PY) tools/train.py --config configs/quickstart.yaml --resume auto run.folder=$(RUN)
+	$(PY) tools/train.py --config caco_fast/configs/quickstart.yaml --resume auto run.folder=$(RUN)
 
 test: build
 	@echo "[3/3] all tests"

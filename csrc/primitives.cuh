@@ -314,7 +314,7 @@ void launch(const char *name, Kernel kernel, dim3 grid, int threads, int shared_
 #ifdef CACO_EMULATE
     (void)name, (void)stream;
     emu::launch(grid, dim3(threads), shared_bytes, [=] { kernel(arguments...); });
-#elif defined(__CUDACC_RTC__)  // NVRTC compiles the kernels, for tools/check_sm70.py, and launches nothing
+#elif defined(__CUDACC_RTC__)  // NVRTC compiles the kernels, for tools/check/sm70.py, and launches nothing
     (void)name, (void)kernel;
 #else
     cudaError_t status = cudaSuccess;

@@ -13,7 +13,7 @@ from caco_fast.errors import UserError
 from caco_fast.methods import METHODS
 from caco_fast.settings import setting
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "caco_fast" / "configs").glob("*.yaml"))
 
 
 def fields_with_owner(kind: Any, owner: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
@@ -161,10 +161,10 @@ def test_a_base_is_changed_by_the_file_on_top_of_it(write: Any) -> None:
         ("caco.momentum=1", "unknown setting 'caco.momentum'; did you mean 'caco.bank_momentum'?"),
         ("epochs=3", "unknown setting 'epochs'; did you mean 'trainer.epochs'?"),
         ("zzzz=1", "unknown setting 'zzzz'; --print-config lists every setting"),
-        ("optimizer.lr=fast", "optimizer.lr: found \"fast\", wanted a number"),
-        ("optimizer.lr=not in use", "optimizer.lr: found \"not in use\", wanted a number"),
+        ("optimizer.lr=fast", 'optimizer.lr: found "fast", wanted a number'),
+        ("optimizer.lr=not in use", 'optimizer.lr: found "not in use", wanted a number'),
         ("trainer.epochs=1.5", "trainer.epochs: found 1.5, wanted a whole number"),
-        ("trainer.epochs=", "trainer.epochs: found \"\", wanted a whole number"),
+        ("trainer.epochs=", 'trainer.epochs: found "", wanted a whole number'),
         ("caco.bank_size=null", "caco.bank_size: found null, wanted a whole number"),
         ("run.folder=null", "argument 'run.folder=null': run.folder: found null, wanted text"),
         ("optimizer=lars", 'optimizer: found "lars", wanted a group of settings'),
@@ -190,7 +190,7 @@ def test_a_bad_override_is_named(override: str, line: str) -> None:
     [
         ("optimizer: {lrr: 1}", "unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ("optimiser: {lr: 1}", "unknown setting 'optimiser'; did you mean 'optimizer'?"),
-        ("trainer: {epochs: many}", "trainer.epochs: found \"many\", wanted a whole number"),
+        ("trainer: {epochs: many}", 'trainer.epochs: found "many", wanted a whole number'),
         ("trainer: [1, 2]", "[1, 2]: a group of settings is wanted there"),
         ("- 1", "want a mapping of settings, found a list"),
         ("trainer: {epochs: 1", "not valid YAML"),

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from ranks import run_ranks
 
 from caco_fast import distributed
 from caco_fast.distributed import (
@@ -21,6 +20,7 @@ from caco_fast.distributed import (
     reduce_scatter_rows,
     world_size,
 )
+from tests.ranks import run_ranks
 
 
 def test_one_process_is_rank_0_of_1_and_every_collective_the_identity() -> None:

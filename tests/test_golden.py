@@ -43,7 +43,7 @@ def recorder() -> dict[str, str]:
 
 
 def losses(folder: Path, *overrides: str) -> list[float]:
-    train(load_config(ROOT / "configs" / "quickstart.yaml", (*SETTINGS, *overrides)), folder)
+    train(load_config(ROOT / "caco_fast" / "configs" / "quickstart.yaml", (*SETTINGS, *overrides)), folder)
     return [line["loss"] for line in read_metrics(folder)]
 
 

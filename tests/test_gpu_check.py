@@ -1,4 +1,4 @@
-"""tools/gpu_check.py without a GPU: stages and their limits, the result, what --status makes of it."""
+"""tools/check/gpu.py without a GPU: stages and their limits, the result, what --status makes of it."""
 
 import json
 import subprocess
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tests" / "csrc"))
-import emulated  # noqa: E402
-import gpu_check  # noqa: E402
+from caco_fast.errors import UserError
+from tests.csrc import emulated
+from tests.tool import load_tool
 
-from caco_fast.errors import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+
+gpu_check = load_tool("check/gpu")
 
 GPU = {"gpu": "NVIDIA H200", "driver": "580.1", "nvcc": "13.0", "torch": "2.11.0", "capability": "90"}
 NAMES = [stage.name for stage in gpu_check.stages("90", "nvcc", "compute-sanitizer")]
@@ -155,7 +155,7 @@ def test_a_gpu_runs_the_paths_of_its_class(capability, paths):
 
 def test_a_broken_result_is_one_clear_line(tmp_path):
     (tmp_path / "gpu_check_x.json").write_text("{}")
-    with pytest.raises(UserError, match="gpu_check_x.json: not a result of tools/gpu_check.py"):
+    with pytest.raises(UserError, match="gpu_check_x.json: not a result of tools/check/gpu.py"):
         gpu_check.read_results(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_a_broken_result_is_one_clear_line(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
-    done = subprocess.run([sys.executable, "tools/gpu_check.py"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "tools/check/gpu.py"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no CUDA GPU") and done.stderr.count("\n") == 1
 

@@ -65,9 +65,9 @@ def test_the_lightly_loop_runs(monkeypatch):
 
 
 def test_every_named_file_exists():
-    named = re.findall(r"`((?:configs/|tools/|docs/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
+    named = re.findall(r"`((?:caco_fast/configs/|tools/|docs/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
     named += re.findall(r"\]\(([\w./-]+)\)", README) + [
-        f"configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)` \|", README, re.M)
+        f"caco_fast/configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)` \|", README, re.M)
     ]
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -75,18 +75,18 @@ def test_every_named_file_exists():
 
 def test_the_tables_are_those_of_the_results():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "make_tables.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "tools" / "bench/tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_list_of_results_names_the_gpu_that_checked_the_kernels(tmp_path: Path, monkeypatch) -> None:
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "make_tables.py")
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "bench/tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert "On a GPU" in tables.results() or "stages passed" in tables.results()
     record = {
-        "script": "tools/gpu_check.py",
+        "script": "tools/check/gpu.py",
         "machine": {"gpus": ["NVIDIA H200"], "cpu": "some CPU"},
         "commit": "0123456789abcdef",
         "dirty": True,

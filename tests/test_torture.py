@@ -3,20 +3,18 @@
 import logging
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from torture import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_torture_set
 
 from caco_fast.errors import UserError
 from caco_fast.training import train
+from tests.engine.tiny_run import config
+from tests.ranks import run_ranks
+from tests.torture import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_torture_set
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "engine"))
-from tiny_run import config  # noqa: E402
 
 LOADERS = ["torchvision", "dali"]
 EPOCHS = 2

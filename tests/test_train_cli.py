@@ -15,10 +15,10 @@ import yaml
 from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
+from tests.engine.tiny_run import config, write_images
+from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "engine"))
-from tiny_run import config, write_images  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,7 @@ def test_bad_input_gets_one_clear_line(file, tmp_path, case, capsys, monkeypatch
     arguments, wanted = REFUSALS[case]
     if case == "GPU" and torch.cuda.is_available():
         pytest.skip("a GPU is present")
-    sys.path.insert(0, str(ROOT / "tools"))
-    import train as tool
-
+    tool = load_tool("train")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(file), f"run.folder={tmp_path / 'run'}", *arguments])
     assert tool.main() == 2
     printed = capsys.readouterr().err.strip()

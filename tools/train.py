@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pre-trains an encoder: python tools/train.py --config configs/quickstart.yaml [key=value ...]
+"""Pre-trains an encoder: python tools/train.py --config quickstart [key=value ...]
 
 Under torchrun it is one rank of a run; by itself it is a run on one device. Exit status: 0 done, 2 the user can mend
 it, 75 another rank is gone, 128 + n stopped by signal n after a checkpoint (docs/dependability.md).
@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Pre-train an encoder with CaCo or a sibling method.",
-        epilog="example: python tools/train.py --config configs/quickstart.yaml optimizer.lr=0.002 run.folder=runs/a",
+        epilog="example: python tools/train.py --config quickstart optimizer.lr=0.002 run.folder=runs/a",
     )
     parser.add_argument("--config", type=Path, help="YAML file with settings; see configs/")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The embedded set: 10,000 + 2,000 images of Fashion-MNIST (Zalando SE, MIT), drawn by tools/make_embedded.py."""
+"""The embedded set: 10,000 + 2,000 images of Fashion-MNIST (Zalando SE, MIT), drawn by tools/make/embedded.py."""
 
 from __future__ import annotations
 

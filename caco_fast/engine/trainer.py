@@ -34,6 +34,7 @@ from caco_fast.optim import Schedule
 
 log = logging.getLogger("caco_fast.trainer")
 
+
 class Trainer:
     """Runs a method on a pair of encoders. The caller builds every component; here only their interfaces are known."""
 

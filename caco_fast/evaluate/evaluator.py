@@ -28,8 +28,6 @@ class EvalBatches(Protocol):
     def __len__(self) -> int: ...
 
 
-
-
 @dataclass(frozen=True)
 class EvaluationConfig:
     every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none during the run")

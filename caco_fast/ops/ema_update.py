@@ -1,6 +1,6 @@
 """ema_update_: the exponential moving average of a list of tensors, in place.
 
-    g <- m g + (1 - m) f = g + w (f - g),  w = 1 - m
+g <- m g + (1 - m) f = g + w (f - g),  w = 1 - m
 """
 
 from collections.abc import Sequence

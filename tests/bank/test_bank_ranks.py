@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -15,6 +14,7 @@ from caco_fast.bank import KeyQueue, LearnableBank, ShardedBank
 from caco_fast.bank.sharded import most_similar, shards
 from caco_fast.distributed import all_gather_rows, rank, world_size
 from caco_fast.errors import UserError
+from tests.ranks import run_ranks
 
 # 12 rows are shared evenly by 2, 3 and 4 ranks, 31 bank rows by none of them.
 ROWS, SIZE, DIM, STEPS = 12, 31, 8, 3

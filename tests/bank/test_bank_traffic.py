@@ -4,17 +4,18 @@ Legend: B images of the global batch, R = 2 B query rows, K bank rows, C channel
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+
+from tests.ranks import run_ranks
+from tests.tool import load_tool
+
+bench_collectives = load_tool("bench/collectives")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import bench_collectives  # noqa: E402
 
 B, C, RANKS = 12, 8, 3
 

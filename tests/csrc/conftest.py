@@ -7,12 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-sys.path.insert(0, str(__file__.rsplit("/", 1)[0]))
-import cases
-import emulated as emulated_build
-from cases import PATHS
-
 from caco_fast.ops import backends
+from tests.csrc import cases
+from tests.csrc import emulated as emulated_build
+from tests.csrc.cases import PATHS
 
 
 @pytest.fixture(scope="session")

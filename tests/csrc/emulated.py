@@ -14,7 +14,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
-import sources  # noqa: E402
+import sources
 
 FLAGS = "-std=c++20 -O2 -fPIC -pthread -DCACO_EMULATE -Wall -Wextra -Wno-unknown-pragmas"
 SANITIZERS = {

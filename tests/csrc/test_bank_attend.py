@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import ADVERSARIAL, RAGGED, SPACING, Case, attend, rounded, unit_rows
 
 from caco_fast.ops import bank_attend
+from tests.csrc.cases import ADVERSARIAL, RAGGED, SPACING, Case, attend, rounded, unit_rows
 
 LSE_TOLERANCE = 4e-6  # f32 sums, logarithm and scaling; relative to the largest |s| / t
 TEMPERATURES = (0.1, 0.07)

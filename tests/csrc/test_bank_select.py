@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import ADVERSARIAL, RAGGED, SPACING, Case, unit_rows
 
 from caco_fast.ops import bank_select
+from tests.csrc.cases import ADVERSARIAL, RAGGED, SPACING, Case, unit_rows
 
 F32_TOLERANCE = 3e-7  # of a settled similarity, relative to |key|
 

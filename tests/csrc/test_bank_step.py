@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import ADVERSARIAL, RAGGED, SPACING, Case, attend, rounded, step, unit_rows
 
 from caco_fast.ops import bank_attend, bank_step_
+from tests.csrc.cases import ADVERSARIAL, RAGGED, SPACING, Case, attend, rounded, step, unit_rows
 
 TEMPERATURE, LR, MOMENTUM = 0.1, 0.5, 0.9
 

@@ -1,18 +1,15 @@
 """A captured step on emulated kernels: a replay launches them anew with the addresses of then, and reads its rates."""
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
-from graph_steps import LARS, assert_replays_are_steps
-from replay import RecordedKernels, Recording
-from tiny_run import write_images
-
 from caco_fast.engine.trainer import Trainer
 from caco_fast.ops import bank_step
+from tests.engine.graph_steps import LARS, assert_replays_are_steps
+from tests.engine.replay import RecordedKernels, Recording
+from tests.engine.tiny_run import write_images
 
 BACKENDS = ("caco.backend=cuda", "moco.backend=cuda", "optimizer.backend=cuda")
 

@@ -1,10 +1,9 @@
 """Every number of channels that the kernels serve, on every path. Legend: C channels."""
 
 import pytest
-import test_bank_attend
-import test_bank_select
-import test_bank_step
-from cases import Case
+
+from tests.csrc import test_bank_attend, test_bank_select, test_bank_step
+from tests.csrc.cases import Case
 
 
 @pytest.mark.parametrize("channels", range(64, 513, 16))

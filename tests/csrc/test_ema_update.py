@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tensor_lists import copies, flag, make, same
 
 from caco_fast.ops import ema_update_
+from tests.csrc.tensor_lists import copies, flag, make, same
 
 # The kernels are the same on every path.
 pytestmark = pytest.mark.parametrize("path", [80], indirect=True)

@@ -7,9 +7,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import emulated as emulated_build
 import pytest
-from cases import PATHS
+
+from tests.csrc import emulated as emulated_build
+from tests.csrc.cases import PATHS
 
 HERE = Path(__file__).parent
 SCHEDULES = [f"{seed} {greedy} {lazy}" for seed, greedy, lazy in itertools.product((0, 5), (0, 1), (0, 1))]

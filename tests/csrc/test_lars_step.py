@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tensor_lists import copies, flag, make, same
 from torch import Tensor
 
 from caco_fast.ops import lars_step_
+from tests.csrc.tensor_lists import copies, flag, make, same
 
 # The kernels are the same on every path.
 pytestmark = pytest.mark.parametrize("path", [80], indirect=True)

@@ -3,12 +3,12 @@
 import gc
 import weakref
 
-import cases
 import pytest
 import torch
-from cases import Case
 
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from tests.csrc import cases
+from tests.csrc.cases import Case
 
 
 def attend_launches(emulated, queries, bank) -> int:

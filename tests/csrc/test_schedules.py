@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from cases import Case, attend, rounded, unit_rows
 
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from tests.csrc.cases import Case, attend, rounded, unit_rows
 
 SCHEDULES = [
     dict(seed=seed, greedy=greedy, lazy_copies=lazy, os_threads=threads)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from caco_fast import selftest
+from tests.tool import load_tool
+
+check_sass = load_tool("check/sass")
+check_sm70 = load_tool("check/sm70")
 
 ROOT = Path(__file__).resolve().parents[2]
 PADDED = ("64", "128", "256", "512")  # channels that kernels are compiled for
-sys.path.insert(0, str(ROOT / "tools"))
-import check_sass  # noqa: E402
-import check_sm70  # noqa: E402
 
 SETMAXNREG = ["USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ", "USETMAXREG.DEALLOC.CTAPOOL 0x18 "]
 

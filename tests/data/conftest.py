@@ -3,11 +3,8 @@
 Legend: N images.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -61,21 +58,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         paths.append(folder / f"{number}.JPEG")
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=92)
     return paths[:8]
-
-
-@pytest.fixture(scope="session")
-def load_tool() -> Callable[[str], ModuleType]:
-    """Loads tools/<name>.py as a module, anew each time, which worker processes find too."""
-    tools = Path(__file__).parents[2] / "tools"
-    sys.path.append(str(tools))
-
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, tools / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.fixture(params=["torchvision", "dali"])

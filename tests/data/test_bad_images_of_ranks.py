@@ -1,11 +1,9 @@
 """The share of bad images is that over all ranks: they tell each other at an epoch's end."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
 
 from caco_fast.data.order import epoch_order, step_share
 from caco_fast.data.reading import BadImages
@@ -13,9 +11,8 @@ from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError
 from caco_fast.training import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from tiny_run import config, write_images
+from tests.engine.tiny_run import config, write_images
+from tests.ranks import run_ranks
 
 RANKS, BATCH, N = 2, 8, 40
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 
 from caco_fast.data.folder import FolderSource
 from caco_fast.errors import UserError
+from tests.tool import load_tool
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_a_corpus_is_cut_from_photographs_alike_for_a_seed(
-    photos: Path, tmp_path: Path, load_tool: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = load_tool("make_jpeg_corpus").main
+    main = load_tool("make/jpeg_corpus").main
     for name in ("one", "two"):
         main([str(tmp_path / name), "--photos", str(photos), "--images", "20"])
     assert "20 images of 2 photographs" in capsys.readouterr().out
@@ -52,16 +52,14 @@ def test_a_corpus_is_cut_from_photographs_alike_for_a_seed(
     lengths = [len(source.encoded(index)) for source in sources for index in range(len(source))]
     assert record["mean_bytes"] == round(np.mean(lengths))
     sizes = {source.image(index).size for source in sources for index in range(len(source))}
-    assert sizes <= set(load_tool("make_jpeg_corpus").SHAPES)
+    assert sizes <= set(load_tool("make/jpeg_corpus").SHAPES)
     tops = [tmp_path / name for name in ("one", "two")]
     files = [{str(file.relative_to(top)): file.read_bytes() for file in top.rglob("*.JPEG")} for top in tops]
     assert files[0] == files[1] and sorted(os.listdir(tmp_path)) == ["one", "photos", "two"]
 
 
-def test_a_corpus_is_not_made_of_nothing_nor_over_something(
-    tmp_path: Path, load_tool: Callable[[str], ModuleType], photos: Path
-) -> None:
-    main = load_tool("make_jpeg_corpus").main
+def test_a_corpus_is_not_made_of_nothing_nor_over_something(tmp_path: Path, photos: Path) -> None:
+    main = load_tool("make/jpeg_corpus").main
     for name in ("a.jpg", "b.png"):
         (photos / name).unlink()
     (photos / "a_small.jpg").unlink()
@@ -81,11 +79,9 @@ def corpus(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
     return tmp_path
 
 
-def test_the_benchmark_writes_rates_times_and_ratios(
-    corpus: Path, load_tool: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_writes_rates_times_and_ratios(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    main = load_tool("bench_data").main
+    main = load_tool("bench/data").main
     output = corpus / "bench.json"
     options = ["--device", "cpu", "--loaders", "dali cpu fast", "--batch-size", "2", "--batches", "2", "--repeats", "2"]
     main([str(corpus), *options, "--workers", "1", "--cases", "decode", "two", "--output", str(output)])
@@ -107,8 +103,8 @@ def test_the_benchmark_writes_rates_times_and_ratios(
     assert "| two views | 1 | dali cpu fast |" in capsys.readouterr().out
 
 
-def test_the_processor_time_of_workers_is_counted(corpus: Path, load_tool: Callable[[str], ModuleType]) -> None:
-    bench = load_tool("bench_data")
+def test_the_processor_time_of_workers_is_counted(corpus: Path) -> None:
+    bench = load_tool("bench/data")
     context = bench.multiprocessing.get_context("fork")
     ready, end = context.Event(), context.Event()
     before = bench.processor_seconds()
@@ -129,10 +125,8 @@ def _work(ready: object, end: object) -> None:
     end.wait()
 
 
-def test_what_the_benchmark_cannot_measure_is_one_clear_line(
-    corpus: Path, load_tool: Callable[[str], ModuleType]
-) -> None:
-    main = load_tool("bench_data").main
+def test_what_the_benchmark_cannot_measure_is_one_clear_line(corpus: Path) -> None:
+    main = load_tool("bench/data").main
     with pytest.raises(UserError, match="has 24 training images, 1[0-9]{3} are needed"):
         main([str(corpus), "--device", "cpu", "--workers", "2"])
     with pytest.raises(UserError, match="--loaders: ffcv is not here; there are torchvision"):

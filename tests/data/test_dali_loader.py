@@ -26,7 +26,7 @@ from caco_fast.data import dali_flights, dali_loader
 from caco_fast.data.dali_loader import DaliLoader
 from caco_fast.data.encoded import Encoded
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "caco_fast" / "configs" / "quickstart.yaml"
 VIEWS = [ViewConfig(count=2, size=16, blur_p=0.5, solarize_p=0.2), ViewConfig(size=8, scale=(0.1, 0.3))]
 # Crops and flips off, so that a view is its image, resized.
 PLAIN = ViewConfig(size=16, scale=(1.0, 1.0), ratio=(0.001, 1000.0), flip_p=0, jitter_p=0, grey_p=0, blur_p=0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+from tests.tool import load_tool
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
@@ -32,8 +33,8 @@ FAST = {"jitter, fast", "view a, fast", "view b, fast", "small crop of 96, fast"
 
 
 @pytest.fixture(scope="module")
-def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
-    return load_tool("show_views")
+def tool() -> ModuleType:
+    return load_tool("check/views")
 
 
 def test_every_operation_and_the_whole_view_are_torchvisions_within_bounds(

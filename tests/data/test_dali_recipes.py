@@ -24,7 +24,7 @@ from caco_fast.data.dali_loader import DaliLoader
 
 # RandomResizedCrop and flip alone.
 LINEAR = ViewConfig(size=224, scale=(0.08, 1.0), jitter_p=0, grey_p=0, blur_p=0)
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "caco_fast" / "configs"
 MOCO = load_config(CONFIGS / "imagenet_resnet50_mocov2_200ep.yaml", ["data.path=."]).views
 # Smaller crops of smaller parts.
 ADCO = [ViewConfig(size=size, scale=(0.2 * size / 224, size / 224)) for size in (224, 192, 160, 128, 96)]

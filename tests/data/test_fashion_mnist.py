@@ -1,6 +1,5 @@
 import gzip
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,11 +9,12 @@ import pytest
 from caco_fast.data import DataConfig, build_source
 from caco_fast.data.fashion_mnist import FILE, MEAN, STD
 from caco_fast.errors import UserError
+from tests.tool import load_tool
 
 
 @pytest.fixture
-def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
-    return load_tool("make_embedded")
+def tool() -> ModuleType:
+    return load_tool("make/embedded")
 
 
 @pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 200)])

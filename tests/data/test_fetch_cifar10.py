@@ -12,12 +12,13 @@ from PIL import Image
 
 from caco_fast.data.cifar10 import BINARY_FOLDER, MEAN, cifar10
 from caco_fast.errors import UserError
+from tests.tool import load_tool
 
 PER_FILE = 20
 
 
 @pytest.fixture
-def tool(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The tool for a release of 20 images a file, in a world where Toronto can't be reached."""
     tool = load_tool("fetch_cifar10")
     monkeypatch.setattr(tool, "PER_FILE", PER_FILE)

@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,13 +28,14 @@ from caco_fast.data.files import Names
 from caco_fast.data.folder import FolderSource
 from caco_fast.data.index import IndexSource, SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
+from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = [ViewConfig(size=8), ViewConfig(size=8, blur_p=0.1)]
 
 
 @pytest.fixture
-def tool(load_tool: Callable[[str], ModuleType]) -> Callable[..., int]:
+def tool() -> Callable[..., int]:
     """tools/index_data.py in this process, with one worker."""
     main = load_tool("index_data").main
     return lambda *arguments: main([*map(str, arguments), "--workers", "1"])

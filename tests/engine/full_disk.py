@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from tiny_run import config  # noqa: E402
-
-from caco_fast.engine.checkpoint import CheckpointStore  # noqa: E402
-from caco_fast.engine.metrics import read_metrics  # noqa: E402
-from caco_fast.errors import UserError  # noqa: E402
-from caco_fast.training import train  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.errors import UserError
+from caco_fast.training import train
+from tests.engine.tiny_run import config
 
 SETTINGS = ("trainer.epochs=6", "evaluation.every_epochs=0", "checkpoint.every_steps=5", "run.tensorboard=true")
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from replay import Recorder
-from tiny_run import config
 from torch import Tensor
 
 from caco_fast import training
@@ -17,6 +15,8 @@ from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.state import Rates
 from caco_fast.engine.step_graph import WARMUP_STEPS, StepGraph
 from caco_fast.engine.trainer import Trainer
+from tests.engine.replay import Recorder
+from tests.engine.tiny_run import config
 
 CPU = torch.device("cpu")
 NEVER = 10**9

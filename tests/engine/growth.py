@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
-from tiny_run import config, write_images  # noqa: E402
-
-from caco_fast.training import train  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
 
 STEPS_PER_EPOCH = 10
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
-from rank_processes import Ranks
-from tiny_run import config, write_images
 from torch.utils._pytree import tree_leaves
 
 from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.one_voice import LOST, PATIENCE_SECONDS
+from tests.engine.rank_processes import Ranks
+from tests.engine.tiny_run import config, write_images
 
 RANKS = 3
 # A bank large enough that a checkpoint's write can be hit.

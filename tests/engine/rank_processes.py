@@ -13,9 +13,9 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tools"))
 
-from ranks import CONTEXT  # noqa: E402
+from tests.ranks import CONTEXT
 
 
 class Ranks:

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import config, write_images
+
+from caco_fast.config import to_yaml
+from caco_fast.methods import CaCo
+from caco_fast.models import Encoder, EncoderPair
+from tests.engine.tiny_run import config, write_images
+from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import bench_train  # noqa: E402
-import prove_switches  # noqa: E402
-import train_steps  # noqa: E402
 
-from caco_fast.config import to_yaml  # noqa: E402
-from caco_fast.methods import CaCo  # noqa: E402
-from caco_fast.models import Encoder, EncoderPair  # noqa: E402
+bench_train = load_tool("bench/step")
+prove_switches = load_tool("check/switches")
+train_steps = load_tool("bench/peers")
 
 CPU = torch.device("cpu")
 
@@ -106,17 +107,17 @@ def test_mocos_queue_is_as_long_as_cacos_bank(images: Path, tmp_path: Path) -> N
 
 
 def test_the_floor_is_that_of_resnet50_in_bf16() -> None:
-    name = "configs/imagenet_resnet50_200ep_batch1024.yaml"
+    name = "caco_fast/configs/imagenet_resnet50_200ep_batch1024.yaml"
     assert bench_train.has_floor(bench_train.load_config(ROOT / name, ["trainer.precision=bf16"]))
     assert not bench_train.has_floor(bench_train.load_config(ROOT / name, ["trainer.precision=f32"]))
-    assert not bench_train.has_floor(bench_train.load_config(ROOT / "configs" / "quickstart.yaml"))
+    assert not bench_train.has_floor(bench_train.load_config(ROOT / "caco_fast" / "configs" / "quickstart.yaml"))
 
 
 def test_under_torchrun_every_rank_takes_part_and_one_writes(images: Path, tmp_path: Path) -> None:
     settings, output = tmp_path / "tiny.yaml", tmp_path / "result.json"
     settings.write_text(to_yaml(config(images)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [str(ROOT / "tools" / "bench_train.py"), "--config", str(settings), "--output", str(output)]
+    command += [str(ROOT / "tools" / "bench/step.py"), "--config", str(settings), "--output", str(output)]
     command += ["--steps", "1", "--rounds", "1", "--warmup", "1", "--variants", "CaCo", bench_train.RELEASED]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

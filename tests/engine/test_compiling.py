@@ -1,6 +1,6 @@
 """torch.compile of encoders and loss: one graph each, the same values, on one rank and on several.
 
-The graphs run uncompiled (backend aot_eager): what inductor makes of them is recorded by tools/prove_switches.py.
+The graphs run uncompiled (backend aot_eager): what inductor makes of them is recorded by tools/check/switches.py.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo
-from ranks import run_ranks
 from torch import Tensor, nn
 
 from caco_fast.distributed import is_distributed, rank, world_size
@@ -25,6 +24,7 @@ from caco_fast.models import (
     build_projector,
     segment_batch_norm,
 )
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 B, C = 6, 4

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from kill_ranks import moments
-from rank_processes import Ranks
-from tiny_run import config, write_images
 
 from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
+from tests.engine.kill_ranks import moments
+from tests.engine.rank_processes import Ranks
+from tests.engine.tiny_run import config, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("trainer.epochs=6", "evaluation.every_epochs=0", "checkpoint.every_epochs=0")

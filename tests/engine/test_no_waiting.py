@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import config, write_images
 
 from caco_fast.data import Batch
 from caco_fast.engine.checkpoint import CheckpointStore
@@ -14,6 +13,7 @@ from caco_fast.engine.state import Rates
 from caco_fast.engine.step_graph import WARMUP_STEPS
 from caco_fast.engine.trainer import Trainer
 from caco_fast.training import build_trainer
+from tests.engine.tiny_run import config, write_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch.distributed as dist
-from ranks import CONTEXT
 
 from caco_fast.engine.one_voice import SaidElsewhere, one_voice
 from caco_fast.errors import UserError
+from tests.ranks import CONTEXT
 
 SPOKE, SILENT = 10, 11
 

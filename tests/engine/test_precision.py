@@ -5,13 +5,13 @@ import io
 
 import pytest
 import torch
-from tiny_run import config, write_images
 
 from caco_fast.config import from_yaml
 from caco_fast.engine.precision import settled_precision
 from caco_fast.errors import UserError
 from caco_fast.host import computes_in_bf16
 from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

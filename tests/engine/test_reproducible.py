@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
-from tiny_run import config, write_images
 
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.settings import TrainerConfig
 from caco_fast.errors import UserError
 from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,7 @@ def test_an_operation_without_a_deterministic_form_is_named(tmp_path, monkeypatc
         train(config(images, "trainer.deterministic=true"), tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", ["caco", "moco"])
 def test_two_runs_give_the_same_bits(tmp_path, device, method):
     if device == "cuda" and not torch.cuda.is_available():

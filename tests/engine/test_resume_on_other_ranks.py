@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny_run import config, write_images
 
 from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
+from tests.ranks import run_ranks
 
 # 2 steps of initialisation, and 3 in each epoch; log lines come at odd steps of a phase. No count of ranks divides K.
 SETTINGS = (

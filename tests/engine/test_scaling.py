@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny_run import config, write_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +24,8 @@ from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
 from caco_fast.optim import build_optimizer
+from tests.engine.tiny_run import config, write_images
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 OPTIMIZERS = ("{name: lars, lr: 0.3, scale_lr: false}", "{name: sgd, lr: 0.03}", "{name: adamw, lr: 0.003}")

@@ -3,7 +3,6 @@
 On the CPU by tests/engine/replay.py in place of CUDA graphs; on a GPU by themselves.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import prove_switches
-from graph_steps import (
+from caco_fast import training
+from caco_fast.distributed import rank
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.settings import TrainerConfig
+from caco_fast.engine.state import Rates
+from caco_fast.engine.step_graph import WARMUP_STEPS, WARMUP_STEPS_OF_RANKS, CudaCapture, StepGraph
+from caco_fast.engine.trainer import Trainer
+from caco_fast.errors import UserError
+from caco_fast.ops import bank_step
+from caco_fast.optim import OptimizerConfig, build_optimizer
+from tests.engine.graph_steps import (
     ADAMW,
     CASES,
     CPU,
@@ -31,21 +39,12 @@ from graph_steps import (
     rates_at,
     state_of,
 )
-from ranks import run_ranks
-from replay import HostWait, NoHostWaits, Recorder
-from tiny_run import config, write_images
-from torch import Tensor
+from tests.engine.replay import HostWait, NoHostWaits, Recorder
+from tests.engine.tiny_run import config, write_images
+from tests.ranks import run_ranks
+from tests.tool import load_tool
 
-from caco_fast import training
-from caco_fast.distributed import rank
-from caco_fast.engine.metrics import read_metrics
-from caco_fast.engine.settings import TrainerConfig
-from caco_fast.engine.state import Rates
-from caco_fast.engine.step_graph import WARMUP_STEPS, WARMUP_STEPS_OF_RANKS, CudaCapture, StepGraph
-from caco_fast.engine.trainer import Trainer
-from caco_fast.errors import UserError
-from caco_fast.ops import bank_step
-from caco_fast.optim import OptimizerConfig, build_optimizer
+prove_switches = load_tool("check/switches")
 
 FP16 = ("caco, lars", "caco, sgd", "caco, adamw", "moco")
 
@@ -232,7 +231,7 @@ ON_A_GPU += (("caco, project, multi-crop", "bf16"), ("moco", "bf16"))
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("case, precision", ON_A_GPU)
 def test_replays_on_a_gpu_are_steps_to_rounding(case, precision, images, tmp_path):
-    """50 steps, against the same steps from weights moved by one unit in the last place (tools/prove_switches.py)."""
+    """50 steps, against the same steps from weights moved by one unit in the last place (tools/check/switches.py)."""
     device, settings = torch.device("cuda", 0), (*CASES[case], f"trainer.precision={precision}")
     sizes = (32, 32, 16, 16) if SMALL_VIEWS in settings else (32, 32)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import config, write_images
 
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.errors import UserError
 from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
 
 METHODS = {
     "caco": (),

@@ -1,23 +1,18 @@
 """The compiled kernels on a GPU, each path that runs there, behind the fixtures of tests/csrc."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
-
 # What torch wants for deterministic matrix products of its own, in the references; read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import cases
-
 from caco_fast.ops import backends
+from tests.csrc import cases
 
 PATHS = ("of this GPU", "sm80")
 

@@ -7,11 +7,11 @@ import gc
 
 import pytest
 import torch
-from cases import Case, attend, unit_rows
 from torch import Tensor
 
 from caco_fast.bank import LearnableBank
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from tests.csrc.cases import Case, attend, unit_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -5,15 +5,15 @@ Legend: B images, K bank rows, C channels.
 
 from typing import Any
 
-import caco_oracle as oracle
 import pytest
 import torch
-from stand_ins import ScriptedEncoders, small_pair
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCo, CaCoConfig
+from tests.methods import caco_oracle as oracle
+from tests.methods.stand_ins import ScriptedEncoders, small_pair
 
 B, K, C = 4, 10, 6
 

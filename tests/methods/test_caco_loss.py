@@ -3,7 +3,6 @@
 Legend: B images, K bank rows, C channels.
 """
 
-import caco_oracle as oracle
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn.functional import normalize
 from caco_fast.bank import LearnableBank
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
+from tests.methods import caco_oracle as oracle
 
 B, K, C = 5, 13, 6
 EXACT = dict(rtol=0, atol=1e-12)

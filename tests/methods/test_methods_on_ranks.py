@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from stand_ins import small_pair
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
 from caco_fast.methods import METHODS, CaCoConfig, CaCoLoss, MoCoConfig
+from tests.methods.stand_ins import small_pair
+from tests.ranks import run_ranks
 
 # No number of ranks but 1 divides K.
 B, K, C, STEPS = 12, 41, 5, 20

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import ScriptedEncoders
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.errors import UserError
 from caco_fast.methods import MoCo, MoCoConfig
+from tests.methods.stand_ins import ScriptedEncoders
 
 B, K, C = 4, 10, 6
 

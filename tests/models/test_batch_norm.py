@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ranks import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from caco_fast.models.batch_norm import (
     segmented,
     separable,
 )
+from tests.ranks import run_ranks
 
 CHANNELS = 3
 EXACT = dict(rtol=0, atol=1e-12)

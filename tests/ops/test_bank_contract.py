@@ -5,7 +5,6 @@ Legend: R query rows, K bank rows, C channels, M positives per row.
 
 import pytest
 import torch
-from bank_inputs import inputs, unit_rows
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from caco_fast.ops import bank_attend, bank_select, bank_step_
 from caco_fast.ops.bank_attend import attend_tiled
 from caco_fast.ops.bank_select import select_tiled
 from caco_fast.ops.bank_step import step_tiled_
+from tests.ops.bank_inputs import inputs, unit_rows
 
 backends = pytest.mark.parametrize("backend", ["reference", "tiled"])
 

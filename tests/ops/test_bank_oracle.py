@@ -1,11 +1,11 @@
 """Every backend in f64 against an independent evaluation of the formulas, to 1e-12 over consecutive steps."""
 
-import bank_oracle
 import pytest
 import torch
-from bank_inputs import inputs, unit_rows
 
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from tests.ops import bank_oracle
+from tests.ops.bank_inputs import inputs, unit_rows
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 SHAPES = {

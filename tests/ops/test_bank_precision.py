@@ -8,10 +8,10 @@ Legend: R query rows, K bank rows, C channels.
 
 import pytest
 import torch
-from bank_inputs import inputs, unit_rows
 from torch import Tensor
 
 from caco_fast.ops import bank_attend, bank_select, bank_step_
+from tests.ops.bank_inputs import inputs, unit_rows
 
 # Added to twice plain torch's error, in units of the result's largest value.
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-3}

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tool import load_tool
+
+bench_bank_gpu = load_tool("bench/bank_gpu")
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import bench_bank_gpu  # noqa: E402
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools" / "bench_bank.py", *arguments]
+    command = [sys.executable, ROOT / "tools" / "bench/bank.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
 

@@ -1,17 +1,17 @@
 """The benchmark of EMA and LARS runs, and does not time what is wrong."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import bench_optim  # noqa: E402
+from caco_fast.errors import UserError
+from tests.tool import load_tool
 
-from caco_fast.errors import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
+bench_optim = load_tool("bench/optim")
 
 
 @pytest.fixture

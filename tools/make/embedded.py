@@ -2,7 +2,7 @@
 
 The same input gives the same arrays always, and the same file byte for byte with the same numpy and zlib. On Debian:
 `apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb fm`, then
-`python tools/make_embedded.py fm/usr/share/datasets/fashion-mnist`.
+`python tools/make/embedded.py fm/usr/share/datasets/fashion-mnist`.
 
 Legend: N images.
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Images per second, and processor time for each, of the loaders on a corpus of JPEGs.
 
-    python tools/make_jpeg_corpus.py data/corpus
-    python tools/bench_data.py data/corpus [--workers 1 2 4] [--cases decode two] [--repeats 7]
-    python tools/bench_data.py --table benchmarks/results/bench_data_cpu.json      # the result as Markdown
+    python tools/make/jpeg_corpus.py data/corpus
+    python tools/bench/data.py data/corpus [--workers 1 2 4] [--cases decode two] [--repeats 7]
+    python tools/bench/data.py --table benchmarks/results/bench_data_cpu.json      # the result as Markdown
 
 Cases: decoding alone; one view, two views and multi-crop as the ImageNet configurations have them, normalised and on
 the device. Loaders: torchvision (worker processes), the peer; DALI on the CPU and, where there is one, on the GPU, with
@@ -94,7 +94,7 @@ def variants(device: str, wanted: Sequence[str] | None) -> list[Variant]:
 def case_views(case: str) -> list[ViewConfig]:
     """The views of the ImageNet configurations."""
     file = "imagenet_resnet50_multicrop_800ep_batch2048" if case == "multi" else "imagenet_resnet50_200ep_batch1024"
-    views = load_config(ROOT / "configs" / f"{file}.yaml").views
+    views = load_config(ROOT / "caco_fast" / "configs" / f"{file}.yaml").views
     return [dataclasses.replace(views[0], count=1)] if case == "single" else views
 
 
@@ -191,7 +191,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if length < needed:
         raise UserError(
             f"{options.corpus} has {length} training images, {needed} are needed at this --batch-size, --batches and "
-            f"--workers; make a larger corpus (tools/make_jpeg_corpus.py --images {needed * 10 // 9 + 1}) or lower them"
+            f"--workers; make a larger corpus (tools/make/jpeg_corpus.py --images {needed * 10 // 9 + 1}) or lower them"
         )
     measured = variants(options.device, options.loaders)
     speeds: dict[tuple[str, int, str], list[float]] = defaultdict(list)
@@ -285,7 +285,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if min(options.workers) < 1:
         parser.error(f"--workers: found {min(options.workers)}, wanted 1 or more")
     if options.table is None and options.corpus is None:
-        parser.error("a corpus is wanted: tools/make_jpeg_corpus.py makes one")
+        parser.error("a corpus is wanted: tools/make/jpeg_corpus.py makes one")
     return options
 
 

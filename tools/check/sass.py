@@ -1,6 +1,6 @@
 """The static gate of the compiled kernels: no spills, no local memory, the matrix instruction where it belongs.
 
-    python tools/check_sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
+    python tools/check/sass.py [MODULE.so]          by default the caco_fast/_C module of this tree
 
 Prints the registers per kernel and architecture, the shared memory, the spills, and what breaks a rule. Returns 1 if a
 kernel breaks one, 2 if the tools or the module are not there. Needs cuobjdump and nvdisasm: of CUDA, of the packages
@@ -17,10 +17,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # The path of a kernel of the tile loops, and what its machine code must contain: HMMA.884 is mma.m8n8k4 (which
-# tools/check_sm70.py looks at, where nvcc has no sm_70), HMMA.16816 is mma.m16n8k16 of fp16 or bf16, HGMMA is wgmma.
+# tools/check/sm70.py looks at, where nvcc has no sm_70), HMMA.16816 is mma.m16n8k16 of fp16 or bf16, HGMMA is wgmma.
 MATRIX_KERNELS = re.compile(r"(?=.*?\d(sm70|sm80|sm90)\d).*(attend|select|step)_kernel")
 MATRIX_INSTRUCTION = {"sm70": "HMMA.884", "sm80": "HMMA.16816", "sm90": "HGMMA"}
 # Paths whose kernels are empty but on one architecture.

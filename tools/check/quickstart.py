@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What `make quickstart` reaches: judges a run, and records it for the README.
 
-    python tools/quickstart_report.py runs/quickstart            # exit status 1 if it did not learn what it should
-    python tools/quickstart_report.py runs/quickstart --record   # also writes benchmarks/results/quickstart_cpu.json
-    python tools/quickstart_report.py --table JSON               # the recorded figures as Markdown
+python tools/check/quickstart.py runs/quickstart            # exit status 1 if it did not learn what it should
+python tools/check/quickstart.py runs/quickstart --record   # also writes benchmarks/results/quickstart_cpu.json
+python tools/check/quickstart.py --table JSON               # the recorded figures as Markdown
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> int:
         print(f"{arguments.run}: CaCo's features beat raw pixels and the random encoder")
         if arguments.record:
             starts = json.loads((arguments.run / "environment.json").read_text())
-            settings = {"config": "configs/quickstart.yaml", "starts": starts}
+            settings = {"config": "caco_fast/configs/quickstart.yaml", "starts": starts}
             print(f"recorded in {write_result(RESULT, settings=settings, results=summary)}")
     return 1 if found else 0
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Pairs per second of whole training steps, where their time goes, and what they are against other ways of doing it.
 
-    python tools/bench_train.py --config configs/quickstart.yaml                   on the device that the settings name
-    python tools/bench_train.py --config configs/... --batch 128 256 --seconds 60      a sweep of (global) batch sizes
-    torchrun --nproc-per-node=4 tools/bench_train.py --config configs/...              one point of a sweep of ranks
-    python tools/bench_train.py --table benchmarks/results/bench_train_cpu_1.json      the result as Markdown
+    python tools/bench/step.py --config caco_fast/configs/quickstart.yaml       on the device that the settings name
+    python tools/bench/step.py --config ... --batch 128 256 --seconds 60      a sweep of (global) batch sizes
+    torchrun --nproc-per-node=4 tools/bench/step.py --config ...      one point of a sweep of ranks
+    python tools/bench/step.py --table benchmarks/results/bench_train_cpu_1.json      the result as Markdown
 
 `key=value` arguments change settings for all variants, as in tools/train.py. Variants take turns, so that a disturbance
 meets all of them; the split is measured in steps of its own, which wait for the device after every phase. A pair is an
@@ -28,10 +28,10 @@ from typing import Any
 # Spinning OpenMP threads starve the loader, and everything else, on a machine whose cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import bench_bank_gpu
+import bank_gpu
 import torch
+from peers import PHASES, Phases, ReleasedStep, TrainerStep
 from PIL import Image
-from train_steps import PHASES, Phases, ReleasedStep, TrainerStep
 
 from caco_fast.benchmarking import ROOT, read_result, seconds, spread, write_result
 from caco_fast.config import Config, load_config, settings_of
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         variants = [variant for variant in options.variants or DEFAULTS if variant not in left_out]
         ceiling = None
         if device.type == "cuda" and has_floor(config):
-            ceiling = bench_bank_gpu.ceilings(bench_bank_gpu.Timer(str(device)), str(device))["copy_gb_per_s"]
+            ceiling = bank_gpu.ceilings(bank_gpu.Timer(str(device)), str(device))["copy_gb_per_s"]
         for batch in options.batch or [config.trainer.batch_size]:
             if time.monotonic() - start > options.seconds:
                 break

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The DALI loader's views beside torchvision's, on the same parameters: how far apart they are, and a page to look at.
 
-    python tools/show_views.py --images DIR                 # writes runs/views/index.html, views.png
-    python tools/show_views.py --images DIR --output benchmarks/results/dali_parity_cpu.json
-    python tools/show_views.py --table benchmarks/results/dali_parity_cpu.json
+    python tools/check/views.py --images DIR                 # writes runs/views/index.html, views.png
+    python tools/check/views.py --images DIR --output benchmarks/results/dali_parity_cpu.json
+    python tools/check/views.py --table benchmarks/results/dali_parity_cpu.json
 
-DIR holds photographs as JPEG files; tools/make_jpeg_corpus.py makes such a folder. Differences are in grey levels of
+DIR holds photographs as JPEG files; tools/make/jpeg_corpus.py makes such a folder. Differences are in grey levels of
 256, over all pixels and images, each operation by itself and the whole view of the published recipe; torchvision works
 on PIL images, with 256 levels after every operation.
 
@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
 
 def photographs(folder: Path | None, count: int) -> list[Path]:
     if folder is None or not folder.is_dir():
-        raise UserError(f"--images is {folder}; it must be a folder of photographs, as tools/make_jpeg_corpus.py makes")
+        raise UserError(f"--images is {folder}; it must be a folder of photographs, as tools/make/jpeg_corpus.py makes")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if count < 1 or not found:
         raise UserError(f"{folder} has {len(found)} .JPEG or .jpg files, --count is {count}; both must be 1 or more")

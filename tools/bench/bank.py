@@ -1,8 +1,8 @@
 """Time and memory of the bank operations: attend at two temperatures, select, step, and the three as one training step.
 
-    python tools/bench_bank.py [--rows 512] [--bank-rows 65536] [--channels 256] [--threads 1]     on the CPU
-    python tools/bench_bank.py --device cuda [--sizes 2048,65536,256 ...] [--seconds 100]        see bench_bank_gpu.py
-    python tools/bench_bank.py --table benchmarks/results/bench_bank_cpu.json      # the result as Markdown
+    python tools/bench/bank.py [--rows 512] [--bank-rows 65536] [--channels 256] [--threads 1]     on the CPU
+    python tools/bench/bank.py --device cuda [--sizes 2048,65536,256 ...] [--seconds 100]        see bank_gpu.py
+    python tools/bench/bank.py --table benchmarks/results/bench_bank_cpu.json      # the result as Markdown
 
 The yardstick is a dense eager step with the passes of the released algorithm: normalise the bank, similarities [R, K],
 softmax at both temperatures, coefficients [R, K], gradient [K, C], tangent, momentum, update.
@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-import bench_bank_gpu
+import bank_gpu
 import torch
 from bank_steps import BANK_TEMPERATURE, DENSE, PARTS, TEMPERATURE, Inputs, make_step
 
@@ -78,7 +78,7 @@ def table(record: dict) -> str:
     """The result as a Markdown table."""
     settings, results, machine = record["settings"], record["results"], record["machine"]
     if settings["device"] != "cpu":
-        return bench_bank_gpu.table(record)
+        return bank_gpu.table(record)
     yardstick = results[DENSE]
     lines = [
         f"R {settings['rows']}, K {settings['bank_rows']}, C {settings['channels']}, {settings['device']}: "
@@ -101,7 +101,7 @@ def table(record: dict) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--sizes", nargs="+", metavar="R,K,C", help="on a GPU; by default those of bench_bank_gpu.py")
+    parser.add_argument("--sizes", nargs="+", metavar="R,K,C", help="on a GPU; by default those of bank_gpu.py")
     parser.add_argument("--seconds", type=float, default=300, help="on a GPU: begin no further size after this time")
     parser.add_argument("--rows", type=int, default=512, help="R, query rows and as many key rows")
     parser.add_argument("--bank-rows", type=int, default=65536, help="K")
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     output = options.output or ROOT / "benchmarks" / "results" / f"bench_bank_{device.type}.json"
     if device.type != "cpu":
-        record = bench_bank_gpu.measure(options.device, options.sizes, options.dtype, options.seconds, output)
+        record = bank_gpu.measure(options.device, options.sizes, options.dtype, options.seconds, output)
         print(table(record))
         print(f"\nwritten to {output}")
         return

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Cuts a corpus of JPEGs with ImageNet's statistics out of photographs, to measure decoding and loading on.
 
-    python tools/make_jpeg_corpus.py data/corpus --photos ~/Pictures
-    python tools/make_jpeg_corpus.py data/corpus                        # photographs of Debian's wallpaper packages
+    python tools/make/jpeg_corpus.py data/corpus --photos ~/Pictures
+    python tools/make/jpeg_corpus.py data/corpus                        # photographs of Debian's wallpaper packages
 
 What costs a decoder time is alike: image sizes and their mixture, bits per pixel, chroma subsampling, texture. Crops
 are as large as ImageNet's common formats and are compressed to a drawn number of bits per pixel, which is lognormal.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the measured tables of README.md and docs/ from benchmarks/results/: python tools/make_tables.py [--check]
+"""Writes the measured tables of README.md and docs/ from benchmarks/results/: python tools/bench/tables.py [--check]
 
 A table stands between `<!-- table: NAME.json -->` and `<!-- end table -->`; the script that wrote NAME.json prints it.
 `<!-- table: results -->` is the list of all results: what was measured, where, and at which commit.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.S)
 
@@ -69,7 +69,7 @@ def main() -> int:
             print(f"{name}: every table is that of its result")
         elif arguments.check:
             stale = True
-            print(f"error: {name}: a table is not that of its result; run python tools/make_tables.py", file=sys.stderr)
+            print(f"error: {name}: a table is not that of its result; run tools/bench/tables.py", file=sys.stderr)
         else:
             page.write_text(made)
             print(f"{name}: tables written")

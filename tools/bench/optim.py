@@ -1,8 +1,8 @@
 """Time of the EMA of the key encoder and of the LARS step on ResNet-50 with CaCo's projector, by each backend.
 
-    python tools/bench_optim.py                        # on the CPU: foreach against a loop over tensors
-    python tools/bench_optim.py --device cuda          # the kernels against torch's foreach and torch.compile of it
-    python tools/bench_optim.py --table benchmarks/results/bench_optim_cuda.json
+    python tools/bench/optim.py                        # on the CPU: foreach against a loop over tensors
+    python tools/bench/optim.py --device cuda          # the kernels against torch's foreach and torch.compile of it
+    python tools/bench/optim.py --table benchmarks/results/bench_optim_cuda.json
 
 Each operation is timed by itself and with the overflow flag of fp16, which is not set. `cuda, moved` has its gradients
 at other addresses in every call, as they are after a backward pass, so that the kernels' table is written each time. A
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_bank_gpu import Timer
+from bank_gpu import Timer
 from torch import Tensor
 
 from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write_result

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What several ranks send for the bank in one step of CaCo, and what each of them holds and computes.
 
-    python tools/bench_collectives.py [--ranks 8] [--batch 1024] [--bank-rows 65536 1048576]    # gloo, on the CPU
-    python tools/bench_collectives.py --table benchmarks/results/bench_collectives.json         # the result as Markdown
+    python tools/bench/collectives.py [--ranks 8] [--batch 1024] [--bank-rows 65536 1048576]    # gloo, on the CPU
+    python tools/bench/collectives.py --table benchmarks/results/bench_collectives.json         # the result as Markdown
 
 Every rank runs `CaCoLoss` on random unit queries and keys of its share of the batch, backward and the bank's step: all
 that the bank takes part in, and no encoder. Bytes are counted at each collective (`caco_fast.distributed.Traffic`), so

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Whether the switches of a step change its losses by more than rounding does: 50 steps at one seed, with and without.
 
-    python tools/prove_switches.py [--switches views compile] [--precision f32 bf16] [key=value ...]
-    python tools/prove_switches.py trainer.device=cuda                                     on a GPU, its graph as well
-    python tools/prove_switches.py --table benchmarks/results/prove_switches_cpu.json     the result as Markdown
+    python tools/check/switches.py [--switches views compile] [--precision f32 bf16] [key=value ...]
+    python tools/check/switches.py trainer.device=cuda                                     on a GPU, its graph as well
+    python tools/check/switches.py --table benchmarks/results/prove_switches_cpu.json     the result as Markdown
 
 What rounding does is measured: the same run twice more, from weights of which each is moved by one unit in the last
 place of f32. Training makes such a difference grow. A switch is equal where at every step the losses differ by at most
@@ -117,7 +117,9 @@ def table(record: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", help="YAML file")
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "caco_fast" / "configs" / "quickstart.yaml", help="YAML file"
+    )
     parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="those to prove; by default all that there are")
     parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="those to prove them in")
     parser.add_argument("--steps", type=int, default=STEPS)

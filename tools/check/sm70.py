@@ -1,7 +1,7 @@
 """The static gate of the sm_70 (V100) kernels, which CUDA 13 cannot compile: NVRTC and ptxas 12 do, without a GPU.
 
     pip install --target cuda12 nvidia-cuda-{nvrtc,runtime,cccl,nvcc}-cu12==12.9.*
-    CACO_CUDA12=cuda12 python tools/check_sm70.py
+    CACO_CUDA12=cuda12 python tools/check/sm70.py
 
 CACO_CUDA12  the folder of that installation; by default the packages of this environment are looked for
 
@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("stages.cu", "sm70/bank_attend.cu", "sm70/bank_select.cu", "sm70/bank_step.cu")
 SOURCES += ("optim/tensor_table.cu", "optim/ema_update.cu", "optim/lars_step.cu")
 FILES = {  # what is needed of each package, in its folder of `nvidia`

@@ -1,11 +1,11 @@
 """Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
 
-    python tools/gpu_check.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
+    python tools/check/gpu.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
                                                      beside it, what its benchmarks and prove_switches found
-    python tools/gpu_check.py --only primitives      some stages; the others' results stay, if they are of these sources
-    python tools/gpu_check.py --status               are the present sources proved, and where; needs no GPU
-    python tools/gpu_check.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
-    python tools/gpu_check.py --wheels DIR           use those that this Python lacks
+    python tools/check/gpu.py --only primitives      some stages; the others' results stay, if they are of these sources
+    python tools/check/gpu.py --status               are the present sources proved, and where; needs no GPU
+    python tools/check/gpu.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
+    python tools/check/gpu.py --wheels DIR           use those that this Python lacks
 
 The machine needs torch with CUDA, numpy, nvcc, g++ and compute-sanitizer; torchvision and pillow for what is no part of
 the proof; no network. Every stage runs in processes of its own under its own time limit, and one that fails does not
@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "csrc"), str(ROOT / "tools")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
 
 import sources  # noqa: E402
-from check_sass import find_tool  # noqa: E402
+from sass import find_tool  # noqa: E402
 
 from caco_fast.errors import UserError  # noqa: E402
 
@@ -96,7 +96,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "times, memory and shares of the card's ceilings are measured",
             120,
             (
-                (python, "tools/bench_bank.py", "--device", "cuda", "--seconds", "100")
+                (python, "tools/bench/bank.py", "--device", "cuda", "--seconds", "100")
                 + ("--output", str(WORK / "bench_bank_cuda.json")),
             ),
             proof=False,
@@ -107,7 +107,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "optimiser benchmark",
             "times of EMA and LARS: torch's foreach, the kernels, torch.compile",
             100,
-            ((python, "tools/bench_optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
+            ((python, "tools/bench/optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
             proof=False,
         ),
         Stage(
@@ -115,7 +115,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "pairs/s and the split of whole steps: CaCo, MoCo v2, CaCo as released",
             90,
             (
-                (python, "tools/bench_train.py", "--config", "configs/imagenet_resnet50_200ep_batch1024.yaml")
+                (python, "tools/bench/step.py", "--config", "caco_fast/configs/imagenet_resnet50_200ep_batch1024.yaml")
                 + ("--batch", "128", "256", "--rounds", "4", "--seconds", "30", "trainer.device=cuda")
                 + ("--output", str(WORK / "bench_train_cuda.json")),
             ),
@@ -126,7 +126,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "50 steps replayed from a CUDA graph have the losses of steps launched kernel by kernel",
             60,
             (
-                (python, "tools/prove_switches.py", "--switches", "graph", "--precision", "bf16", "fp16")
+                (python, "tools/check/switches.py", "--switches", "graph", "--precision", "bf16", "fp16")
                 + ("trainer.device=cuda", "--output", str(WORK / "prove_switches_cuda.json")),
             ),
             proof=False,
@@ -294,7 +294,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(path.read_text())
             record["settings"]["csrc_hash"], record["results"]["stages"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not a result of tools/gpu_check.py; remove it or run the tool again") from None
+            raise UserError(f"{path}: not a result of tools/check/gpu.py; remove it or run the tool again") from None
         records.append(record)
     return records
 
