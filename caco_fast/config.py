@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,8 @@ from caco_fast.engine.metrics import WandbConfig
 from caco_fast.engine.settings import CheckpointConfig, RunConfig, TrainerConfig
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import EvaluationConfig
-from caco_fast.methods import CaCoConfig, MoCoConfig
+from caco_fast.methods import METHODS, registered
+from caco_fast.methods.base import Registered
 from caco_fast.models import BackboneConfig, ProjectorConfig
 from caco_fast.optim import OptimizerConfig, ScheduleConfig
 from caco_fast.settings import section, setting
@@ -35,15 +37,16 @@ from caco_fast.settings import section, setting
 
 @dataclass(frozen=True)
 class Config:
-    """What `tools/train.py` takes. Each section belongs to the component that it configures."""
+    """The settings of a run. Each section belongs to the component that it configures.
 
-    method: str = setting("caco", "caco or moco; the section of that name configures it")
+    An object also has a section for every registered method, by the method's name: see `config_class`.
+    """
+
+    method: str = setting("caco", "name of the method; the section of that name configures it")
     data: DataConfig = section(DataConfig, "images and their loader")
     views: list[ViewConfig] = setting([ViewConfig(count=2)], "how views are drawn; caco: two large ones first")
     backbone: BackboneConfig = section(BackboneConfig, "the encoder that is kept")
     projector: ProjectorConfig = section(ProjectorConfig, "the head that is trained with it")
-    caco: CaCoConfig = section(CaCoConfig, "the learnable bank")
-    moco: MoCoConfig = section(MoCoConfig, "the queue of keys")
     optimizer: OptimizerConfig = section(OptimizerConfig, "the encoder's optimiser")
     schedule: ScheduleConfig = section(ScheduleConfig, "learning rates and EMA momentum over the run")
     trainer: TrainerConfig = section(TrainerConfig, "length, batch, precision, device")
@@ -52,16 +55,34 @@ class Config:
     run: RunConfig = section(RunConfig, "the run folder and what is written there")
     wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
 
+    def __post_init__(self) -> None:
+        registered(self.method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of an object is made when it is needed, so pickle can't find it by name.
+        return _from_yaml, (to_yaml(self),)
+
+
+def config_class() -> type[Config]:
+    """Config with a section for each method that is registered by now."""
+    return _with_sections(tuple(METHODS.items()))
+
+
+@functools.lru_cache
+def _with_sections(methods: tuple[tuple[str, Registered], ...]) -> type[Config]:
+    fields = [(name, entry.config, section(entry.config, entry.help)) for name, entry in methods]
+    return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
 
-    A file may begin with `base: other.yaml`, found beside it, whose settings it then changes.
+    A file may begin with `base: other.yaml`, found next to it, whose settings it then changes.
 
     Raises:
         UserError: a missing or malformed file, an unknown key (the nearest valid one is named), a mistyped value.
     """
-    tree = OmegaConf.structured(Config)
+    tree = OmegaConf.structured(config_class())
     for source in _with_bases(path) if path is not None else ():
         tree = _merge_file(tree, *source)
     for override in overrides:
@@ -74,23 +95,14 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def from_yaml(text: str) -> Config:
-    """The inverse of `to_yaml`.
-
-    Raises:
-        UserError: the text is not this version's configuration.
-    """
-    try:
-        schema = OmegaConf.structured(Config)
-        _make_writable(schema)
-        tree = OmegaConf.merge(schema, OmegaConf.create(text))
-    except OmegaConfBaseException as error:
-        raise UserError(f"stored configuration: {_explain(error)}") from None
-    return _to_config(tree, "stored configuration")
+def _from_yaml(text: str) -> Config:
+    schema = OmegaConf.structured(config_class())
+    _make_writable(schema)
+    return _to_config(OmegaConf.merge(schema, OmegaConf.create(text)), "pickled configuration")
 
 
 def describe(config: Config) -> str:
-    """The resolved settings as YAML, each field with its line of help behind it."""
+    """The resolved settings as YAML, each field followed by its line of help."""
     rows = list(_rows(config, indent=""))
     width = min(48, max(len(text) for text, _ in rows))
     return "\n".join(f"{text:<{width}}  # {help}" if help else text for text, help in rows)
@@ -107,6 +119,20 @@ def settings_of(config: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in children.items():
         leaves.update(settings_of(value, f"{prefix}.{name}" if prefix else name))
+    return leaves
+
+
+def flat_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`settings_of` for settings that were read from YAML, of whatever version."""
+    if isinstance(tree, dict):
+        children = tree
+    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        children = dict(enumerate(tree))
+    else:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for name, value in children.items():
+        leaves.update(flat_settings(value, f"{prefix}.{name}" if prefix else str(name)))
     return leaves
 
 
@@ -147,7 +173,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
-        raise UserError(f"--config {path}: want a mapping of settings, found a {type(given).__name__}")
+        raise UserError(f"--config {path}: found a {type(given).__name__}, expected a mapping of settings")
     return given
 
 
@@ -158,13 +184,13 @@ def _merge_file(tree: DictConfig, path: Path, given: dict[str, Any]) -> DictConf
     except OmegaConfBaseException as error:
         raise UserError(f"--config {path}: {_explain(error, given)}") from None
     except TypeError as error:
-        raise UserError(f"--config {path}: a list stands where a mapping is wanted, or the reverse ({error})") from None
+        raise UserError(f"--config {path}: found a list, expected a mapping, or the reverse ({error})") from None
 
 
 def _override(tree: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"argument '{override}': want key=value, e.g. optimizer.lr=0.1")
+        raise UserError(f"argument '{override}': expected key=value, e.g. optimizer.lr=0.1")
     _make_writable(tree)
     parsed: Any = value
     try:
@@ -202,24 +228,24 @@ def _make_writable(node: Any) -> None:
 
 
 def _explain(error: OmegaConfBaseException, given: Any = None) -> str:
-    """One line in our words: the key, what was found in `given` and what is wanted; for an unknown key the nearest."""
+    """One line: the key, what was found in `given`, and what is expected; for an unknown key the nearest one."""
     message = str(error).splitlines()[0].rstrip(".")
     key = str(getattr(error, "full_key", "") or "")
     if isinstance(error, (InterpolationResolutionError, GrammarParseError)):
-        return f"{key or 'value'}: ${{...}} stands for another setting's value, and this one can't be read as that"
+        return f"{key or 'value'}: ${{...}} refers to another setting's value, and this one can't be read so"
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return _unknown(key)
     if isinstance(error, ConfigIndexError) or "is not a subclass of" in message and key.endswith("]"):
-        return f"{key}: a group of settings is wanted there, or its list is not that long"
-    if wanted := _wanted(key):
-        return f"{key}: found {_found(given, key)}, wanted {wanted}"
+        return f"{key}: a group of settings is expected there, or its list is not that long"
+    if expected := _expected(key):
+        return f"{key}: found {_found(given, key)}, expected {expected}"
     # Within a list of groups OmegaConf does not say where.
     found = re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message)
     kinds = {"Integer": int, "Float": float, "Boolean": bool, "String": str}
     if found and found[2] in kinds:
-        return f"{key}: found {found[1]!r}, wanted {_in_words(kinds[found[2]])}"
+        return f"{key}: found {found[1]!r}, expected {_in_words(kinds[found[2]])}"
     if "is not a subclass of" in message:
-        return f"{key or message.partition('value: ')[2]}: a group of settings is wanted there"
+        return f"{key or message.partition('value: ')[2]}: a group of settings is expected there"
     return f"{key}: {message}" if key else message
 
 
@@ -238,9 +264,9 @@ def _parts(key: str) -> list[str]:
     return re.findall(r"[^.\[\]]+", key)
 
 
-def _wanted(key: str) -> str:
+def _expected(key: str) -> str:
     """What a setting takes, in words; "" where `key` names none."""
-    kind: Any = Config
+    kind: Any = config_class()
     for part in _parts(key):
         if get_origin(kind) in (Union, UnionType):
             kind = next(t for t in get_args(kind) if t is not type(None))
@@ -273,8 +299,8 @@ def _in_words(kind: Any) -> str:
 
 def _unknown(key: str) -> str:
     name = key.rsplit(".", 1)[-1]
-    leaves = list(settings_of(Config()))
-    valid = leaves if "." in key else [f.name for f in dataclasses.fields(Config)] + leaves
+    leaves = list(settings_of(config_class()()))
+    valid = leaves if "." in key else [f.name for f in dataclasses.fields(config_class())] + leaves
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     near = near or [key for key in valid if key.rsplit(".", 1)[-1] == name]
     near = near or [

@@ -8,7 +8,7 @@ from caco_fast.errors import UserError
 
 
 def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the line that `--print-config` shows beside it.
+    """A dataclass field with a default and the line that `--print-config` shows with it.
 
     Lists and dicts are copied for every instance, so a mutable default is safe.
     """
@@ -23,18 +23,18 @@ def section(kind: type, help: str) -> Any:
 
 
 def switch(name: str, value: str) -> str:
-    """auto, on or off; YAML reads the last two as truth values.
+    """Read auto, on or off. YAML turns the last two into truth values.
 
     Raises:
         UserError: any other value.
     """
     read = {"true": "on", "false": "off"}.get(value.lower(), value)
     if read not in ("auto", "on", "off"):
-        raise UserError(f"{name}: found '{value}', want auto, on or off")
+        raise UserError(f"{name}: found '{value}', expected auto, on or off")
     return read
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Raises UserError where a setting is too small."""
+    """Raise UserError if a setting is too small."""
     if value < least:
-        raise UserError(f"{name}: must be at least {least}, found {value}")
+        raise UserError(f"{name}: found {value}, expected at least {least}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caco_fast import training
+from caco_fast import build
 from caco_fast.config import load_config
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.provenance import machine, versions
@@ -58,14 +58,14 @@ def test_twenty_steps_of_the_quickstart(tmp_path):
 
 def test_bf16_views_give_the_losses_of_f32_views(tmp_path, monkeypatch):
     """Autocast casts what the first convolution is given, and a cast of what is cast already changes nothing."""
-    build, given = training.build_train_loader, []
+    build_loader, given = build.build_train_loader, []
     found = losses(tmp_path / "bf16", "trainer.precision=bf16")
 
     def build_in_f32(*arguments, dtype, **options):
         given.append(dtype)
-        return build(*arguments, **options)
+        return build_loader(*arguments, **options)
 
-    monkeypatch.setattr(training, "build_train_loader", build_in_f32)
+    monkeypatch.setattr(build, "build_train_loader", build_in_f32)
     assert losses(tmp_path / "f32", "trainer.precision=bf16") == found
     assert given == [torch.bfloat16]
 

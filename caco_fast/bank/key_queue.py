@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
 from caco_fast.distributed import all_gather_rows
+from caco_fast.ops import bank_attend
 
 
 class KeyQueue(nn.Module):
@@ -23,12 +24,16 @@ class KeyQueue(nn.Module):
     queue: Tensor  # [K, C]
     pointer: Tensor  # []
 
-    def __init__(self, size: int, dim: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, size: int, dim: int, *, backend: str = "auto", generator: torch.Generator | None = None) -> None:
         super().__init__()
+        self.backend = backend
         with enough_memory("the key queue", size, dim, copies=1):
             queue = random_unit_rows(size, dim, generator)
         self.register_buffer("queue", queue)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=queue.device))
+
+    def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return bank_attend(queries, self.queue, temperature, self.backend)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, skip: Tensor | None = None) -> None:  # [R, C], []

@@ -23,7 +23,8 @@ from caco_fast.engine.files import TEMPORARY, atomic_write, atomic_write_text, r
 from caco_fast.errors import UserError
 
 FORMAT = "caco_fast checkpoint"
-VERSION = 1
+# Version 2 names the phase of a run as the method does.
+VERSION, READ_VERSIONS = 2, (1, 2)
 
 log = logging.getLogger(__name__)
 
@@ -221,9 +222,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Unusable("is not a caco_fast checkpoint (it holds more than tensors and plain values)") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT or "state" not in payload:
         raise _Unusable("is not a caco_fast checkpoint")
-    if payload.get("version") != VERSION:
+    if payload.get("version") not in READ_VERSIONS:
         raise _Unusable(
-            f"has format version {payload.get('version')}, this caco_fast reads {VERSION}: update caco_fast"
+            f"has format version {payload.get('version')}, this caco_fast reads {VERSION} and older: update caco_fast"
         )
     return payload["state"]
 

@@ -1,4 +1,4 @@
-"""torch.compile of what a step computes: the encoders' forwards and the loss, with their gradients."""
+"""torch.compile of the encoders' forwards and of the loss, with their gradients."""
 
 import importlib.util
 import os
@@ -24,7 +24,8 @@ def compile_step(encoders: EncoderPair, method: Method, device: torch.device, **
     # DistributedDataParallel would have the graph cut at its buckets, which does not work across custom Functions, as
     # BatchNorm over several ranks is one. Uncut, the gradients' averaging begins at the end of the backward pass.
     torch._dynamo.config.optimize_ddp = False
-    for module in (encoders.query, encoders.key, *method.losses()):
+    keys = () if encoders.key is None else (encoders.key,)
+    for module in (encoders.query, *keys, *method.losses()):
         module.compile(dynamic=False, **options)
 
 

@@ -81,7 +81,6 @@ def _room_of_this_start(store: dist.Store, rank: int, ranks: int, timeout: timed
 
 
 def _prepare(config: TrainerConfig) -> torch.device:
-    config.validate()
     if config.deterministic:
         # Read when cuBLAS starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -33,7 +33,7 @@ class WandbConfig:
     entity: str | None = setting(None, "W&B user or team; null: the account's own")
     name: str | None = setting(None, "W&B run name; null: the name of the run folder")
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         if self.mode not in ("off", "online", "offline"):
             raise UserError(f"wandb.mode: found {self.mode!r}, wanted off, online or offline")
 
@@ -67,7 +67,6 @@ class MetricsWriter:
         self._open_tensorboard = _tensorboard_opener(self.folder / "tensorboard", resume_at) if tensorboard else None
         self._opened = False
         if wandb is not None:
-            wandb.validate()
             if wandb.mode != "off":
                 self._wandb = _open_wandb(wandb, self.folder, run_config)
 

@@ -1,4 +1,4 @@
-"""What the encoders compute in, and the optimiser's step under the gradient scaling that fp16 needs."""
+"""The precision that the encoders compute in, and the optimiser's step under the gradient scaling of fp16."""
 
 import torch
 from torch.optim import Optimizer
@@ -26,20 +26,20 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype of a precision on a device; None computes in f32 (or TF32).
 
     Raises:
-        UserError: an unknown precision, or one that the device does not have.
+        UserError: the device does not have this precision.
     """
-    if precision not in AUTOCAST:
-        raise UserError(f"trainer.precision: found '{precision}', want one of auto, {', '.join(AUTOCAST)}")
     if device.type == "cpu" and precision in ("fp16", "tf32"):
         raise UserError(f"trainer.precision: {precision} needs a GPU; on the CPU use f32 or bf16")
     if device.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"trainer.precision: {name} has no bf16; use trainer.precision=fp16")
-    if device.type == "cuda":
-        # Under bf16 and fp16 autocast what stays in f32, such as the bank operations and kNN, is meant to be f32.
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return AUTOCAST[precision]
+
+
+def use_tf32(allowed: bool) -> None:
+    """Let every f32 product and convolution of this process compute in TF32 on a GPU, or in f32."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -47,14 +47,13 @@ def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def optimizer_step(optimizer: Optimizer, loss: torch.Tensor, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
-    """The backward pass and the optimiser's step.
+def optimizer_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    """The optimiser's step, after the backward pass of the scaled loss.
 
-    Under a scaler it returns a 0-d flag on the device: not 0 where a gradient overflowed, and so the optimiser has
+    Under a scaler it returns a 0-d flag on the device: not 0 if a gradient overflowed, so that the optimiser has
     skipped the step. Bank and key encoder take the flag and skip it too, and the host never looks at it. All ranks
     find the same, since DistributedDataParallel has averaged their gradients. Without a scaler it returns None.
     """
-    scaler.scale(loss).backward()
     if not scaler.is_enabled():
         optimizer.step()
         return None

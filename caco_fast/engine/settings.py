@@ -2,25 +2,28 @@
 
 from dataclasses import dataclass
 
+from caco_fast.errors import UserError
 from caco_fast.settings import require_at_least, setting, switch
+
+PRECISIONS = ("auto", "f32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     epochs: int = setting(200, "epochs of training, after the bank's initialisation")
     batch_size: int = setting(1024, "images per step over all ranks; each gives all its views")
-    seed: int = setting(0, "of weights, bank, sample order and views")
+    seed: int = setting(0, "seed of weights, bank, sample order and views")
     precision: str = setting(
         "auto",
-        "of the encoders: f32, tf32, bf16, fp16, or auto: bf16 where the device has it, else fp16 on a GPU and f32 on "
-        "a CPU; embeddings and losses are f32",
+        "precision of the encoders: f32, tf32, bf16, fp16, or auto: bf16 if the device has it, else fp16 on a GPU and "
+        "f32 on a CPU; embeddings and losses are f32",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
     cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
     joint_views: str = setting(
         "auto",
-        "views of one size as one batch through the convolutions, BatchNorm still per view: on, off, or "
-        "auto: with several ranks, where it halves the collectives",
+        "views of one size pass the convolutions as one batch, with BatchNorm still per view: on, off, or "
+        "auto: on with several ranks, where it halves the collectives",
     )
     compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
     cuda_graph: bool = setting(False, "on a GPU, capture a step once and replay it: no launches by the host")
@@ -31,8 +34,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "joint_views", switch("trainer.joint_views", self.joint_views))
-
-    def validate(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision: found '{self.precision}', expected one of {', '.join(PRECISIONS)}")
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
         require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
@@ -40,11 +43,11 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_epochs: int = setting(1, "epochs between two checkpoints; those with kNN have one anyway; 0: only those")
+    every_epochs: int = setting(1, "epochs between two checkpoints; epochs with kNN always have one; 0: only those")
     every_steps: int = setting(0, "steps between two checkpoints, within an epoch too; 0: none by steps")
-    keep: int = setting(3, "newest checkpoints kept beside best.pt")
+    keep: int = setting(3, "newest checkpoints kept, besides best.pt")
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         for name, least in (("every_epochs", 0), ("every_steps", 0), ("keep", 1)):
             require_at_least(f"checkpoint.{name}", getattr(self, name), least)
 

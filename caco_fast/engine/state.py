@@ -1,26 +1,33 @@
-"""Where a run stands, what the schedule sets for a step, and the sums between two log lines."""
+"""Where a run is, and the sums of its steps between two log lines."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from caco_fast.distributed import all_reduce_sum, world_size
 from caco_fast.methods import StepOutput
-from caco_fast.ops.rates import Rate
 
-PREPARATION, TRAINING = "preparation", "training"
+
+class LossNotFinite(Exception):
+    """The loss of a step is NaN or infinite."""
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(f"the loss is {loss}")
+        self.loss = loss
 
 
 @dataclass
 class Position:
-    """Where a run stands: `step` counts the finished steps of the phase, `total_steps` those of both phases.
+    """Where a run is: `step` counts the finished steps of the phase, `total_steps` those of all phases.
 
     `epochs_ended` are the epochs whose kNN and checkpoint are done too: a run stopped before that
     does them when resumed.
     """
 
-    phase: str = PREPARATION
+    phase: str = ""
     step: int = 0
     total_steps: int = 0
     epochs_ended: int = 0
@@ -28,43 +35,51 @@ class Position:
     train_seconds: float = 0.0
 
 
-class Rates(NamedTuple):
-    """What the schedule sets for one step: numbers, or for a captured step 0-d tensors on the device."""
-
-    lr: Rate
-    # Of the EMA at the step's end, which makes the keys of the next step.
-    key_momentum: Rate
-    warmup: Rate
-
-
 @dataclass
 class Interval:
-    """Sums of what the steps since the last log line gave; they stay on the device until they are read."""
+    """Sums of the values of the steps since the last log line; they stay on the device until they are read."""
 
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # each []
     steps: int = 0
     seconds: float = 0.0
 
     def add(self, output: StepOutput) -> None:
-        """In place, for a captured step adds where it added first. The caller counts `steps`."""
+        """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`."""
         for name, value in {"loss": output.loss, **output.metrics}.items():
             if name in self.sums:
                 self.sums[name] += value.detach()
             else:
                 self.sums[name] = value.detach().to(torch.float64, copy=True)
 
+    def require_finite(self) -> None:
+        """Read the sum of the losses, for which the host waits.
+
+        Raises:
+            LossNotFinite: one of them was not finite.
+        """
+        loss = self.sums.get("loss")
+        if loss is not None and not math.isfinite(loss.item()):
+            raise LossNotFinite(loss.item())
+
     def means(self) -> dict[str, float]:
-        """Means over these steps and over all ranks, each of which calls."""
+        """Means over these steps and over all ranks (collective)."""
         totals = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.steps * world_size())
         return dict(zip(self.sums, totals.tolist()))
 
     def state_dict(self) -> dict[str, Any]:
-        """With the sums' means over all ranks, each of which calls: any number of ranks can go on from them."""
+        """The state with its sums replaced by their means over all ranks (collective).
+
+        A run can so be resumed on any number of ranks.
+        """
         sums = dict(self.sums)
         if sums:
             means = all_reduce_sum(torch.stack(list(sums.values()))) / world_size()
             sums = dict(zip(sums, means.unbind()))
         return asdict(replace(self, sums=sums))
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.steps, self.seconds = state["steps"], state["seconds"]
 
     def clear(self) -> None:
         for value in self.sums.values():

@@ -1,4 +1,4 @@
-"""A step of training as a CUDA graph: captured once, and from then on replayed without the host's launches.
+"""A training step as a CUDA graph: captured once, and from then on replayed without launches by the host.
 
 A replay runs the kernels of the captured step at their addresses, with the numbers that the host gave them then. So
 views and the schedule's rates are copied into tensors that stay, everything that a step leaves behind is written in
@@ -7,14 +7,16 @@ place, and nothing in it may depend on a value that the host reads.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from caco_fast.distributed import is_distributed
 from caco_fast.engine.settings import TrainerConfig
-from caco_fast.engine.state import Rates
+from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
+from caco_fast.methods import Phase
 
 # Steps before the capture, in which libraries load and states are made. DistributedDataParallel times itself in its
 # first ten, with events that no graph may hold.
@@ -28,11 +30,11 @@ class Capture(Protocol):
         """A context in which work runs where it will be captured."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the launches of `work`, which are not carried out now."""
+        """Capture the launches of `work` without running them, and return what repeats them."""
 
 
 class CudaCapture:
-    """By a CUDA graph, on a stream of its own."""
+    """Capture by a CUDA graph, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,54 +51,62 @@ class CudaCapture:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Of this thread alone: those of the loader and of NCCL go on allocating and asking for events.
+            # This thread's work alone: the threads of the loader and of NCCL allocate and query events meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"trainer.cuda_graph: the step can't be captured ({reason}); set it to off") from error
+            raise UserError(f"trainer.cuda_graph: the step can't be captured ({reason}); set it to false") from error
         return graph.replay
 
 
-class StepGraph:
-    """Steps of training: the first `warmup` launch by launch, then one captured, and it and all further ones replayed.
+class CapturedStep(TrainStep):
+    """Steps of which the first `warmup` of a phase are launched one by one; then one is captured and replayed.
 
-    Views must keep their shapes. Whoever replaces a tensor that the step writes to must call `reset`.
+    Views must keep their shapes. Whoever replaces a tensor that the step writes to must call `reset`. In a phase that
+    can't be captured every step is launched.
     """
 
-    def __init__(self, device: torch.device, capture: Capture, warmup: int) -> None:
-        self.device = device
+    def __init__(self, *parts: Any, capture: Capture, warmup: int) -> None:
+        super().__init__(*parts)
         self.warmup = warmup
         self._capture = capture
-        # torch's fused optimisers read the lr in f32. The others are in f64, so that what is computed of them, such as
-        # 1 - momentum, is what the host would compute.
-        zeros = [torch.zeros((), dtype=d, device=device) for d in (torch.float32, torch.float64, torch.float64)]
-        self._rates = Rates(*zeros)
-        self._views: list[torch.Tensor] = []
+        # torch's fused optimisers read the lr in f32. The others are in f64, so that what is computed from them, such
+        # as 1 - momentum, is what the host would compute.
+        dtypes = (torch.float32, torch.float64, torch.float64)
+        self._rates = Rates(*(torch.zeros((), dtype=dtype, device=self.device) for dtype in dtypes))
+        self._views: list[Tensor] = []
         self.reset()
 
     def reset(self) -> None:
+        """Forget the captured step; the next steps warm up again."""
         self._left, self._replay = self.warmup, None
 
+    def enter(self, phase: Phase) -> None:
+        self.reset()
+        super().enter(phase)
+
     def aside(self) -> AbstractContextManager[None]:
-        """DistributedDataParallel must be made within, since it ties the gradients' sums to the stream of then."""
+        # DistributedDataParallel ties the gradients' sums to the stream that it is made on, and torch keeps the memory
+        # of each stream apart.
         return self._capture.aside()
 
-    def __call__(
-        self, work: Callable[[Sequence[torch.Tensor], Rates], None], views: Sequence[torch.Tensor], rates: Rates
-    ) -> None:
-        """One step: `work` on these views at these rates, or what was captured of it."""
+    def _launch(self, views: Sequence[Tensor], rates: Rates) -> None:
+        if not self._phase.capturable:
+            super()._launch(views, rates)
+            return
         self._take(views, rates)
         if self._left > 0:
             self._left -= 1
             with self.aside():
-                work(self._views, self._rates)
+                self.compute(self._views, self._rates)
             return
         if self._replay is None:
-            self._replay = self._capture.capture(lambda: work(self._views, self._rates))
+            self._replay = self._capture.capture(lambda: self.compute(self._views, self._rates))
         self._replay()
 
-    def _take(self, views: Sequence[torch.Tensor], rates: Rates) -> None:
+    def _take(self, views: Sequence[Tensor], rates: Rates) -> None:
+        """Copy views and rates into the tensors that the captured step reads."""
         if not self._views:
             like = dict(device=self.device, memory_format=torch.channels_last)
             self._views = [torch.empty_like(view, **like) for view in views]
@@ -106,14 +116,14 @@ class StepGraph:
             kept.fill_(rate)
 
 
-def build_step_graph(config: TrainerConfig, device: torch.device) -> StepGraph | None:
-    """That of the settings; None where they want none.
+def build_capture(config: TrainerConfig, device: torch.device) -> tuple[Capture, int] | None:
+    """The capture that the settings ask for and its warm-up steps, or None.
 
     Raises:
-        UserError: on another device than a GPU.
+        UserError: the device is not a GPU.
     """
     if not config.cuda_graph:
         return None
     if device.type != "cuda":
-        raise UserError(f"trainer.cuda_graph: it needs a GPU, found {device}; set it to off")
-    return StepGraph(device, CudaCapture(device), WARMUP_STEPS_OF_RANKS if is_distributed() else WARMUP_STEPS)
+        raise UserError(f"trainer.cuda_graph: it needs a GPU, found {device}; set it to false")
+    return CudaCapture(device), WARMUP_STEPS_OF_RANKS if is_distributed() else WARMUP_STEPS

@@ -1,4 +1,4 @@
-"""The training loop: the bank's initialisation, then epochs of steps, with logs, kNN and checkpoints between them.
+"""The training loop: the phases of a run, with logs, kNN and checkpoints between their steps.
 
 Legend: a step is one optimiser step on `batch_size` images over all ranks.
 """
@@ -6,48 +6,43 @@ Legend: a step is one optimiser step on `batch_size` images over all ranks.
 import contextlib
 import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
-
-import torch
-from torch.optim import Optimizer
 
 from caco_fast.data import Batch, TrainLoader
 from caco_fast.distributed import rank
 from caco_fast.engine import random_state
+from caco_fast.engine.agreement import require_equal_ranks
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
 from caco_fast.engine.interrupt import Interrupt, Interrupted
 from caco_fast.engine.metrics import MetricsWriter
-from caco_fast.engine.precision import optimizer_step, require_scale
+from caco_fast.engine.precision import require_scale
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
-from caco_fast.engine.state import PREPARATION, TRAINING, Interval, Position, Rates
-from caco_fast.engine.step_graph import StepGraph
+from caco_fast.engine.state import Interval, LossNotFinite, Position
+from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
-from caco_fast.methods import Method, StepOutput
-from caco_fast.models import EncoderPair
+from caco_fast.methods import Phase
 from caco_fast.optim import Schedule
 
 log = logging.getLogger("caco_fast.trainer")
 
+# Names of the phases in checkpoints of format version 1.
+PHASES_OF_VERSION_1 = {"preparation": "initialisation"}
+
 
 class Trainer:
-    """Runs a method on a pair of encoders. The caller builds every component; here only their interfaces are known."""
+    """Runs the phases of a method. The caller builds every component; here only their interfaces are known."""
 
     def __init__(
         self,
         config: TrainerConfig,
         checkpoint: CheckpointConfig,
         *,
-        device: torch.device,
-        encoders: EncoderPair,
-        method: Method,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
+        step: TrainStep,
         schedule: Schedule,
         loader: TrainLoader,
         evaluator: Evaluator | None,
@@ -55,15 +50,10 @@ class Trainer:
         metrics: MetricsWriter,
         progress: Progress,
         resolved_config: str,
-        graph: StepGraph | None = None,
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
-        self.device = device
-        self.encoders = encoders
-        self.method = method
-        self.optimizer = optimizer
-        self.scaler = scaler
+        self.step = step
         self.schedule = schedule
         self.loader = loader
         self.evaluator = evaluator
@@ -71,155 +61,144 @@ class Trainer:
         self.metrics = metrics
         self.progress = progress
         self.resolved_config = resolved_config
-        self.graph = graph
+        self.method, self.encoders = step.method, step.encoders
+        self.phases = self.method.phases(config.batch_size)
         self.interrupt = Interrupt(config.collective_timeout)
-        self.position = Position()
-        self._interval = Interval()
-        # Steps that overflowed gradients made the optimiser, the bank and the EMA skip; each still counts as a step.
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        # Of the chosen positives in the first and the last log line of the training phase, for the summary.
+        self.position = Position(phase=self.phases[0].name)
+        # Of the chosen positives in the first and the last log line of the training, for the summary.
         self.positives: dict[str, float] = {}
-        self._rates = Rates(0.0, 0.0, 0.0)
-        self._mark = 0.0
         self._saved: tuple[int, int] | None = None
         # On rank 0: whether the latest checkpoint that was due could not be written.
         self.save_failed = False
 
     def run(self) -> None:
-        """From the present position to the end of the run, or to `max_steps`.
+        """Train from the present position to the end of the run, or to `max_steps`.
 
         Raises:
-            UserError: the loss became NaN or infinite, or the data gave out.
+            UserError: the loss became NaN or infinite, or the data ran out.
             Interrupted: a signal asked to stop; a checkpoint was written first.
         """
         self.encoders.train()
         self.method.train()
         with self.interrupt, self.progress:
-            if self.position.phase == PREPARATION:
-                self._prepare()
-            if self.position.phase == TRAINING:
-                self._train()
+            for phase in self.phases[self.phases.index(self.phase) :]:
+                if not self._run_phase(phase):
+                    break
+                if phase is not self.phases[-1]:
+                    self._finish_phase(phase)
             self._save()
 
     def close(self) -> None:
-        """Ends the loader's workers and closes the metrics."""
+        """End the loader's workers and close the metrics."""
         self.loader.close()
         self.metrics.close()
 
     @property
+    def phase(self) -> Phase:
+        """The phase of the present position."""
+        return next(phase for phase in self.phases if phase.name == self.position.phase)
+
+    @property
+    def training(self) -> bool:
+        """Whether the run is in its last phase, which follows the schedule."""
+        return self.phase.steps is None
+
+    @property
     def finished(self) -> bool:
-        return self.position.phase == TRAINING and self.position.epochs_ended >= self.config.epochs
+        return self.training and self.position.epochs_ended >= self.config.epochs
 
-    def _prepare(self) -> None:
-        """The bank's initialisation. Its sample orders are epochs -1, -2, ..., so that epoch 0 does not replay them."""
-        per_epoch, shown = self.loader.steps_per_epoch, 0
-        while self.position.step < (steps := self._preparation_steps()) and not self._out_of_steps():
-            if steps != shown:
-                self.progress.start_phase("initialisation", steps, self.position.step)
-                shown = steps
-            epoch, first = divmod(self.position.step, per_epoch)
-            for batch in self._batches(-1 - epoch, first, min(per_epoch, steps - epoch * per_epoch)):
-                # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
-                warmup = max((self.position.step + 1) / steps, self.schedule.warmup_at(self.position.step))
-                rates = Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
-                self._step(batch, self.method.prepare, rates)
-                self._after_step(epoch=-1 - epoch, step=self.position.step)
-        if self.position.step >= steps:
-            if steps:
-                self.method.finish_preparation(self.encoders)
-                self.optimizer.state.clear()
-            self.position.phase, self.position.step, self.position.phase_seconds = TRAINING, 0, 0.0
-            self._interval = Interval()
-
-    def _preparation_steps(self) -> int:
-        """Those of the method, and one for each that was skipped, since it has filled no rows."""
-        steps = self.method.preparation_steps(self.config.batch_size)
-        return steps + int(self.skipped_steps) if steps else 0
-
-    def _train(self) -> None:
-        per_epoch = self.loader.steps_per_epoch
+    def _run_phase(self, phase: Phase) -> bool:
+        """The steps of a phase from the present position, epoch by epoch. Returns whether the phase is complete, which
+        it is not if `max_steps` came first."""
+        self.step.enter(phase)
+        per_epoch, shown = self.loader.steps_per_epoch, None
         while True:
             epoch, first = divmod(self.position.step, per_epoch)
-            if epoch > self.position.epochs_ended:
+            if phase.steps is None and epoch > self.position.epochs_ended:
                 self._end_epoch(epoch)
-            if self.finished or self._out_of_steps():
-                return
-            self.progress.start_epoch(epoch, first)
-            for batch in self._batches(epoch, first, per_epoch):
-                step = self.position.step
-                rates = Rates(
-                    self.schedule.lr_at(step), self.schedule.key_momentum_at(step + 1), self.schedule.warmup_at(step)
-                )
-                self._step(batch, self.method, rates)
-                self._after_step(epoch, step=self.position.step - epoch * per_epoch)
+            steps = self._steps_of(phase)
+            done = self.position.step >= steps
+            if done or self._out_of_steps():
+                return done
+            end = min(per_epoch, steps - epoch * per_epoch)
+            if phase.steps is None:
+                self.progress.start_epoch(epoch, first)
+            else:
+                if steps != shown:
+                    self.progress.start_phase(phase.name, steps, self.position.step)
+                    shown = steps
+                # The orders of images are those of epochs -1, -2, ..., so that epoch 0 does not repeat them.
+                epoch = -1 - epoch
+            self._run_epoch(phase, epoch, first, end, steps)
+
+    def _run_epoch(self, phase: Phase, epoch: int, first: int, end: int, steps: int) -> None:
+        """Batches first..end-1 of an epoch, or up to `max_steps`. `steps`: of the whole phase."""
+        mark = time.perf_counter()
+        for batch in self._batches(epoch, first, end):
+            rates = self._rates(phase, steps)
+            self._step(batch, rates)
+            step = self.position.step - (epoch * self.loader.steps_per_epoch if epoch >= 0 else 0)
+            values = self._values() if self.progress.is_log_step(step - 1) else None
+            self._count_seconds(time.perf_counter() - mark)
+            if values is not None:
+                self._log(values, rates, epoch)
+            else:
+                self.progress.step()
+            if self.checkpoint.every_steps and self.position.total_steps % self.checkpoint.every_steps == 0:
+                self._save()
+            self._stop_if_asked()
+            mark = time.perf_counter()
+
+    def _step(self, batch: Batch, rates: Rates) -> None:
+        try:
+            self.step(batch.views, rates)
+        except LossNotFinite as error:
+            raise self._not_finite(error.loss, self.position.total_steps + 1) from None
+        self.position.step += 1
+        self.position.total_steps += 1
+
+    def _rates(self, phase: Phase, steps: int) -> Rates:
+        step = self.position.step
+        if phase.steps is None:
+            lr, momentum = self.schedule.lr_at(step), self.schedule.key_momentum_at(step + 1)
+            return Rates(lr, momentum, self.schedule.warmup_at(step))
+        # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
+        warmup = max((step + 1) / steps, self.schedule.warmup_at(step))
+        return Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
+
+    def _steps_of(self, phase: Phase) -> int:
+        """All steps of a phase. A phase before the training may repeat the steps that were skipped."""
+        if phase.steps is None:
+            return self.config.epochs * self.loader.steps_per_epoch
+        return phase.steps + (int(self.step.skipped_steps) if phase.repeats_skipped else 0)
+
+    def _finish_phase(self, phase: Phase) -> None:
+        phase.finish(self.encoders)
+        self.step.optimizer.state.clear()
+        following = self.phases[self.phases.index(phase) + 1]
+        self.position.phase, self.position.step, self.position.phase_seconds = following.name, 0, 0.0
+        self.step.interval = Interval()
 
     def _out_of_steps(self) -> bool:
         return 0 < self.config.max_steps <= self.position.total_steps
 
     def _batches(self, epoch: int, first: int, end: int) -> Iterator[Batch]:
-        """Batches first..end-1 of an epoch, or up to max_steps."""
         count = end - first
-        self._mark = time.perf_counter()
         if self.config.max_steps:
             count = min(count, self.config.max_steps - self.position.total_steps)
         with contextlib.closing(self.loader.batches(epoch, first)) as batches:
             yield from itertools.islice(batches, count)
 
-    def _step(self, batch: Batch, objective: Callable[..., StepOutput], rates: Rates) -> None:
-        # The host reads the row to fill, so the bank's initialisation is never captured.
-        if self.graph is not None and objective is self.method:
-            self.graph(lambda views, rates: self._compute(views, self.method, rates), batch.views, rates)
-        else:
-            onto = dict(device=self.device, memory_format=torch.channels_last, non_blocking=True)
-            # On the stream of the steps to come, since torch keeps the memory of each stream apart.
-            with self.graph.aside() if self.graph is not None else contextlib.nullcontext():
-                self._compute([view.to(**onto) for view in batch.views], objective, rates)
-        self._set_lr(rates)
-        self._interval.steps += 1
-        self._rates = rates
-        self.position.step += 1
-        self.position.total_steps += 1
+    def _values(self) -> dict[str, float]:
+        """Means of the steps since the last log line, over all ranks, once this rank's loss is known to be finite."""
+        self._require_finite()
+        require_scale(self.step.scaler, self.position.total_steps)
+        return self.step.interval.means()
 
-    def _compute(self, views: Sequence[torch.Tensor], objective: Callable[..., StepOutput], rates: Rates) -> None:
-        """What the device does in a step, and so all of it that a CUDA graph repeats."""
-        self._set_lr(rates)
-        self.encoders.momentum = rates.key_momentum
-        output = objective(views, self.encoders)
-        self._interval.add(output)
-        if self.device.type == "cpu":
-            # On a GPU reading the loss would stall every step; there the log lines and checkpoints look.
-            self._require_finite(self.position.total_steps + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        skip = optimizer_step(self.optimizer, output.loss, self.scaler)
-        self.method.update(rates.warmup, skip)
-        self.encoders.advance_key(skip)
-        if skip is not None:
-            self.skipped_steps += skip != 0
-
-    def _set_lr(self, rates: Rates) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates.lr
-
-    def _after_step(self, epoch: int, step: int) -> None:
-        """Between two steps: the clock, a log line, a checkpoint, a request to stop. `step` counts within `epoch`."""
-        values = None
-        if self.progress.is_log_step(step - 1):
-            self._require_finite(self.position.total_steps)
-            require_scale(self.scaler, self.position.total_steps)
-            values = self._interval.means()
-        now = time.perf_counter()
-        self._interval.seconds += now - self._mark
-        self.position.phase_seconds += now - self._mark
-        self.position.train_seconds += now - self._mark
-        if values is not None:
-            self._log(values, epoch)
-        else:
-            self.progress.step()
-        every = self.checkpoint.every_steps
-        if every and self.position.total_steps % every == 0:
-            self._save()
-        self._stop_if_asked()
-        self._mark = time.perf_counter()
+    def _count_seconds(self, seconds: float) -> None:
+        self.step.interval.seconds += seconds
+        self.position.phase_seconds += seconds
+        self.position.train_seconds += seconds
 
     def _stop_if_asked(self) -> None:
         asked = self.interrupt.agreed()
@@ -231,29 +210,31 @@ class Trainer:
             done += f", without a checkpoint of it: the newest is {self.store.latest() or 'none'}"
         raise Interrupted(done, 128 + asked.value)
 
-    def _log(self, values: dict[str, float], epoch: int) -> None:
-        shown = {name: values[name] for name in ("loss", "positive_probability") if name in values}
-        self.progress.step({**shown, "lr": self._rates.lr})
-        if self.position.phase == TRAINING:
-            values |= self.method.rates(self._rates.warmup)
+    def _log(self, values: dict[str, float], rates: Rates, epoch: int) -> None:
+        """One line on the console and in metrics.jsonl."""
+        interval, scaler = self.step.interval, self.step.scaler
+        shown = {name: values[name] for name in ("loss", *self.method.shown) if name in values}
+        self.progress.step({**shown, "lr": rates.lr})
+        if self.training:
+            values |= self.method.rates(rates.warmup)
         values |= {
-            "lr": self._rates.lr,
-            "key_momentum": self._rates.key_momentum,
-            "pairs_per_second": self._interval.steps * self.config.batch_size / self._interval.seconds,
+            "lr": rates.lr,
+            "key_momentum": rates.key_momentum,
+            "pairs_per_second": interval.steps * self.config.batch_size / interval.seconds,
             "bad_images": len(self.loader.bad_images),
         }
-        if self.scaler.is_enabled():
-            values |= {"skipped_steps": int(self.skipped_steps), "loss_scale": self.scaler.get_scale()}
+        if scaler.is_enabled():
+            values |= {"skipped_steps": int(self.step.skipped_steps), "loss_scale": scaler.get_scale()}
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
-        if epoch >= 0 and "positive_probability" in values:
+        if self.training and "positive_probability" in values:
             self.positives.setdefault("positive_probability_start", values["positive_probability"])
             self.positives["positive_probability_end"] = values["positive_probability"]
             if "positive_perplexity" in values:
                 self.positives["positive_perplexity_end"] = values["positive_perplexity"]
-        self._interval.clear()
+        interval.clear()
 
     def _end_epoch(self, epochs_done: int) -> None:
-        """kNN and a checkpoint where they are due."""
+        """kNN and a checkpoint, if they are due."""
         last = epochs_done == self.config.epochs
         scores = {}
         if self.evaluator is not None and self.evaluator.due(epochs_done, last):
@@ -272,33 +253,40 @@ class Trainer:
             self._count_bad_images()
 
     def _count_bad_images(self) -> None:
-        """Over all ranks. What was trained is kept where they are too many."""
+        """Exchange bad images over all ranks. If they are too many, what was trained is kept before the run ends."""
         try:
             self.loader.exchange_bad_images()
         except UserError:
             self._save()
             raise
 
-    def _require_finite(self, step: int) -> None:
-        loss = self._interval.sums.get("loss")
-        if loss is None or math.isfinite(loss.item()):
-            return
+    def _require_finite(self) -> None:
+        try:
+            self.step.interval.require_finite()
+        except LossNotFinite as error:
+            raise self._not_finite(error.loss, self.position.total_steps) from None
+
+    def _not_finite(self, loss: float, step: int) -> UserError:
         last = self.store.latest()
         way_on = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
-        raise UserError(
-            f"the loss is {loss.item()} at step {step}; {way_on}; "
+        return UserError(
+            f"the loss is {loss} at step {step}; {way_on}; "
             "lower optimizer.lr or the bank's learning rate, lengthen schedule.warmup_epochs, or take a wider precision"
         )
 
     def _save(self, score: float | None = None) -> None:
-        """Writes a checkpoint of the present position; training goes on where the disk refuses. Every rank takes part.
+        """Write a checkpoint of the present position (collective); training continues if the disk refuses it.
 
-        With the highest `score` yet it is kept as the best one too.
+        A checkpoint with the highest `score` yet is kept as the best one too.
+
+        Raises:
+            UserError: the ranks no longer have the same weights.
         """
         at = (self.position.total_steps, self.position.epochs_ended)
         if self._saved == at:
             return
-        self._require_finite(self.position.total_steps)
+        self._require_finite()
+        require_equal_ranks(self.encoders, self.method, f"at step {self.position.total_steps}", self.store.latest())
         state = self.state_dict()
         self._saved, self.save_failed = at, False
         if rank() != 0:
@@ -309,56 +297,55 @@ class Trainer:
                 self.store.save_best(path, self.position.total_steps, score)
         except CheckpointWriteError as error:
             self.save_failed = True
-            log.error("%s; training goes on without it", error)
+            log.error("%s; training continues without it", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, in types that torch.load reads with weights_only=True.
+        """All that a run needs to continue, in types that torch.load reads with weights_only=True (collective).
 
-        Every rank calls, for rank 0 to save: a bank that the ranks share is in its state alone.
+        Rank 0 saves it: a bank that the ranks share is in its state alone.
         """
         epoch, step = divmod(self.position.step, self.loader.steps_per_epoch)
         return {
             "config": self.resolved_config,
             "position": asdict(self.position),
-            "loader": {
-                "epoch": epoch,
-                "step": step,
-                "steps_per_epoch": self.loader.steps_per_epoch,
-                "batch_size": self.config.batch_size,
-                "seed": self.config.seed,
-                "draws": self.loader.draws,
-                "images": self.loader.images,
-            },
+            "loader": {"epoch": epoch, "step": step, **self._data_of_this_run()},
             "encoders": self.encoders.state_dict(),
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "skipped_steps": int(self.skipped_steps),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "skipped_steps": int(self.step.skipped_steps),
             "random": random_state.capture_ranks(),
-            "interval": self._interval.state_dict(),
+            "interval": self.step.interval.state_dict(),
             "positives": dict(self.positives),
         }
 
-    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
-        """Takes up a checkpoint's state; `name` stands in the error lines.
-
-        Raises:
-            UserError: other shapes, or a position in an epoch that the present batches do not have.
-        """
-        position = Position(**state["position"])
-        # Checkpoints of the first versions name neither draws nor images.
-        then = {"draws": self.loader.draws, "images": self.loader.images} | state["loader"]
-        now = {
+    def _data_of_this_run(self) -> dict[str, Any]:
+        """What the position within an epoch depends on."""
+        return {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
             "seed": self.config.seed,
             "draws": self.loader.draws,
             "images": self.loader.images,
         }
+
+    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
+        """Continue from a checkpoint's state; `name` is how error lines call it.
+
+        Raises:
+            UserError: other shapes, or a position in an epoch that the present batches do not have.
+        """
+        position = Position(**state["position"])
+        position.phase = PHASES_OF_VERSION_1.get(position.phase, position.phase)
+        if position.phase not in (phase.name for phase in self.phases):
+            raise UserError(f"{name} is in a phase '{position.phase}' that this method does not have")
+        now = self._data_of_this_run()
+        # Checkpoints of the first versions name neither draws nor images.
+        then = {"draws": now["draws"], "images": now["images"]} | state["loader"]
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
-        if changed and (then["step"] or position.phase == PREPARATION):
+        if changed and (then["step"] or position.phase != self.phases[-1].name):
             raise UserError(
-                f"{name} stands in the middle of an epoch, which can't go on with {', '.join(changed)}; "
+                f"{name} is in the middle of an epoch, which can't continue with {', '.join(changed)}; "
                 "resume with the settings it was made with, or from a checkpoint at an epoch's end"
             )
         if then["draws"] != now["draws"]:
@@ -366,7 +353,22 @@ class Trainer:
         if then["images"] != now["images"]:
             log.warning("other training images from here on: %s, was %s", now["images"], then["images"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
-        parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        self._load_parts(state, name)
+        self.step.skipped_steps.fill_(state.get("skipped_steps", 0))
+        random_state.restore_ranks(state["random"])
+        self.step.interval.load_state_dict(state["interval"], self.step.device)
+        self.positives = dict(state["positives"])
+        self.position = position
+        self.step.reset()
+        self._saved = (position.total_steps, position.epochs_ended)
+
+    def _load_parts(self, state: dict[str, Any], name: str) -> None:
+        parts = {
+            "encoders": self.encoders,
+            "method": self.method,
+            "optimizer": self.step.optimizer,
+            "scaler": self.step.scaler,
+        }
         for part, target in parts.items():
             try:
                 target.load_state_dict(state[part])
@@ -374,14 +376,5 @@ class Trainer:
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(
                     f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
-                    "or the settings it was made with, which stand in config.yaml there"
+                    "or the settings it was made with, which are in config.yaml there"
                 ) from None
-        self.skipped_steps.fill_(state.get("skipped_steps", 0))
-        random_state.restore_ranks(state["random"])
-        self._interval = Interval(**state["interval"])
-        self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}
-        self.positives = dict(state["positives"])
-        self.position = position
-        if self.graph is not None:
-            self.graph.reset()
-        self._saved = (position.total_steps, position.epochs_ended)

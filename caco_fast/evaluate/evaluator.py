@@ -43,7 +43,7 @@ class EvaluationConfig:
         """Whether anything is evaluated at all; data without labels can't be."""
         return self.every_epochs > 0 or self.linear_probe or self.baselines
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
             raise UserError(f"evaluation.k: want a list of numbers of at least 1, found {list(self.k)}")
         if len(set(self.k)) < len(self.k):

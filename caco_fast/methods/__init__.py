@@ -1,13 +1,38 @@
-"""The self-supervised objectives, by the name that a config gives them."""
+"""The self-supervised methods, each a file of its own, by the name that a configuration gives them."""
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import pkgutil
 
-from caco_fast.methods.base import Method, StepOutput
-from caco_fast.methods.caco import CaCo, CaCoConfig, CaCoLoss
-from caco_fast.methods.moco import MoCo, MoCoConfig
+from caco_fast.methods.base import (
+    METHODS,
+    Embeddings,
+    Method,
+    Phase,
+    StepOutput,
+    build_method,
+    register,
+    registered,
+)
 
-# Each is built from its own settings and the embedding size; the config section carries the same name.
-METHODS: dict[str, Callable[[Any, int], Method]] = {"caco": CaCo, "moco": MoCo}
+# Every file registers its method, so that a new one needs no other edit.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHODS", "CaCo", "CaCoConfig", "CaCoLoss", "Method", "MoCo", "MoCoConfig", "StepOutput"]
+from caco_fast.methods.caco import CaCo, CaCoConfig, CaCoLoss  # noqa: E402
+from caco_fast.methods.moco import MoCo, MoCoConfig  # noqa: E402
+
+__all__ = [
+    "METHODS",
+    "CaCo",
+    "CaCoConfig",
+    "CaCoLoss",
+    "Embeddings",
+    "Method",
+    "MoCo",
+    "MoCoConfig",
+    "Phase",
+    "StepOutput",
+    "build_method",
+    "register",
+    "registered",
+]

@@ -1,15 +1,14 @@
-"""What a method is: views and encoders in, loss and bank or queue update out.
+"""What a method is: views and encoders in, loss and bank or queue update out; and the registry of all methods.
 
 Legend: B images on this rank, C embedding size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from caco_fast.errors import UserError
 from caco_fast.models import EncoderPair
@@ -17,63 +16,169 @@ from caco_fast.ops.backends import BACKENDS
 from caco_fast.ops.rates import Rate
 
 
+class Embeddings(NamedTuple):
+    """What a loss is computed from: L2-normalised rows of the views that the method embeds."""
+
+    queries: Sequence[Tensor]  # each [B, C], with gradient
+    keys: Sequence[Tensor] = ()  # each [B, C], without gradient
+
+
 @dataclass
 class StepOutput:
-    """The differentiable loss of one step, and 0-d tensors that the trainer averages between log lines."""
+    """The differentiable loss of one step, 0-d tensors to log, and the rows that `update` gets.
 
-    loss: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    The trainer averages `metrics` between two log lines.
+    """
+
+    loss: Tensor  # []
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    rows: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: what its steps compute, and how long it lasts.
+
+    The last phase of a run has no number of steps. It is the training: it follows the schedule through all epochs. The
+    phases before it run at the peak learning rate, after a warm-up that lasts at most as long as they do. At the end of
+    such a phase the optimiser's state is dropped, and the next phase starts with the first epoch's order of images.
+    """
+
+    name: str
+    objective: Callable[[Sequence[Tensor], EncoderPair], StepOutput]
+    # (rows of the objective's output, share of the full rate in (0, 1], flag to skip) -> None; see `Method.update`.
+    update: Callable[[Sequence[Tensor], Rate, Tensor | None], None]
+    steps: int | None = None
+    # Called once after the last step, before the optimiser's state is dropped.
+    finish: Callable[[EncoderPair], None] = lambda encoders: None
+    # Whether a step that fp16 gradients made the optimiser skip is made up for at the end.
+    repeats_skipped: bool = False
+    # Whether the host reads nothing from the device in a step, so that a CUDA graph can hold it.
+    capturable: bool = True
 
 
 class Method(nn.Module, ABC):
-    """One self-supervised objective with the bank or queue that it learns from.
+    """One self-supervised objective, with the bank, queue or layers that it learns with.
 
-    The trainer calls, at every step: `forward`, then the backward pass and the optimiser, then `update`, and then lets
-    the key encoder follow (`EncoderPair.advance_key`). Everything that must survive a restart is a parameter or buffer,
-    so that `state_dict` holds it.
+    A step of training is: `embed` and `loss` (together `forward`), the backward pass and the optimiser's step, then
+    `update`, and then the key encoder's EMA. The trainer treats parameters of a method like those of the query encoder:
+    they are optimised, their gradients are averaged over all ranks, and checkpoints hold them. All other state that
+    must survive a restart is in buffers.
 
-    A method that fills its bank first has `preparation_steps` > 0; during that phase the trainer calls `prepare` in
-    place of `forward`, and `finish_preparation` once at its end, before it restarts optimiser and data order.
+    Everything that is computed with parameters happens within `forward` (or the objective of another phase). That call
+    is the one forward pass that DistributedDataParallel sees, so a method may call the encoders as often as it likes.
     """
+
+    # The name that it is registered by, which is that of its section in a configuration.
+    section: ClassVar[str] = ""
+    # Whether the method calls `encoders.keys`. If not, no key encoder is built, kept or averaged.
+    key_encoder: bool = True
+    # Sets of BatchNorm weights and statistics in the query encoder; `encoders.queries(views, norm_sets)` chooses.
+    norm_sets: int = 1
+    # Metrics that the log line shows after the loss.
+    shown: ClassVar[tuple[str, ...]] = ("positive_probability",)
+
+    @classmethod
+    def build(cls, config: Any, dim: int, sections: Mapping[str, Any]) -> "Method":
+        """Make the method from its own settings.
+
+        dim: C. sections: the settings of every method by its name; a method that wraps another one builds it by
+        `build_method(name, dim, sections)`.
+        """
+        return cls(config, dim)  # type: ignore[call-arg]
 
     @abstractmethod
     def check_views(self, sizes: Sequence[int]) -> None:
-        """Raises UserError where the method can't use views of these sides in pixels, in the configured order."""
+        """Raise UserError if the method can't use views of these sides in pixels, in the configured order."""
 
     @abstractmethod
-    def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
-        """Views [B, channels, h, w] each, in the configured order, to the loss of this step."""
+    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
+        """Queries and keys of the views, [B, channels, h, w] each, in the configured order."""
 
     @abstractmethod
-    def update(self, warmup: Rate, skip: torch.Tensor | None = None) -> None:
-        """The step of bank or queue, from what the last forward left. `warmup`: share of the full rate, in (0, 1].
+    def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
+        """The loss of one step.
 
-        skip: a 0-d flag on the device; where it is not 0 the optimiser has skipped this step, and so does the bank.
+        record: whether a learned bank keeps what its next step needs. A loss that is taken only for its gradient, such
+        as that of an adversarial example, is not recorded.
         """
 
+    def forward(self, views: Sequence[Tensor], encoders: EncoderPair) -> StepOutput:
+        """Views, [B, channels, h, w] each, in the configured order, to the loss of this step."""
+        return self.loss(self.embed(views, encoders))
+
+    def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
+        """Step the bank or queue after the optimiser's step.
+
+        rows: those of the output of `forward`. warmup: share of the full rate, in (0, 1].
+        skip: a 0-d flag on the device. If it is not 0, the optimiser has skipped this step, and so must the bank.
+        """
+
+    def phases(self, batch_size: int) -> list[Phase]:
+        """The phases of a run at this global batch size, in their order; the training is the last one."""
+        return [Phase("training", self, self.update)]
+
     def losses(self) -> Sequence[nn.Module]:
-        """The parts of `forward` behind the encoders that torch.compile may take, each without a graph break."""
+        """The parts of `loss` that torch.compile may take, each without a graph break."""
         return ()
 
     def rates(self, warmup: float) -> dict[str, float]:
-        """The rates of `update` at this warm-up, and what else is read on log steps only."""
+        """The rates of `update` at this warm-up, and other values that are read on log steps only."""
         return {}
 
-    def preparation_steps(self, batch_size: int) -> int:
-        """How many steps of `prepare` come before training, at this global batch size."""
-        return 0
 
-    def prepare(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
-        raise NotImplementedError(f"{type(self).__name__} has no preparation phase")
+class Registered(NamedTuple):
+    """A method with the dataclass of its settings and the help line of its section."""
 
-    def finish_preparation(self, encoders: EncoderPair) -> None:
-        """Called once after the last step of `prepare`."""
+    method: type[Method]
+    config: type
+    help: str
+
+
+METHODS: dict[str, Registered] = {}
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, config: type, help: str) -> Callable[[M], M]:
+    """Decorate a method's class: `method=NAME` then chooses it, and the section NAME of a configuration sets it.
+
+    config: a frozen dataclass whose fields are made by `caco_fast.settings.setting`.
+
+    Raises:
+        ValueError: another class has that name already.
+    """
+
+    def add(method: M) -> M:
+        if name in METHODS and METHODS[name].method.__qualname__ != method.__qualname__:
+            raise ValueError(f"method {name!r}: {METHODS[name].method.__name__} has that name already")
+        METHODS[name] = Registered(method, config, help)
+        method.section = name
+        return method
+
+    return add
+
+
+def registered(name: str) -> Registered:
+    """A method by its name.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in METHODS:
+        raise UserError(f"method: found '{name}', expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def build_method(name: str, dim: int, sections: Mapping[str, Any]) -> Method:
+    """A method from its section of the settings. dim: C. Raises UserError if there is no such method."""
+    return registered(name).method.build(sections[name], dim, sections)
 
 
 def check_settings(section: str, config: Any, positive: Sequence[str]) -> None:
-    """Raises UserError where a setting named in `positive` is not above 0, or `backend` unknown to the ops."""
+    """Raise UserError if a setting named in `positive` is not above 0, or `backend` is unknown to the operations."""
     for name in positive:
         if not 0 < getattr(config, name) < float("inf"):
-            raise UserError(f"{section}.{name}: must be above 0, found {getattr(config, name)}")
+            raise UserError(f"{section}.{name}: found {getattr(config, name)}, expected a number above 0")
     if config.backend not in BACKENDS:
-        raise UserError(f"{section}.backend: found '{config.backend}', want one of {', '.join(BACKENDS)}")
+        raise UserError(f"{section}.backend: found '{config.backend}', expected one of {', '.join(BACKENDS)}")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from caco_fast.bank import KeyQueue
 from caco_fast.errors import UserError
-from caco_fast.methods.base import Method, StepOutput, check_settings
+from caco_fast.methods.base import Embeddings, Method, StepOutput, check_settings, register
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
-from caco_fast.ops import bank_attend
 from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
@@ -22,37 +22,40 @@ from caco_fast.settings import setting
 class MoCoConfig:
     queue_size: int = setting(65536, "K, keys in the queue")
     temperature: float = setting(0.2, "t of the loss")
-    symmetric: bool = setting(False, "each view is query once and key once; the loss is the mean of both")
-    backend: str = setting("auto", "bank operations: auto, reference, tiled or cuda")
+    symmetric: bool = setting(False, "use each view once as query and once as key; the loss is the mean of both")
+    backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
+
+    def __post_init__(self) -> None:
+        check_settings("moco", self, ("temperature",))
 
 
+@register("moco", MoCoConfig, "MoCo v2: the queue of keys")
 class MoCo(Method):
     """L = mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ] over a FIFO queue `n` of past keys."""
 
     def __init__(self, config: MoCoConfig, dim: int) -> None:
         super().__init__()
-        check_settings("moco", config, ("temperature",))
         self.config = config
-        self.queue = KeyQueue(config.queue_size, dim)
-        self._keys: list[torch.Tensor] = []
+        self.queue = KeyQueue(config.queue_size, dim, backend=config.backend)
 
     def check_views(self, sizes: Sequence[int]) -> None:
         if len(sizes) != 2:
-            raise UserError(f"views: moco takes 2 views of an image, found {len(sizes)}")
+            raise UserError(f"views: found {len(sizes)} views of an image, expected 2 for moco")
 
-    def forward(self, views: Sequence[torch.Tensor], encoders: EncoderPair) -> StepOutput:
+    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
         queries = encoders.queries(views if self.config.symmetric else views[:1])
         # The key of view a's query is view b, and the reverse.
-        self._keys = encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:])
-        queue, temperature = self.queue.queue, self.config.temperature
-        halves = [
-            info_nce(q, k, bank_attend(q, queue, temperature, self.config.backend)[0], temperature)
-            for q, k in zip(queries, self._keys)
-        ]
-        loss = torch.stack([half[0] for half in halves]).mean()
-        return StepOutput(loss, {"positive_probability": torch.stack([half[1] for half in halves]).mean()})
+        return Embeddings(queries, encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:]))
 
-    def update(self, warmup: Rate, skip: torch.Tensor | None = None) -> None:
-        for keys in self._keys:
+    def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
+        temperature = self.config.temperature
+        halves = [
+            info_nce(q, k, self.queue.attend(q, temperature)[0], temperature)
+            for q, k in zip(embeddings.queries, embeddings.keys, strict=True)
+        ]
+        loss, probability = (torch.stack(values).mean() for values in zip(*halves))
+        return StepOutput(loss, {"positive_probability": probability}, tuple(embeddings.keys))
+
+    def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
+        for keys in rows:
             self.queue.enqueue(keys, skip=skip)
-        self._keys = []

@@ -30,6 +30,8 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "apex", switch("backbone.apex", self.apex))
+        if self.stem not in STEMS:
+            raise UserError(f"backbone.stem: found '{self.stem}', expected one of {', '.join(STEMS)}")
 
 
 def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:
@@ -48,8 +50,6 @@ def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:
         raise UserError(f"backbone.name: timm knows no architecture '{config.name}'{hint}") from None
     except TypeError as error:
         raise UserError(f"backbone.options: {config.name} does not take them: {error}") from None
-    if config.stem not in STEMS:
-        raise UserError(f"backbone.stem: found '{config.stem}', want one of {', '.join(STEMS)}")
     if config.stem != "imagenet":
         _use_small_stem(backbone, config, channels)
     return backbone

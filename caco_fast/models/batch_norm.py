@@ -1,4 +1,4 @@
-"""BatchNorm of several views that pass as one batch: the statistics are each view's own, over all ranks.
+"""BatchNorm of several views in one batch, with the statistics of each view, taken over all ranks.
 
 Legend: S segments (views) of a batch, B rows of each on this rank, C channels, n values per channel of a segment over
 all ranks; x input, y output, dx and dy their gradients, xhat = (x - mean) / sigma.
@@ -6,6 +6,7 @@ all ranks; x input, y output, dx and dy their gradients, xhat = (x - mean) / sig
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -21,26 +22,36 @@ from caco_fast.models.batch_norm_kernels import kernels_for
 class SegmentedBatchNorm(_BatchNorm):
     """BatchNorm of `segments` equal parts of the batch, each with statistics of its own over all ranks.
 
-    [S * B, C, ...] to the same shape: what S forwards of [B, C, ...] give, the running statistics included, which
-    take the segments in order. Over several ranks one collective forward and one backward serve all segments; the
-    ranks may bring different B. `segmented` sets `segments`.
+    [S * B, C, ...] to the same shape: the result of S forwards of [B, C, ...], including the running statistics, which
+    take the segments in order. On several ranks one collective forward and one backward serve all segments, and the
+    ranks may bring different B.
+
+    A norm may hold further sets of weights and statistics (`add_norm_sets`): set 0 is its own, set n is `further[n-1]`.
+    The context `segmented` sets `segments` and `norm_set`.
     """
 
     segments = 1
+    norm_set = 0
     # Whether views together cost less than views apart.
     joins_views = True
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.further = nn.ModuleList()
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"{type(self).__name__}: want [B, channels, ...], found {list(input.shape)}")
+            raise ValueError(f"{type(self).__name__}: found {list(input.shape)}, expected [B, channels, ...]")
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.norm_set:
+            return self.further[self.norm_set - 1](input)
         normalise = super().forward
         if not self.training:
             return normalise(input)
         if input.shape[0] % self.segments:
             found = f"{list(input.shape)} in {self.segments} segments"
-            raise ValueError(f"{type(self).__name__}: want [segments * B, channels, ...], found {found}")
+            raise ValueError(f"{type(self).__name__}: found {found}, expected [segments * B, channels, ...]")
         if world_size() > 1:
             return self._over_ranks(input)
         if self.segments == 1:
@@ -59,7 +70,7 @@ class SegmentedBatchNorm(_BatchNorm):
 
 
 class SegmentedBatchNormAct(SegmentedBatchNorm):
-    """The same followed by what timm's BatchNormAct2d holds beside it."""
+    """SegmentedBatchNorm followed by the dropout and activation that timm's BatchNormAct2d holds."""
 
     drop: nn.Module
     act: nn.Module
@@ -76,7 +87,7 @@ REPLACED = {
 
 
 def segment_batch_norm(module: nn.Module) -> nn.Module:
-    """`module` with every BatchNorm that has a segmented form in that form; the keys of its state_dict stay."""
+    """Replace every BatchNorm of `module` that has a segmented form by that form; the keys of state_dict stay."""
     for name, child in module.named_children():
         setattr(module, name, segment_batch_norm(child))
     form = REPLACED.get(type(module))
@@ -92,35 +103,69 @@ def segment_batch_norm(module: nn.Module) -> nn.Module:
     return segmented
 
 
+def add_norm_sets(module: nn.Module, sets: int, momentum: float = 0.01) -> None:
+    """Give every BatchNorm of `module` the weights and statistics of `sets` sets in all, which start equal.
+
+    Source: CLAE (arXiv 2010.12050), section 3.3, with its momentum of 0.01 for the running statistics of further sets.
+
+    Raises:
+        UserError: a BatchNorm that can hold one set only.
+    """
+    if sets == 1:
+        return
+    for child in list(module.modules()):
+        if _mixes_views(child) or (isinstance(child, SegmentedBatchNorm) and not child.joins_views):
+            raise UserError(f"{type(child).__name__} can't hold a second set of statistics; set backbone.apex to off")
+        if isinstance(child, SegmentedBatchNorm):
+            child.further = nn.ModuleList(_further_set(child, momentum) for _ in range(sets - 1))
+
+
+def drop_norm_sets(module: nn.Module) -> None:
+    """Leave only set 0 in every BatchNorm of `module`."""
+    for child in list(module.modules()):
+        if isinstance(child, SegmentedBatchNorm):
+            child.further = nn.ModuleList()
+
+
+def _further_set(norm: SegmentedBatchNorm, momentum: float) -> SegmentedBatchNorm:
+    further = SegmentedBatchNorm(norm.num_features, norm.eps, momentum, device=norm.weight.device)
+    further.to(norm.weight.dtype)
+    with torch.no_grad():
+        further.weight.copy_(norm.weight)
+        further.bias.copy_(norm.bias)
+    return further
+
+
 def separable(module: nn.Module) -> bool:
     """Whether several views may pass `module` as one batch: each of its BatchNorms can tell them apart, and gains."""
     return not any(_mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
 
 
 def require_statistics_of_all_ranks(module: nn.Module) -> None:
-    """Raises UserError where a BatchNorm of `module` would take its statistics from this rank alone."""
+    """Raise UserError if a BatchNorm of `module` would take its statistics from this rank alone."""
     for child in module.modules():
         if _mixes_views(child):
             raise UserError(f"{child} has no statistics over several ranks; use one rank, or a ResNet")
 
 
 def _mixes_views(module: nn.Module) -> bool:
-    """Whether it takes, or by its buffers seems to take, statistics over all rows of a batch."""
+    """Whether a module takes statistics over all rows of a batch, or seems to by its buffers."""
     tracks = any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
     return (tracks or isinstance(module, _BatchNorm)) and not isinstance(module, SegmentedBatchNorm)
 
 
 @contextmanager
-def segmented(module: nn.Module, segments: int) -> Iterator[None]:
-    """Inside, the BatchNorms of `module` take their batch for `segments` views one after the other."""
+def segmented(module: nn.Module, segments: int, norm_set: int = 0) -> Iterator[None]:
+    """Inside, the BatchNorms of `module` see their batch as `segments` views in a row, and use the set `norm_set`."""
     norms = [child for child in module.modules() if isinstance(child, SegmentedBatchNorm)]
     for norm in norms:
-        norm.segments = segments
+        # A further set is reached through the norm that holds it.
+        norm.segments, norm.norm_set = segments, norm_set if norm.further else 0
     try:
         yield
     finally:
         for norm in norms:
-            norm.segments = 1
+            norm.segments, norm.norm_set = 1, 0
 
 
 # Operations of their own, because torch.compile cannot look into a collective.

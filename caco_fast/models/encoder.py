@@ -1,21 +1,20 @@
-"""The encoder (backbone and projector) and the pair of query encoder and EMA key encoder.
+"""The encoder (backbone and projector), and the pair of the query encoder and its EMA, the key encoder.
 
 Legend: B images on this rank, C embedding size.
 """
 
 import copy
 import itertools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from caco_fast.models.apex_norm import use_apex_norm
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
-from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm, segmented, separable
+from caco_fast.models.batch_norm import add_norm_sets, drop_norm_sets, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
 from caco_fast.ops import ema_update_
 from caco_fast.ops.rates import Rate
@@ -42,14 +41,24 @@ class Encoder(nn.Module):
         self.autocast = autocast
         self.joint_views = joint_views and separable(self)
 
-    def forward(self, *views: torch.Tensor) -> list[torch.Tensor]:  # each [B, channels, h, w] -> [B, C]
+    def forward(
+        self,
+        *views: Tensor,  # each [B, channels, h, w]
+        norm_sets: Sequence[int] = (),
+    ) -> list[Tensor]:  # each [B, C]
+        """Embed views; `norm_sets` names the BatchNorm set of each, 0 for all by default."""
+        sets = norm_sets or [0] * len(views)
+        embeddings: list[Tensor] = []
         if not self.joint_views:
-            return [self._embed(view) for view in views]
-        embeddings: list[torch.Tensor] = []
+            for view, norm_set in zip(views, sets, strict=True):
+                with segmented(self, 1, norm_set) if norm_set else nullcontext():
+                    embeddings.append(self._embed(view))
+            return embeddings
         # Neighbours only, so that running statistics take the views in their order.
-        for _, same in itertools.groupby(views, key=lambda view: view.shape):
-            batch = list(same)
-            with segmented(self, len(batch)):
+        grouped = itertools.groupby(zip(views, sets, strict=True), key=lambda pair: (pair[0].shape, pair[1]))
+        for (_, norm_set), same in grouped:
+            batch = [view for view, _ in same]
+            with segmented(self, len(batch), norm_set):
                 embeddings += self._embed(torch.cat(batch)).chunk(len(batch))
         return embeddings
 
@@ -57,74 +66,88 @@ class Encoder(nn.Module):
         """The context that backbone and projector compute in."""
         return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
-    def _embed(self, view: torch.Tensor) -> torch.Tensor:
+    def _embed(self, view: Tensor) -> Tensor:
         with self.precision(view.device):
             embedding = self.projector(self.backbone(view))
         return F.normalize(embedding.float(), dim=1)
 
 
 class EncoderPair(nn.Module):
-    """The query encoder `f`, which is trained, and the key encoder `g`, an EMA of it.
+    """The query encoder `f`, which is trained, and, for methods that need one, the key encoder `g`, an EMA of it.
 
     The EMA covers parameters only: the BatchNorm buffers of `g` come from its own forwards, and both run in training
-    mode. `momentum` is set by the trainer before every EMA step, whose implementation is `ema_backend`.
+    mode. Parameters are paired by name: `f` may have more of them, such as a second set of BatchNorms.
     """
 
-    def __init__(self, query: Encoder, ema_backend: str = "auto") -> None:
+    key: Encoder | None
+
+    def __init__(self, query: Encoder, key_encoder: bool = True) -> None:
         super().__init__()
         self.query = query
-        self.key = copy.deepcopy(query).requires_grad_(False)
-        self.momentum: Rate = 0.99
-        self.ema_backend = ema_backend
-        # What the forwards go through; in a tuple, a DistributedDataParallel wrapper stays out of state_dict().
-        self._forward_query: tuple[nn.Module] = (query,)
+        self.key = None
+        if key_encoder:
+            self.key = copy.deepcopy(query).requires_grad_(False)
+            drop_norm_sets(self.key)
 
-    def wrap_query(self, wrapped: nn.Module) -> None:
-        """Sends the forwards of the query encoder through `wrapped`, e.g. DistributedDataParallel(pair.query)."""
-        self._forward_query = (wrapped,)
+    def queries(self, views: Sequence[Tensor], norm_sets: Sequence[int] = ()) -> list[Tensor]:  # each [B, C]
+        """Embeddings by `f`, whose gradient trains it. A method may call it more than once in a step."""
+        return self.query(*views, norm_sets=norm_sets)
 
-    def distribute(self, device: torch.device) -> None:
-        """Averages the query encoder's gradients over all ranks.
-
-        Raises:
-            UserError: a BatchNorm whose statistics would be those of one rank.
-        """
-        require_statistics_of_all_ranks(self)
-        wrapped = DistributedDataParallel(
-            self.query,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            # Every rank keeps the same BatchNorm buffers by itself, the statistics being those of all ranks.
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            # Every step is one forward that uses every parameter, in the bank's initialisation too.
-            static_graph=True,
-        )
-        # Otherwise it times every hundredth step, waiting for the device; no one reads that, and no graph can hold it.
-        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
-        self.wrap_query(wrapped)
-
-    def queries(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # each [B, C]
-        return self._forward_query[0](*views)
+    def embed(self, views: Sequence[Tensor], norm_sets: Sequence[int] = ()) -> list[Tensor]:  # each [B, C]
+        """Embeddings by `f` as a constant function: gradients reach the views, and no parameter."""
+        with _constant(self.query):
+            return self.query(*views, norm_sets=norm_sets)
 
     @torch.no_grad()
-    def keys(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # each [B, C]
+    def keys(self, views: Sequence[Tensor]) -> list[Tensor]:  # each [B, C]
+        """Embeddings by `g`, without gradient.
+
+        Raises:
+            RuntimeError: the pair was built without a key encoder.
+        """
+        if self.key is None:
+            raise RuntimeError("the method asked for keys, but its `key_encoder` is False")
         return self.key(*views)
 
     @torch.no_grad()
-    def advance_key(self, skip: torch.Tensor | None = None) -> None:  # []
-        """g <- m g + (1 - m) f, after the optimiser's step; not where the flag `skip` is not 0.
+    def advance_key(self, momentum: Rate, skip: Tensor | None = None) -> None:  # [], []
+        """g <- m g + (1 - m) f, after the optimiser's step, unless the flag `skip` is not 0.
 
-        The EMA stands between the forwards of queries and keys (methods.md). The optimiser's step is the last to
-        change f before those queries, and g = f at the start, so that done here it gives the same keys; and a step
-        that is skipped leaves f and g as they were, with nothing to take back.
+        In the formulas (docs/method.md) the EMA comes between the forwards of queries and keys. The optimiser's step
+        is the last to change f before those queries, and g = f at the start, so the same keys result here. A skipped
+        step leaves f and g unchanged, with nothing to undo.
         """
-        key, query = list(self.key.parameters()), list(self.query.parameters())
-        ema_update_(key, query, 1.0 - self.momentum, skip=skip, backend=self.ema_backend)
+        key, query = self._paired()
+        if key:
+            ema_update_(key, query, 1.0 - momentum, skip=skip)
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:
         """g <- f, at the end of the bank's initialisation."""
-        torch._foreach_copy_(list(self.key.parameters()), list(self.query.parameters()))
+        key, query = self._paired()
+        if key:
+            torch._foreach_copy_(key, query)
+
+    def _paired(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters of g, and those of f with the same names."""
+        if self.key is None:
+            return [], []
+        query = dict(self.query.named_parameters())
+        named = list(self.key.named_parameters())
+        return [value for _, value in named], [query[name] for name, _ in named]
+
+
+@contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of `module` requires a gradient."""
+    trained = [value for value in module.parameters() if value.requires_grad]
+    for value in trained:
+        value.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for value in trained:
+            value.requires_grad_(True)
 
 
 def build_encoder_pair(
@@ -133,10 +156,18 @@ def build_encoder_pair(
     channels: int,
     autocast: torch.dtype | None = None,
     joint_views: bool = False,
-    ema_backend: str = "auto",
+    key_encoder: bool = True,
+    norm_sets: int = 1,
 ) -> EncoderPair:
+    """Both encoders from their settings.
+
+    channels: of the images. key_encoder: whether the method needs keys. norm_sets: sets of BatchNorm weights and
+    statistics in the query encoder.
+    """
     features = build_backbone(backbone, channels)
     use_apex_norm(backbone.apex, features, autocast)
     features = segment_batch_norm(features)
     head = segment_batch_norm(build_projector(projector, feature_width(features)))
-    return EncoderPair(Encoder(features, head, autocast, joint_views), ema_backend)
+    query = Encoder(features, head, autocast, joint_views)
+    add_norm_sets(query, norm_sets)
+    return EncoderPair(query, key_encoder)

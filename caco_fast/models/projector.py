@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from caco_fast.errors import UserError
-from caco_fast.settings import setting
+from caco_fast.settings import require_at_least, setting
 
 
 @dataclass(frozen=True)
@@ -16,12 +15,13 @@ class ProjectorConfig:
     batch_norm: bool = setting(True, "BatchNorm after every hidden layer (never after the last)")
     bias: bool = setting(False, "bias in the linear layers")
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "dim"):
+            require_at_least(f"projector.{name}", getattr(self, name), 1)
+
 
 def build_projector(config: ProjectorConfig, features: int) -> nn.Sequential:
     """Linear, BatchNorm and ReLU `layers - 1` times, then Linear: [B, features] to [B, dim] (paper, section V-A)."""
-    if min(config.layers, config.hidden, config.dim) < 1:
-        found = f"{config.layers}, {config.hidden}, {config.dim}"
-        raise UserError(f"projector: layers, hidden and dim must be at least 1, found {found}")
     modules: list[nn.Module] = []
     width = features
     for _ in range(config.layers - 1):

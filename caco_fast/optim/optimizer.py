@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from caco_fast.errors import UserError
-from caco_fast.ops import tensor_lists
 from caco_fast.optim.apex import fused_sgd
 from caco_fast.optim.lars import LARS
 from caco_fast.settings import setting, switch
@@ -24,17 +23,26 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 class OptimizerConfig:
     name: str = setting("lars", "lars, sgd or adamw")
     lr: float = setting(0.3, "learning rate at batch 256; it is multiplied by batch / 256")
-    scale_lr: bool = setting(True, "multiply lr by batch / 256; off: lr is used as it stands")
+    scale_lr: bool = setting(True, "multiply lr by batch / 256; off: use lr as it is")
     momentum: float = setting(0.9, "momentum of lars and sgd")
     weight_decay: float = setting(1.5e-6, "weight decay; lars leaves one-dimensional tensors out")
     trust: float = setting(0.001, "trust coefficient of lars")
-    backend: str = setting(
-        "auto", "lars and the key encoder's EMA: foreach (torch), cuda (csrc/optim) or reference; auto: foreach"
-    )
-    apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: where it is built")
+    apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: if it is built")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "apex", switch("optimizer.apex", self.apex))
+        if self.name not in NAMES:
+            raise UserError(f"optimizer.name: found '{self.name}', expected one of {', '.join(NAMES)}")
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr: found {self.lr}, expected a number above 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum: found {self.momentum}, expected a number in [0, 1)")
+        if not self.weight_decay >= 0:
+            raise UserError(f"optimizer.weight_decay: found {self.weight_decay}, expected 0 or more")
+        if not self.trust > 0:
+            raise UserError(f"optimizer.trust: found {self.trust}, expected a number above 0")
+        if self.apex == "on" and self.name != "sgd":
+            raise UserError(f"optimizer.apex: Apex serves sgd here, not {self.name}; set it to off or auto")
 
 
 def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
@@ -51,28 +59,17 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimiser of the settings.
 
-    scaled: under a GradScaler, whose overflow flag it then reads on the device. captured: in a CUDA graph, where it
-    does so with its lr, a tensor.
+    scaled: the optimiser runs under a GradScaler, and reads the overflow flag on the device. captured: it runs in a
+    CUDA graph, and reads its lr on the device too.
     """
-    if not config.lr > 0:
-        raise UserError(f"optimizer.lr: must be positive, found {config.lr}")
-    if not (0 <= config.momentum < 1 and config.weight_decay >= 0 and config.trust > 0):
-        found = f"{config.momentum}, {config.weight_decay} and {config.trust}"
-        raise UserError(f"optimizer: want momentum in [0, 1), weight_decay 0 or more and trust above 0, found {found}")
     params = list(params)
-    try:
-        tensor_lists.resolve("optimizer.backend", config.backend, params[0].device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
-    if config.apex == "on" and config.name != "sgd":
-        raise UserError(f"optimizer.apex: Apex serves sgd here, not {config.name}; set it to off or auto")
     if config.apex == "on" and captured:
         raise UserError("optimizer.apex: FusedSGD reads its lr on the host; set it or trainer.cuda_graph to off")
     lr = peak_lr(config, batch_size)
     # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
     fused = True if scaled or captured else None
     if config.name == "lars":
-        return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
+        return LARS(params, lr, config.momentum, config.weight_decay, config.trust)
     if config.name == "sgd":
         apex = "off" if captured else config.apex
         if (of_apex := fused_sgd(apex, params, lr, config.momentum, config.weight_decay)) is not None:
@@ -82,19 +79,20 @@ def build_optimizer(
             optimizer.register_step_pre_hook(_start_at_rest)
         optimizer.register_load_state_dict_pre_hook(_keep_implementation)
         return optimizer
-    if config.name == "adamw":
-        if captured:
-            # It warns at the steps before the capture.
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        optimizer = AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
-        optimizer.register_load_state_dict_pre_hook(_keep_implementation)
-        return optimizer
-    raise UserError(f"optimizer.name: found '{config.name}', want one of {', '.join(NAMES)}")
+    if captured:
+        # It warns at the steps before the capture.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+    optimizer = AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer
 
 
 def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Momentum buffers of zeros: torch's fused SGD (2.11) makes them of uninitialised memory, which a first step that
-    is skipped leaves as it is and the second takes for momentum."""
+    """Make momentum buffers of zeros.
+
+    torch's fused SGD (2.11) makes them of uninitialised memory. A first step that is skipped leaves that as it is, and
+    the second step takes it for momentum.
+    """
     for group in optimizer.param_groups:
         for p in group["params"] if group["momentum"] else ():
             if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
@@ -102,7 +100,7 @@ def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's state without its choice of code: it may come from a run with another precision or switch."""
+    """Drop a checkpoint's choice of code from its state: it may come from a run with another precision or switch."""
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
     kept = [{**saved, **{name: own[name] for name in IMPLEMENTATION if name in own}} for saved, own in groups]
     return {**state, "param_groups": kept}

@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate, the EMA momentum, and the warm-up that the bank shares."""
+"""The values that change over a run: the learning rate, the EMA momentum, and the warm-up that the bank shares."""
 
 import logging
 import math
@@ -16,14 +16,23 @@ class ScheduleConfig:
     final_ratio: float = setting(0.01, "the cosine ends at this share of the lr")
     key_momentum: float = setting(0.99, "EMA momentum m0 of the key encoder at the start")
     key_momentum_rises: bool = setting(True, "m rises from m0 to 1 by a cosine; off: it stays m0 (MoCo v2)")
-    per: str = setting("step", "step: values change every step; epoch: every epoch, as the released code")
+    per: str = setting("step", "step: values change every step; epoch: every epoch, as in the released code")
+
+    def __post_init__(self) -> None:
+        if self.per not in ("step", "epoch"):
+            raise UserError(f"schedule.per: found '{self.per}', expected step or epoch")
+        if not self.warmup_epochs >= 0:
+            raise UserError(f"schedule.warmup_epochs: found {self.warmup_epochs}, expected 0 or more")
+        for name in ("final_ratio", "key_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"schedule.{name}: found {getattr(self, name)}, expected a number in [0, 1]")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Values of a run of `epochs` epochs of `steps_per_epoch` steps.
 
-    At step s of the run, e = s / steps_per_epoch (methods.md, recipe of section 1):
+    At step s of the run, e = s / steps_per_epoch (docs/method.md, schedule):
 
         warmup(s)       = min(1, (s + 1) / warm-up steps)
         lr(s)           = lr * warmup(s) during the warm-up, then a cosine from lr to final_ratio lr
@@ -36,23 +45,15 @@ class Schedule:
     steps_per_epoch: int
 
     def __post_init__(self) -> None:
-        if self.config.per not in ("step", "epoch"):
-            raise UserError(f"schedule.per: found '{self.config.per}', want step or epoch")
-        if not 0 <= self.config.warmup_epochs:
-            raise UserError(f"schedule.warmup_epochs: must not be negative, found {self.config.warmup_epochs}")
         if self.config.warmup_epochs >= self.epochs:
             log.warning(
-                "schedule.warmup_epochs %g leaves nothing of trainer.epochs %d: the learning rate only rises",
+                "schedule.warmup_epochs %g is no less than trainer.epochs %d: the learning rate only rises",
                 self.config.warmup_epochs,
                 self.epochs,
             )
-        if not 0 <= self.config.final_ratio <= 1:
-            raise UserError(f"schedule.final_ratio: must lie in [0, 1], found {self.config.final_ratio}")
-        if not 0 <= self.config.key_momentum <= 1:
-            raise UserError(f"schedule.key_momentum: must lie in [0, 1], found {self.config.key_momentum}")
 
     def _position(self, step: int) -> tuple[float, float, float]:
-        """Where the run is, how long its warm-up is and how long it is in all, in units of `per`."""
+        """The place in the run, the length of its warm-up and its whole length, in units of `per`."""
         if self.config.per == "epoch":
             return float(step // self.steps_per_epoch), self.config.warmup_epochs, float(self.epochs)
         return float(step), self.config.warmup_epochs * self.steps_per_epoch, float(self.epochs * self.steps_per_epoch)

@@ -5,13 +5,13 @@ from types import ModuleType
 
 import pytest
 
-from caco_fast.engine.trainer import Trainer
+from caco_fast.engine.state import Interval
 from caco_fast.ops import bank_step
 from tests.engine.graph_steps import LARS, assert_replays_are_steps
 from tests.engine.replay import RecordedKernels, Recording
 from tests.engine.tiny_run import write_images
 
-BACKENDS = ("caco.backend=cuda", "moco.backend=cuda", "optimizer.backend=cuda")
+BACKENDS = ("caco.backend=cuda", "moco.backend=cuda")
 
 
 @pytest.mark.parametrize("path, method", [(70, "caco"), (90, "caco"), (90, "moco")], indirect=["path"])
@@ -19,7 +19,7 @@ def test_replays_of_kernels_are_steps(
     method: str, cuda_ops: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bank_step.checks, "check_positive_range", lambda op, positives, bank_rows: None)
-    monkeypatch.setattr(Trainer, "_require_finite", lambda self, step: None)
+    monkeypatch.setattr(Interval, "require_finite", lambda self: None)
     monkeypatch.setattr(cuda_ops, "kernels", RecordedKernels(cuda_ops.kernels))
     monkeypatch.setattr(cuda_ops, "capturing", lambda device: Recording.entered is not None)
     images = write_images(tmp_path / "images")

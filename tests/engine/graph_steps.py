@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from caco_fast import training
+from caco_fast import build
 from caco_fast.data import Batch
 from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.state import Rates
-from caco_fast.engine.step_graph import WARMUP_STEPS, StepGraph
+from caco_fast.engine.step import Rates
+from caco_fast.engine.step_graph import WARMUP_STEPS, Capture
 from caco_fast.engine.trainer import Trainer
 from tests.engine.replay import Recorder
 from tests.engine.tiny_run import config
@@ -38,15 +38,20 @@ CASES = {
 
 
 def make_trainer(
-    images: Path, folder: Path, *settings: str, graph: StepGraph | None = None, device: torch.device = CPU
+    images: Path,
+    folder: Path,
+    *settings: str,
+    capture: tuple[Capture, int] | None = None,
+    device: torch.device = CPU,
 ) -> Trainer:
     run = config(images, "evaluation.every_epochs=0", *settings)
     store = CheckpointStore(folder / "checkpoints", keep=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_step_graph", lambda config, device: graph)
-        trainer = training.build_trainer(run, RunFolder(folder), store, device)
+        patch.setattr(build, "build_capture", lambda config, device: capture)
+        trainer = build.build_trainer(build.settled(run, device), RunFolder(folder), store, device)
     trainer.encoders.train()
     trainer.method.train()
+    trainer.step.enter(trainer.phases[-1])
     return trainer
 
 
@@ -64,18 +69,18 @@ def losses(trainer: Trainer, sizes: Sequence[int] = (32, 32), steps: int = WARMU
     found = []
     for step in range(steps):
         if step % 3 == 0:
-            trainer._interval.clear()
-        trainer._step(batch_at(step, sizes), trainer.method, rates_at(step))
-        found.append(float(trainer._interval.sums["loss"]))
+            trainer.step.interval.clear()
+        trainer.step(batch_at(step, sizes).views, rates_at(step))
+        found.append(float(trainer.step.interval.sums["loss"]))
     return found
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     found = {f"encoders.{name}": value for name, value in trainer.encoders.state_dict().items()}
     found |= {f"method.{name}": value for name, value in trainer.method.named_buffers()}
-    for at, state in enumerate(trainer.optimizer.state.values()):
+    for at, state in enumerate(trainer.step.optimizer.state.values()):
         found |= {f"optimizer.{at}.{name}": value for name, value in state.items()}
-    found |= {"skipped": trainer.skipped_steps}
+    found |= {"skipped": trainer.step.skipped_steps}
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -87,8 +92,8 @@ def different(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 def assert_replays_are_steps(images: Path, folder: Path, settings: tuple[str, ...]) -> Trainer:
     """The trainer of the replays."""
     recorder = Recorder()
-    captured = make_trainer(images, folder / "a", *settings, graph=StepGraph(CPU, recorder, WARMUP_STEPS))
-    plain = make_trainer(images, folder / "b", *settings, graph=StepGraph(CPU, Recorder(), NEVER))
+    captured = make_trainer(images, folder / "a", *settings, capture=(recorder, WARMUP_STEPS))
+    plain = make_trainer(images, folder / "b", *settings, capture=(Recorder(), NEVER))
     sizes = (32, 32, 16, 16) if SMALL_VIEWS in settings else (32, 32)
     assert losses(captured, sizes) == losses(plain, sizes)
     assert different(state_of(captured), state_of(plain)) == []

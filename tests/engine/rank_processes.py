@@ -70,18 +70,20 @@ def _become(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str
     sys.argv = ["train.py", *arguments]
     import train
 
-    from caco_fast.models import encoder
+    from caco_fast.engine import step
 
-    assert encoder.DistributedDataParallel is DistributedDataParallel, "it is wrapped elsewhere: patch it there"
-    encoder.DistributedDataParallel = _with_lasting_buckets
+    assert step.DistributedDataParallel is DistributedDataParallel, "it is wrapped elsewhere: patch it there"
+    step.DistributedDataParallel = _LastingBuckets
     train.leave(train.main())
 
 
-def _with_lasting_buckets(module: Any, **options: Any) -> Any:
+class _LastingBuckets(DistributedDataParallel):
     """DistributedDataParallel that keeps the layout of its buckets, so that a resumed run can be equal bit for bit.
 
     It lays them out anew after the first step of a process, upon which gloo sums three ranks' gradients in another
     order; not where it looks for unused parameters.
     """
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True")
-    return DistributedDataParallel(module, **{**options, "find_unused_parameters": True, "static_graph": False})
+
+    def __init__(self, module: Any, **options: Any) -> None:
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True")
+        super().__init__(module, **{**options, "find_unused_parameters": True, "static_graph": False})

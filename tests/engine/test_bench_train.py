@@ -36,7 +36,6 @@ def test_the_released_step_is_caco(images: Path) -> None:
     released = train_steps.ReleasedStep(run, CPU)
     query = Encoder(*train_steps.copy.deepcopy(released.query))
     pair = EncoderPair(query)
-    pair.momentum = train_steps.RATES["key_momentum"]
     method = CaCo(run.caco, run.projector.dim)
     method.bank.bank.copy_(released.bank)
     optimizer = train_steps.build_optimizer(run.optimizer, query.parameters(), run.trainer.batch_size)
@@ -46,8 +45,8 @@ def test_the_released_step_is_caco(images: Path) -> None:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        method.update(1.0)
-        pair.advance_key()
+        method.update(output.rows, 1.0)
+        pair.advance_key(train_steps.RATES["key_momentum"])
         losses.append(output.loss.item())
         released()
     assert released.losses == pytest.approx(losses, rel=1e-4)

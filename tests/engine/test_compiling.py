@@ -10,11 +10,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from caco_fast.distributed import is_distributed, rank, world_size
+from caco_fast.distributed import rank, world_size
 from caco_fast.engine import compiling
 from caco_fast.engine.compiling import compile_step
+from caco_fast.engine.step import Rates
 from caco_fast.errors import UserError
-from caco_fast.methods import METHODS, CaCoConfig, MoCoConfig
+from caco_fast.methods import CaCoConfig, MoCoConfig, build_method
 from caco_fast.models import (
     BackboneConfig,
     Encoder,
@@ -24,6 +25,7 @@ from caco_fast.models import (
     build_projector,
     segment_batch_norm,
 )
+from tests.methods.stand_ins import sgd_step
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -50,25 +52,20 @@ def steps(
     torch.manual_seed(0)
     pair = make(joint_views)
     settings = {"caco": CaCoConfig(bank_size=13), "moco": MoCoConfig(queue_size=13, symmetric=True)}[name]
-    method = METHODS[name](settings, C)
+    method = build_method(name, C, {name: settings})
     if compiled:
         compile_step(pair, method, CPU, backend="aot_eager", fullgraph=True)
-    if is_distributed():
-        pair.distribute(CPU)
-    optimizer = torch.optim.SGD(pair.query.parameters(), lr=0.1)
+    step = sgd_step(method, pair)
+    step.enter(method.phases(B)[-1])
     losses = []
     for _ in range(3):
         # No smaller: where a 3x3 convolution of stride 2 gets a map of 1x1, oneDNN's bf16 backward pass (torch 2.11, on
         # a processor with AMX) reads memory that nothing wrote.
         sides = (16, 16, 12, 12) if name == "caco" else (16, 16)
         views = [torch.randn(B, 1, side, side).chunk(world_size())[rank()] for side in sides]
-        output = method(views, pair)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        method.update(1.0)
-        pair.advance_key()
-        losses.append(output.loss.detach())
+        step.interval.clear()
+        step(views, Rates(0.1, 0.99, 1.0))
+        losses.append(step.interval.sums["loss"].clone())
     return {"losses": torch.stack(losses), **pair.state_dict(), **method.state_dict()}
 
 

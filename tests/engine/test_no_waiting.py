@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from caco_fast.build import build_trainer, settled
 from caco_fast.data import Batch
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.state import Rates
+from caco_fast.engine.step import Rates
 from caco_fast.engine.step_graph import WARMUP_STEPS
 from caco_fast.engine.trainer import Trainer
-from caco_fast.training import build_trainer
 from tests.engine.tiny_run import config, write_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -40,9 +40,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_trainer(images: Path, folder: Path, *settings: str) -> Trainer:
     run = config(images, "trainer.device=cuda", "evaluation.every_epochs=0", *settings)
     store = CheckpointStore(folder / "checkpoints", keep=1)
-    trainer = build_trainer(run, RunFolder(folder), store, torch.device("cuda", 0))
+    trainer = build_trainer(settled(run, torch.device("cuda", 0)), RunFolder(folder), store, torch.device("cuda", 0))
     trainer.encoders.train()
     trainer.method.train()
+    trainer.step.enter(trainer.phases[-1])
     return trainer
 
 
@@ -67,10 +68,10 @@ def test_a_step_without_a_log_line_does_not_wait(case: str, images: Path, tmp_pa
 
     def steps() -> None:
         for _ in range(STEPS):
-            trainer._step(batch, trainer.method, RATES)
+            trainer.step(batch.views, RATES)
 
     steps()  # Libraries load, and states are made; of captured steps, all that precedes the replays.
     assert waits(steps) == []
     # The same ears hear a wait.
-    assert len(waits(lambda: trainer._interval.sums["loss"].item())) == 1
+    assert len(waits(lambda: trainer.step.interval.sums["loss"].item())) == 1
     trainer.close()

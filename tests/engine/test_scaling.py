@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from caco_fast import training
+from caco_fast import build, training
 from caco_fast.bank import KeyQueue
 from caco_fast.data import Batch
 from caco_fast.distributed import rank
@@ -19,7 +19,7 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.precision import require_scale
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.state import Rates
+from caco_fast.engine.step import Rates
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
@@ -41,9 +41,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_trainer(images: Path, folder: Path, *settings: str) -> Trainer:
     """A trainer of f32 encoders under a scaler."""
     run = config(images, "evaluation.every_epochs=0", *settings)
-    trainer = training.build_trainer(run, RunFolder(folder), CheckpointStore(folder / "checkpoints", keep=1), CPU)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer.optimizer = build_optimizer(
+    trainer = build.build_trainer(
+        build.settled(run, CPU), RunFolder(folder), CheckpointStore(folder / "checkpoints", keep=1), CPU
+    )
+    trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.step.optimizer = build_optimizer(
         run.optimizer, trainer.encoders.query.parameters(), run.trainer.batch_size, scaled=True
     )
     trainer.encoders.train()
@@ -60,7 +62,10 @@ def step(trainer: Trainer, seed: int, overflow: bool, prepare: bool = False) -> 
     """One step, with a gradient that is infinite in one place or not."""
     weight = next(trainer.encoders.query.parameters())
     hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), torch.inf) if overflow else grad)
-    trainer._step(make_batch(seed), trainer.method.prepare if prepare else trainer.method, RATES)
+    phase = trainer.phases[0 if prepare else -1]
+    if trainer.step.phase is not phase:
+        trainer.step.enter(phase)
+    trainer.step(make_batch(seed).views, RATES)
     hook.remove()
 
 
@@ -68,7 +73,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """All that a skipped step must leave alone: everything but the running statistics of BatchNorm."""
     found = {f"encoders.{name}": value for name, value in trainer.encoders.named_parameters()}
     found |= {f"method.{name}": value for name, value in trainer.method.named_buffers()}
-    for at, state in enumerate(trainer.optimizer.state.values()):
+    for at, state in enumerate(trainer.step.optimizer.state.values()):
         found |= {f"optimizer.{at}.{name}": value for name, value in state.items()}
     return {name: value.detach().clone() for name, value in found.items()}
 
@@ -90,9 +95,9 @@ def test_training_with_skipped_steps_is_training_without_them(images, tmp_path, 
         if not overflow:
             step(plain, seed, overflow)
     assert_same(state_of(skipping), state_of(plain))
-    assert int(skipping.skipped_steps) == 4 and int(plain.skipped_steps) == 0
-    assert skipping.position.step == 7
-    assert skipping.scaler.get_scale() == 1024 / 2**4
+    assert int(skipping.step.skipped_steps) == 4 and int(plain.step.skipped_steps) == 0
+    assert skipping.step.interval.steps == 7
+    assert skipping.step.scaler.get_scale() == 1024 / 2**4
     unmoved = [name for name, value in start.items() if torch.equal(value, state_of(plain)[name])]
     assert [name for name in unmoved if not name.endswith(("next_row", "skipped_rows"))] == []
 
@@ -111,13 +116,15 @@ def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
 def test_a_skipped_step_of_the_preparation_is_made_up_for(images, tmp_path, monkeypatch):
     """No row of the bank stays as it was drawn."""
     trainer = make_trainer(images, tmp_path, "trainer.epochs=1")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117, growth_interval=10**6)
+    trainer.step.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**127, backoff_factor=2.0**-117, growth_interval=10**6
+    )
     drawn = trainer.method.bank.bank.clone()
-    monkeypatch.setattr(trainer, "_train", lambda: None)
     monkeypatch.setattr(trainer, "_save", lambda: None)
+    trainer.phases = trainer.phases[:1]
     trainer.metrics.open()
     trainer.run()
-    assert int(trainer.skipped_steps) == 1 and trainer.position.total_steps == 6
+    assert int(trainer.step.skipped_steps) == 1 and trainer.position.total_steps == 6
     assert not (trainer.method.bank.bank == drawn).all(dim=1).any()
     trainer.close()
 
@@ -139,7 +146,11 @@ def on_two_ranks(images: Path, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(images, folder / str(rank()))
     for seed in range(4):
         step(trainer, seed, overflow=(seed, rank()) in ((0, 1), (2, 0)))
-    return {"state": state_of(trainer), "skipped": int(trainer.skipped_steps), "scale": trainer.scaler.get_scale()}
+    return {
+        "state": state_of(trainer),
+        "skipped": int(trainer.step.skipped_steps),
+        "scale": trainer.step.scaler.get_scale(),
+    }
 
 
 def without_overflow(images: Path, folder: Path) -> dict[str, Any]:
@@ -165,8 +176,8 @@ def test_an_overflow_on_one_rank_is_skipped_on_all(images, tmp_path):
 def run_in_fp16(monkeypatch: pytest.MonkeyPatch, images: Path, folder: Path, *settings: str, resume: str = "never"):
     """With so large a scale that the scaled loss of the first step overflows, and after that none."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117, growth_interval=10**6)
-    monkeypatch.setattr(training, "gradient_scaler", lambda precision, device: scaler)
-    monkeypatch.setattr(training, "autocast_dtype", lambda precision, device: torch.float16)
+    monkeypatch.setattr(build, "gradient_scaler", lambda precision, device: scaler)
+    monkeypatch.setattr(build, "autocast_dtype", lambda precision, device: torch.float16)
     return training.train(config(images, "evaluation.every_epochs=0", "trainer.epochs=1", *settings), folder, resume)
 
 

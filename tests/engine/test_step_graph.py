@@ -3,21 +3,22 @@
 On the CPU by tests/engine/replay.py in place of CUDA graphs; on a GPU by themselves.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from caco_fast import training
+from caco_fast import build, training
 from caco_fast.distributed import rank
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.settings import TrainerConfig
-from caco_fast.engine.state import Rates
-from caco_fast.engine.step_graph import WARMUP_STEPS, WARMUP_STEPS_OF_RANKS, CudaCapture, StepGraph
+from caco_fast.engine.state import Interval
+from caco_fast.engine.step import Rates
+from caco_fast.engine.step_graph import WARMUP_STEPS, WARMUP_STEPS_OF_RANKS, Capture, CapturedStep, CudaCapture
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_step
@@ -25,7 +26,6 @@ from caco_fast.optim import OptimizerConfig, build_optimizer
 from tests.engine.graph_steps import (
     ADAMW,
     CASES,
-    CPU,
     LARS,
     NEVER,
     SGD,
@@ -58,14 +58,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the looks at values that are taken on the CPU alone."""
     monkeypatch.setattr(bank_step.checks, "check_positive_range", lambda op, positives, bank_rows: None)
-    monkeypatch.setattr(Trainer, "_require_finite", lambda self, step: None)
+    monkeypatch.setattr(Interval, "require_finite", lambda self: None)
 
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a scale that after every three steps rises so far that the next one overflows."""
     options = dict(init_scale=2.0**77, growth_factor=2.0**50, backoff_factor=2.0**-50, growth_interval=3)
-    monkeypatch.setattr(training, "gradient_scaler", lambda precision, device: torch.amp.GradScaler("cpu", **options))
+    monkeypatch.setattr(build, "gradient_scaler", lambda precision, device: torch.amp.GradScaler("cpu", **options))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,14 +77,14 @@ def test_replays_are_steps(case, images, tmp_path, like_a_gpu):
 def test_replays_skip_the_steps_that_overflow(case, images, tmp_path, like_a_gpu, scaled):
     captured = assert_replays_are_steps(images, tmp_path, CASES[case])
     # The three steps before the capture do not overflow.
-    assert 0 < int(captured.skipped_steps) < STEPS
+    assert 0 < int(captured.step.skipped_steps) < STEPS
 
 
 @pytest.mark.parametrize("settings", [(LARS,), (SGD,), ("method=moco", LARS)], ids=["lars", "sgd", "moco"])
 def test_rates_on_the_device_are_the_rates(settings, images, tmp_path, like_a_gpu):
     """Against the trainer without a graph, to rounding, while training has not made that grow."""
     plain = make_trainer(images, tmp_path / "a", *settings)
-    on_device = make_trainer(images, tmp_path / "b", *settings, graph=StepGraph(CPU, Recorder(), NEVER))
+    on_device = make_trainer(images, tmp_path / "b", *settings, capture=(Recorder(), NEVER))
     assert losses(on_device)[:4] == pytest.approx(losses(plain)[:4], rel=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_rates_on_the_device_are_the_rates(settings, images, tmp_path, like_a_gp
 def test_a_rate_that_the_host_keeps_is_found(name, images, tmp_path, like_a_gpu):
     """The proof itself: a number in place of the tensor is replayed as it was, and the losses show it."""
     captured, plain = (
-        make_trainer(images, tmp_path / folder, LARS, graph=StepGraph(CPU, Recorder(), warmup))
+        make_trainer(images, tmp_path / folder, LARS, capture=(Recorder(), warmup))
         for folder, warmup in (("a", WARMUP_STEPS), ("b", NEVER))
     )
     for trainer in (captured, plain):
@@ -103,14 +103,14 @@ def test_a_rate_that_the_host_keeps_is_found(name, images, tmp_path, like_a_gpu)
 
 
 def on_the_host(trainer: Trainer, name: str) -> None:
-    """Its steps take the named rate as a number."""
-    compute = trainer._compute
+    """The trainer's steps take the named rate as a number."""
+    step, compute = trainer.step, trainer.step.compute
+    done = itertools.count()
 
-    def with_number(views: Sequence[Tensor], objective: Any, rates: Rates) -> None:
-        number = getattr(rates_at(trainer.position.step), name)
-        compute(views, objective, rates._replace(**{name: number}))
+    def with_number(views: Sequence[Tensor], rates: Rates) -> None:
+        compute(views, rates._replace(**{name: getattr(rates_at(next(done)), name)}))
 
-    trainer._compute = with_number
+    step.compute = with_number
 
 
 # Several ranks
@@ -119,12 +119,12 @@ def on_the_host(trainer: Trainer, name: str) -> None:
 def steps_of_a_rank(images: Path, folder: Path, *settings: str) -> tuple[bool, list[str], int]:
     """In a process of its own: whether the losses are equal, what is not of the state, and the replays."""
     bank_step.checks.check_positive_range = lambda op, positives, bank_rows: None
-    Trainer._require_finite = lambda self, step: None
+    Interval.require_finite = lambda self: None
     # gloo's own copies its result when the host waits for it, which is no operation of the collective.
     dist.reduce_scatter_tensor = reduce_scatter
     recorder, found = Recorder(), []
-    for at, graph in enumerate([StepGraph(CPU, recorder, WARMUP_STEPS_OF_RANKS), StepGraph(CPU, Recorder(), NEVER)]):
-        trainer = make_trainer(images, folder / f"{at} {rank()}", *settings, graph=graph)
+    for at, capture in enumerate([(recorder, WARMUP_STEPS_OF_RANKS), (Recorder(), NEVER)]):
+        trainer = make_trainer(images, folder / f"{at} {rank()}", *settings, capture=capture)
         found.append((losses(trainer, steps=WARMUP_STEPS_OF_RANKS + STEPS), state_of(trainer)))
     (captured, state), (plain, wanted) = found
     return captured == plain, different(state, wanted), recorder.replays
@@ -158,10 +158,10 @@ def test_a_step_without_a_log_line_makes_the_host_wait_for_nothing(settings, ima
     losses(trainer)
     with NoHostWaits():
         for step in range(2):
-            trainer._step(batch_at(step, (32, 32)), trainer.method, rates_at(step))
+            trainer.step(batch_at(step, (32, 32)).views, rates_at(step))
         # The same ears hear a log line.
         with pytest.raises(HostWait, match="tolist"):
-            trainer._interval.means()
+            trainer.step.interval.means()
 
 
 def test_a_wait_within_an_operation_is_heard():
@@ -180,11 +180,11 @@ def test_a_run_goes_on_where_it_was_stopped(images, tmp_path, like_a_gpu, monkey
     """Bit for bit, with captures of their own before and after; the bank's initialisation is never captured."""
     recorders: list[Recorder] = []
 
-    def build(config: TrainerConfig, device: torch.device) -> StepGraph:
+    def recorded(config: TrainerConfig, device: torch.device) -> tuple[Capture, int]:
         recorders.append(Recorder())
-        return StepGraph(device, recorders[-1], WARMUP_STEPS)
+        return recorders[-1], WARMUP_STEPS
 
-    monkeypatch.setattr(training, "build_step_graph", build)
+    monkeypatch.setattr(build, "build_capture", recorded)
     settings = (ADAMW, "trainer.epochs=3", "evaluation.every_epochs=0", "trainer.log_every=2")
     training.train(config(images, *settings), tmp_path / "whole")
     training.train(config(images, *settings, "trainer.max_steps=12"), tmp_path / "parts")
@@ -197,21 +197,21 @@ def test_a_run_goes_on_where_it_was_stopped(images, tmp_path, like_a_gpu, monkey
 
 def test_a_checkpoint_goes_on_with_and_without_the_graph(images, tmp_path, like_a_gpu):
     """The optimiser's form is the run's own, not the checkpoint's."""
-    graphs = [StepGraph(CPU, Recorder(), WARMUP_STEPS), None]
-    trainers = [make_trainer(images, tmp_path / str(at), ADAMW, graph=graph) for at, graph in enumerate(graphs)]
+    captures = [(Recorder(), WARMUP_STEPS), None]
+    trainers = [make_trainer(images, tmp_path / str(at), ADAMW, capture=c) for at, c in enumerate(captures)]
     for trainer in trainers:
         losses(trainer)
     for saved, other in (trainers, trainers[::-1]):
         other.load_state_dict(saved.state_dict(), "a checkpoint")
-        other.position.step = 0
-        assert other.optimizer.param_groups[0]["fused"] is (True if other.graph else None)
-        assert other.optimizer.param_groups[0]["capturable"] is (other.graph is not None)
-        assert isinstance(other.optimizer.param_groups[0]["lr"], float)
+        captured, (group,) = isinstance(other.step, CapturedStep), other.step.optimizer.param_groups
+        assert group["fused"] is (True if captured else None)
+        assert group["capturable"] is captured
+        assert isinstance(group["lr"], float)
         losses(other)
 
 
 def test_it_needs_a_gpu(images, tmp_path):
-    with pytest.raises(UserError, match="trainer.cuda_graph: it needs a GPU, found cpu; set it to off"):
+    with pytest.raises(UserError, match="trainer.cuda_graph: it needs a GPU, found cpu; set it to false"):
         training.train(config(images, "trainer.cuda_graph=true"), tmp_path)
 
 
@@ -236,8 +236,8 @@ def test_replays_on_a_gpu_are_steps_to_rounding(case, precision, images, tmp_pat
     sizes = (32, 32, 16, 16) if SMALL_VIEWS in settings else (32, 32)
 
     def run(name: str, warmup: int, moved: int = 0) -> list[float]:
-        graph = StepGraph(device, CudaCapture(device), warmup)
-        trainer = make_trainer(images, tmp_path / name, *settings, graph=graph, device=device)
+        capture = (CudaCapture(device), warmup)
+        trainer = make_trainer(images, tmp_path / name, *settings, capture=capture, device=device)
         if moved:
             prove_switches.move(trainer.encoders.query.parameters(), moved)
             trainer.encoders.copy_query_to_key()

@@ -1,4 +1,4 @@
-"""Encoders for the tests of the methods: a script that returns given embeddings, and small real ones.
+"""Encoders for the tests of the methods: a script that returns given embeddings, small real ones, and their steps.
 
 Legend: B images, C embedding size.
 """
@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from caco_fast.engine.step import TrainStep
+from caco_fast.methods import Method
 from caco_fast.models import Encoder, EncoderPair, segment_batch_norm
+from caco_fast.models.batch_norm import add_norm_sets
 
 
 class ScriptedEncoders:
@@ -33,9 +36,17 @@ class ScriptedEncoders:
         self.calls.append("copy")
 
 
-def small_pair(dim: int, joint_views: bool = False) -> EncoderPair:
+def small_pair(dim: int, joint_views: bool = False, key_encoder: bool = True, norm_sets: int = 1) -> EncoderPair:
     """A linear backbone and a projector with BatchNorm: [B, 3, 2, 2] to [B, C]."""
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU())
     projector = nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
-    backbone, projector = segment_batch_norm(backbone), segment_batch_norm(projector)
-    return EncoderPair(Encoder(backbone, projector, joint_views=joint_views))
+    query = Encoder(segment_batch_norm(backbone), segment_batch_norm(projector), joint_views=joint_views)
+    add_norm_sets(query, norm_sets)
+    return EncoderPair(query, key_encoder)
+
+
+def sgd_step(method: Method, pair: EncoderPair) -> TrainStep:
+    """Steps of plain SGD; `step.enter(phase)` comes first, and the lr is that of the rates."""
+    optimizer = torch.optim.SGD([*pair.query.parameters(), *method.parameters()], lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainStep(method, pair, optimizer, scaler, torch.device("cpu"))

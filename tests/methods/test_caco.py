@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.errors import UserError
-from caco_fast.methods import CaCo, CaCoConfig
+from caco_fast.methods import CaCo, CaCoConfig, Phase
 from tests.methods import caco_oracle as oracle
 from tests.methods.stand_ins import ScriptedEncoders, small_pair
 
@@ -40,12 +40,21 @@ def test_a_step_asks_for_all_queries_then_two_keys(count: int) -> None:
     assert set(output.metrics) == {"positive_probability", "positive_perplexity"}
 
 
+def initialisation(method: CaCo) -> Phase:
+    return method.phases(B)[0]
+
+
+def fill(method: CaCo, views: list[Tensor], encoders: Any) -> None:
+    """One step of the initialisation, without the encoder's part."""
+    phase = initialisation(method)
+    phase.update(phase.objective(views, encoders).rows, 0.3, None)
+
+
 @pytest.mark.parametrize("warmup", [0.25, 1.0])
 def test_update_steps_the_bank_at_the_warmed_lr(warmup: float) -> None:
     method, encoders = make(), ScriptedEncoders(C)
     views, before = [unit(), unit()], method.bank.bank.clone()
-    method(views, encoders)
-    method.update(warmup)
+    method.update(method(views, encoders).rows, warmup)
     keys = [encoders.key_of(view).double() for view in views]
     gradient = oracle.bank_gradient([v.double() for v in views], keys, before.double(), 0.07)
     torch.testing.assert_close(method.bank.velocity.double(), gradient, rtol=1e-4, atol=1e-5)
@@ -53,46 +62,44 @@ def test_update_steps_the_bank_at_the_warmed_lr(warmup: float) -> None:
 
 
 @pytest.mark.parametrize("size, batch, steps", [(10, 4, 3), (12, 4, 3), (3, 4, 1), (65536, 1024, 64)])
-def test_preparation_lasts_until_the_bank_is_full(size: int, batch: int, steps: int) -> None:
-    assert make(bank_size=size).preparation_steps(batch) == steps
-    assert make(bank_size=size, warm_start_steps=7).preparation_steps(batch) == 7
+def test_initialisation_lasts_until_the_bank_is_full(size: int, batch: int, steps: int) -> None:
+    assert make(bank_size=size).phases(batch)[0].steps == steps
+    assert make(bank_size=size, warm_start_steps=7).phases(batch)[0].steps == 7
 
 
-def test_preparation_fills_successive_rows_with_successive_keys() -> None:
+def test_initialisation_fills_successive_rows_with_successive_keys() -> None:
     method, encoders = make(), ScriptedEncoders(C)
     random, keys = method.bank.bank.clone(), []
-    for step in range(method.preparation_steps(B)):
+    for step in range(initialisation(method).steps):
         views = [unit(), unit()]
-        method.prepare(views, encoders)
+        fill(method, views, encoders)
         assert encoders.calls[-2:] == ["queries of 1", "keys of 1"]
-        method.update(0.3)
         keys.append(encoders.key_of(views[1]))
         full = min(K, B * (step + 1))
         torch.testing.assert_close(method.bank.bank[:full], torch.cat(keys)[:full])
         assert torch.equal(method.bank.bank[full:], random[full:])
     assert method.bank.velocity.abs().sum() == 0
-    method.finish_preparation(encoders)
+    initialisation(method).finish(encoders)
     assert encoders.calls[-1] == "copy"
 
 
-def test_a_longer_preparation_goes_on_as_a_queue() -> None:
+def test_a_longer_initialisation_goes_on_as_a_queue() -> None:
     method, encoders = make(warm_start_steps=5), ScriptedEncoders(C)
     batches = []
     for _ in range(5):
         views = [unit(), unit()]
-        method.prepare(views, encoders)
-        method.update(1.0)
+        fill(method, views, encoders)
         batches.append(encoders.key_of(views[1]))
     # The third batch ends with the last row; the fourth begins at row 0.
     torch.testing.assert_close(method.bank.bank, torch.cat([batches[3], batches[4], batches[2][:2]]))
     assert int(method.next_row) == 8
 
 
-def test_preparation_loss_is_info_nce_against_key_and_bank() -> None:
+def test_initialisation_loss_is_info_nce_against_key_and_bank() -> None:
     method, encoders = make(warm_start_temperature=0.3), ScriptedEncoders(C)
     method.bank.bank.mul_(3)
     q, other = unit().requires_grad_(), unit()
-    output = method.prepare([q, other], encoders)
+    output = initialisation(method).objective([q, other], encoders)
     (grad,) = torch.autograd.grad(output.loss, q)
 
     wide = q.detach().double().requires_grad_()
@@ -105,41 +112,39 @@ def test_preparation_loss_is_info_nce_against_key_and_bank() -> None:
     assert output.metrics["positive_probability"].item() == pytest.approx(probability.item(), rel=1e-5)
 
 
-def test_training_after_preparation_steps_the_filled_bank() -> None:
+def test_training_after_initialisation_steps_the_filled_bank() -> None:
     method, encoders = make(), ScriptedEncoders(C)
     for _ in range(3):
-        method.prepare([unit(), unit()], encoders)
-        method.update(1.0)
+        fill(method, [unit(), unit()], encoders)
     filled = method.bank.bank.clone()
-    method([unit(), unit()], encoders)
-    method.update(1.0)
+    method.update(method([unit(), unit()], encoders).rows, 1.0)
     torch.testing.assert_close(method.bank.bank, filled - 0.5 * method.bank.velocity)
     assert method.bank.velocity.abs().sum() > 0
 
 
-def test_finish_preparation_copies_parameters_but_not_batch_norm_buffers() -> None:
+def test_finish_initialisation_copies_parameters_but_not_batch_norm_buffers() -> None:
     method, encoders = make(), small_pair(C)
     encoders.query(torch.randn(B, 3, 2, 2))
     with torch.no_grad():
         for p in encoders.query.parameters():
             p.add_(1.0)
     buffers = {name: b.clone() for name, b in encoders.key.named_buffers()}
-    method.finish_preparation(encoders)
+    initialisation(method).finish(encoders)
     for key, query in zip(encoders.key.parameters(), encoders.query.parameters()):
         assert torch.equal(key, query)
     for name, b in encoders.key.named_buffers():
         assert torch.equal(b, buffers[name]), name
 
 
-def test_state_dict_goes_on_in_the_middle_of_preparation() -> None:
+def test_state_dict_goes_on_in_the_middle_of_initialisation() -> None:
     encoders = ScriptedEncoders(C)
     straight, resumed = make(), make()
     batches = [[unit(), unit()] for _ in range(4)]
 
     def run(method: CaCo, steps: range) -> None:
         for step in steps:
-            (method.prepare if step < 3 else method)(batches[step], encoders)
-            method.update(1.0)
+            phase = method.phases(B)[0 if step < 3 else 1]
+            phase.update(phase.objective(batches[step], encoders).rows, 1.0, None)
 
     run(straight, range(0, 2))
     resumed.load_state_dict(straight.state_dict())
@@ -158,16 +163,16 @@ def test_state_dict_holds_the_bank_once() -> None:
 @pytest.mark.parametrize(
     "settings, line",
     [
-        ({"temperature": 0.0}, "caco.temperature: must be above 0, found 0.0"),
-        ({"bank_temperature": -1.0}, "caco.bank_temperature: must be above 0, found -1.0"),
-        ({"warm_start_temperature": float("inf")}, "caco.warm_start_temperature: must be above 0, found inf"),
-        ({"bank_lr": -3.0}, "caco.bank_lr: must not be negative, found -3.0"),
-        ({"backend": "gpu"}, "caco.backend: found 'gpu', want one of auto, reference, tiled, cuda"),
-        ({"operands": "f64"}, "caco.operands: found 'f64', want one of f32, bf16, fp16"),
-        ({"warm_start_steps": -1}, "caco.warm_start_steps: must not be negative, found -1"),
+        ({"temperature": 0.0}, "caco.temperature: found 0.0, expected a number above 0"),
+        ({"bank_temperature": -1.0}, "caco.bank_temperature: found -1.0, expected a number above 0"),
+        ({"warm_start_temperature": float("inf")}, "caco.warm_start_temperature: found inf, expected a number above 0"),
+        ({"bank_lr": -3.0}, "caco.bank_lr: found -3.0, expected 0 or more"),
+        ({"backend": "gpu"}, "caco.backend: found 'gpu', expected one of auto, reference, tiled, cuda"),
+        ({"operands": "f64"}, "caco.operands: found 'f64', expected one of f32, bf16, fp16"),
+        ({"warm_start_steps": -1}, "caco.warm_start_steps: found -1, expected 0 or more"),
         ({"bank_size": 0}, "found size 0 and dim 6, wanted at least 1 each"),
-        ({"bank_momentum": 1.0}, "caco.bank_momentum: found 1.0, wanted a number in [0, 1)"),
-        ({"norm": "unit"}, "caco.norm: found 'unit', want one of implicit, project"),
+        ({"bank_momentum": 1.0}, "caco.bank_momentum: found 1.0, expected a number in [0, 1)"),
+        ({"norm": "unit"}, "caco.norm: found 'unit', expected one of implicit, project"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
@@ -179,11 +184,11 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 def test_one_view_is_too_few() -> None:
     make().check_views([224, 160])
     make().check_views([224, 224, 96, 96])
-    with pytest.raises(UserError, match="views: caco takes 2 large views and any number of small ones, found 1 in all"):
+    with pytest.raises(UserError, match="views: found 1 in all, expected 2 large views"):
         make().check_views([224])
 
 
 @pytest.mark.parametrize("sizes", [[96, 224, 224], [224, 96, 224], [96, 96, 224, 224]])
 def test_the_large_views_come_first(sizes: list[int]) -> None:
-    with pytest.raises(UserError, match="views: .* the first 2 for the large ones, found sizes .*largest first"):
+    with pytest.raises(UserError, match="views: found sizes .*, expected the 2 large ones first"):
         make().check_views(sizes)

@@ -233,7 +233,7 @@ def test_state_dict_holds_bank_and_velocity() -> None:
 
 def test_rows_that_do_not_belong_together_are_named() -> None:
     criterion = make()
-    with pytest.raises(ValueError, match=r"CaCoLoss: k_b: found shape \[3, 6\], wanted \[5, 6\] as q_a"):
+    with pytest.raises(ValueError, match=r"CaCoLoss: k_b: found shape \[3, 6\], expected \[5, 6\] as q_a"):
         criterion(unit(B, C), unit(B, C), unit(B, C), unit(3, C))
     with pytest.raises(ValueError, match=r"CaCoLoss: small\[1\]: found shape \[2, 6\]"):
         criterion(unit(B, C), unit(B, C), unit(B, C), unit(B, C), [unit(B, C), unit(2, C)])

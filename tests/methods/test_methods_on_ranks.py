@@ -13,8 +13,10 @@ from torch.nn.functional import normalize
 
 from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
-from caco_fast.methods import METHODS, CaCoConfig, CaCoLoss, MoCoConfig
-from tests.methods.stand_ins import small_pair
+from caco_fast.engine.state import Interval
+from caco_fast.engine.step import Rates
+from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method
+from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
 
 # No number of ranks but 1 divides K.
@@ -59,26 +61,20 @@ def train_criterion(small: int, norm: str, parallel: str, operands: torch.dtype,
 
 
 def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[str, Any]:
-    """Preparation and steps of a method on real encoders, with BatchNorm and gradients over all ranks."""
+    """All phases of a method on real encoders, with BatchNorm and gradients over all ranks."""
     torch.manual_seed(0)
     encoders = small_pair(C, joint_views=is_distributed())
-    method = METHODS[name](settings, C)
-    if is_distributed():
-        encoders.distribute(torch.device("cpu"))
-    optimizer = torch.optim.SGD(encoders.query.parameters(), lr=0.05)
+    method = build_method(name, C, {name: settings})
+    step = sgd_step(method, encoders)
     losses = []
-    preparation = method.preparation_steps(B)
-    for step in range(preparation + steps):
-        views = [own(torch.randn(B, 3, 2, 2)) for _ in range(2 + crops)]
-        output = (method.prepare if step < preparation else method)(views, encoders)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        method.update(1.0)
-        encoders.advance_key()
-        if step == preparation - 1:
-            method.finish_preparation(encoders)
-        losses.append(mean_over_ranks(output.loss))
+    for phase in method.phases(B):
+        step.enter(phase)
+        for _ in range(phase.steps or steps):
+            step.interval.clear()
+            step([own(torch.randn(B, 3, 2, 2)) for _ in range(2 + crops)], Rates(0.05, 0.99, 1.0))
+            losses.append(mean_over_ranks(step.interval.sums["loss"]))
+        phase.finish(encoders)
+        step.interval = Interval()
     state = {f"encoders.{key}": value for key, value in encoders.state_dict().items()}
     return {"losses": torch.stack(losses), **state, **method.state_dict()}
 
@@ -112,7 +108,7 @@ CASES = {**CRITERIA, **TRAINED}
 
 def run_cases() -> dict[str, dict[str, Any]]:
     found = {name: function(*arguments) for name, (function, *arguments) in CASES.items()}
-    return found | {"default bank": type(METHODS["caco"](CaCoConfig(bank_size=K), C).bank).__name__}
+    return found | {"default bank": type(CaCo(CaCoConfig(bank_size=K), C).bank).__name__}
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda ranks: f"{ranks} ranks")
@@ -155,4 +151,4 @@ def test_method(case: str, ranks: list[dict[str, Any]], single: dict[str, Any]) 
 
 def test_several_ranks_share_the_bank_by_default(ranks: list[dict[str, Any]]) -> None:
     assert {found["default bank"] for found in ranks} == {"ShardedBank"}
-    assert type(METHODS["caco"](CaCoConfig(bank_size=K), C).bank) is LearnableBank
+    assert type(CaCo(CaCoConfig(bank_size=K), C).bank) is LearnableBank

@@ -62,7 +62,7 @@ def test_one_way_loss_gradient_and_queue_over_several_steps() -> None:
         close(output.metrics["positive_probability"], probability)
         close(views[0].grad, gradient)
         assert views[1].grad is None
-        method.update(0.5)
+        method.update(output.rows, 0.5)
         for i, key in enumerate(keys.tolist()):
             queue[(step * B + i) % K] = key
         close(method.queue.queue, queue)
@@ -81,35 +81,32 @@ def test_symmetric_loss_is_the_mean_of_both_ways() -> None:
     close(output.metrics["positive_probability"], (forth[1] + back[1]) / 2)
     close(2 * views[0].grad, forth[2])
     close(2 * views[1].grad, back[2])
-    method.update(1.0)
+    method.update(output.rows, 1.0)
     close(method.queue.queue[:B], k_b)
     close(method.queue.queue[B : 2 * B], k_a)
 
 
-def test_there_is_no_preparation() -> None:
-    assert make().preparation_steps(256) == 0
-    with pytest.raises(NotImplementedError, match="MoCo has no preparation phase"):
-        make().prepare([], ScriptedEncoders(C))
+def test_training_is_the_only_phase() -> None:
+    (phase,) = make().phases(256)
+    assert (phase.name, phase.steps) == ("training", None)
 
 
 def test_state_dict_goes_on() -> None:
     encoders = ScriptedEncoders(C)
     straight, resumed = make(), make()
-    straight([unit(), unit()], encoders)
-    straight.update(1.0)
+    straight.update(straight([unit(), unit()], encoders).rows, 1.0)
     resumed.load_state_dict(straight.state_dict())
     views = [unit(), unit()]
     for method in (straight, resumed):
-        method(views, encoders)
-        method.update(1.0)
+        method.update(method(views, encoders).rows, 1.0)
     assert torch.equal(straight.queue.queue, resumed.queue.queue)
 
 
 @pytest.mark.parametrize(
     "settings, line",
     [
-        ({"temperature": 0.0}, "moco.temperature: must be above 0, found 0.0"),
-        ({"backend": "gpu"}, "moco.backend: found 'gpu', want one of auto, reference, tiled, cuda"),
+        ({"temperature": 0.0}, "moco.temperature: found 0.0, expected a number above 0"),
+        ({"backend": "gpu"}, "moco.backend: found 'gpu', expected one of auto, reference, tiled, cuda"),
         ({"queue_size": 0}, "the key queue: found size 0 and dim 6, wanted at least 1 each"),
     ],
 )
@@ -122,5 +119,5 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_it_takes_two_views(count: int) -> None:
     make().check_views([224, 224])
-    with pytest.raises(UserError, match=f"views: moco takes 2 views of an image, found {count}"):
+    with pytest.raises(UserError, match=f"views: found {count} views of an image, expected 2 for moco"):
         make().check_views([224] * count)

@@ -3,6 +3,8 @@
 Legend: B images, C embedding size.
 """
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,8 +117,7 @@ def test_advance_is_the_ema_of_the_parameters_alone(pair: EncoderPair, momentum:
     shift_query(pair)
     pair.queries([images()])
     key, query, key_buffers = parameters(pair.key), parameters(pair.query), buffers(pair.key)
-    pair.momentum = momentum
-    pair.advance_key()
+    pair.advance_key(momentum)
     for found, g, f in zip(parameters(pair.key), key, query):
         torch.testing.assert_close(found, momentum * g + (1 - momentum) * f)
     assert same(parameters(pair.query), query)
@@ -140,22 +141,33 @@ def test_batch_norm_buffers_of_the_key_come_from_its_own_forwards(pair: EncoderP
     assert int(pair.key.backbone.bn1.num_batches_tracked) == 1
 
 
-class Counting(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.calls = inner, 0
+def test_keys_are_paired_with_queries_by_name(pair: EncoderPair) -> None:
+    """The query encoder may have more parameters than the key encoder, wherever they are among its own."""
+    pair.query.backbone = nn.Sequential(
+        OrderedDict(extra=nn.Linear(1, 1), **dict(pair.query.backbone.named_children()))
+    )
+    shift_query(pair)
+    named, before = dict(pair.query.named_parameters()), dict(pair.key.named_parameters())
+    wanted = {name: 0.5 * value + 0.5 * named[name] for name, value in before.items()}
+    pair.advance_key(0.5)
+    for name, value in pair.key.named_parameters():
+        torch.testing.assert_close(value, wanted[name])
 
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        self.calls += 1
-        return self.inner(*views)
+
+def test_without_a_key_encoder_there_is_nothing_to_average(pair: EncoderPair) -> None:
+    alone = EncoderPair(pair.query, key_encoder=False)
+    assert all(name.startswith("query.") for name in alone.state_dict())
+    alone.advance_key(0.9)
+    alone.copy_query_to_key()
+    with pytest.raises(RuntimeError, match="`key_encoder` is False"):
+        alone.keys([images()])
 
 
-def test_a_wrapper_carries_the_query_forwards_and_stays_out_of_the_state(pair: EncoderPair) -> None:
-    keys = list(pair.state_dict())
-    wrapped = Counting(pair.query)
-    pair.wrap_query(wrapped)
-    pair.queries([images(), images()])
-    pair.keys([images()])
-    assert wrapped.calls == 1
-    assert list(pair.state_dict()) == keys
-    assert all(key.startswith(("query.", "key.")) for key in keys)
+def test_embed_gives_gradients_to_the_views_alone(pair: EncoderPair) -> None:
+    view = images().requires_grad_()
+    (constant,) = pair.embed([view])
+    constant[:, 0].sum().backward()
+    assert view.grad is not None and all(p.grad is None for p in pair.query.parameters())
+    assert all(p.requires_grad for p in pair.query.parameters())
+    pair.query.eval(), pair.key.eval()
+    assert torch.equal(pair.embed([view])[0], pair.queries([view])[0])

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from caco_fast.benchmarking import synchronize
+from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config
 from caco_fast.data import Batch
 from caco_fast.data.build import build_source
 from caco_fast.distributed import world_size
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.engine.state import Rates
+from caco_fast.engine.step import Rates, TrainStep
+from caco_fast.engine.step_graph import CapturedStep
 from caco_fast.engine.trainer import Trainer
 from caco_fast.models import build_backbone, build_projector
 from caco_fast.models.backbone import feature_width
 from caco_fast.optim import build_optimizer, peak_lr
-from caco_fast.training import build_trainer
 
 PHASES = ("data wait", "forward", "loss + bank", "backward", "optimiser", "EMA")
 RATES = dict(key_momentum=0.99, warmup=1.0)
@@ -72,11 +73,15 @@ class TrainerStep:
 
     def __init__(self, config: Config, folder: Path, device: torch.device, synthetic: bool) -> None:
         run = RunFolder(folder)
-        self.trainer: Trainer = build_trainer(config, run, CheckpointStore(run.checkpoints, keep=1), device)
+        self.trainer: Trainer = build_trainer(
+            settled(config, device), run, CheckpointStore(run.checkpoints, keep=1), device
+        )
         self.trainer.encoders.train()
         self.trainer.method.train()
+        self.step = self.trainer.step
+        self.step.enter(self.trainer.phases[-1])
         # Steps that are not like those to come: those before a capture, and the one with it.
-        self.warmup = self.trainer.graph.warmup + 1 if self.trainer.graph is not None else 0
+        self.warmup = self.step.warmup + 1 if isinstance(self.step, CapturedStep) else 0
         self.rates = Rates(lr=self.trainer.schedule.lr, **RATES)
         self.batches = itertools.repeat(synthetic_batch(config, device)) if synthetic else self._loaded()
 
@@ -85,33 +90,28 @@ class TrainerStep:
             yield from self.trainer.loader.batches(epoch)
 
     def __call__(self) -> None:
-        self.trainer._step(next(self.batches), self.trainer.method, self.rates)
+        self.step(next(self.batches).views, self.rates)
         # The run's log lines empty it; here nothing reads it.
-        self.trainer._interval.clear()
+        self.step.interval.clear()
 
     def split(self, phases: Phases) -> None:
         """One step, its phases timed by waiting for the device at each end: the whole is slower than a step."""
-        trainer, backward = self.trainer, torch.Tensor.backward
-        parts = [
-            (trainer.encoders, "queries", "forward"),
-            (trainer.encoders, "keys", "forward"),
-            (trainer.encoders, "advance_key", "EMA"),
-            (trainer.method, "update", "loss + bank"),
-            (trainer.optimizer, "step", "optimiser"),
-        ]
+        step, encoders = self.step, self.trainer.encoders
+        unmeasured = step.span
         try:
-            for owner, name, phase in parts:
-                setattr(owner, name, phases.timed(phase, getattr(owner, name)))
-            torch.Tensor.backward = phases.timed("backward", backward)
+            step.span = phases
+            for name in ("queries", "keys"):
+                setattr(encoders, name, phases.timed("forward", getattr(encoders, name)))
             with phases("data wait"):
                 batch = next(self.batches)
             with phases("other"):
-                trainer._step(batch, phases.timed("loss + bank", trainer.method), self.rates)
+                # Part by part, also where steps are replayed.
+                TrainStep._launch(step, batch.views, self.rates)
         finally:
-            torch.Tensor.backward = backward
-            for owner, name, _ in parts:
-                owner.__dict__.pop(name, None)
-        trainer._interval.clear()
+            step.span = unmeasured
+            for name in ("queries", "keys"):
+                encoders.__dict__.pop(name, None)
+        step.interval.clear()
 
     def close(self) -> None:
         self.trainer.close()
@@ -179,7 +179,7 @@ class ReleasedStep:
 
     @torch.no_grad()
     def _update_bank(self, queries: list[Tensor], similarities: list[Tensor], positives: list[Tensor]) -> None:
-        """methods.md, section 1: coefficients [B, K], gradient [K, C], momentum, step."""
+        """docs/method.md, bank step: coefficients [B, K], gradient [K, C], momentum, step."""
         length = self.bank.norm(dim=1, keepdim=True)
         unit, temperature = self.bank / length, self.settings.bank_temperature
         gradient = torch.zeros_like(self.bank)

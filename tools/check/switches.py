@@ -24,13 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from caco_fast.benchmarking import ROOT, read_result, write_result
+from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, load_config
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.errors import UserError
-from caco_fast.training import build_trainer
 
 STEPS, FACTOR, MOVED_RUNS = 50, 4.0, 2
 # Below this a relative difference of losses is rounding of the loss itself.
@@ -60,7 +60,7 @@ def losses(config: Config, moved: int = 0) -> list[float]:
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder, launched(config.trainer) as device:
         run = RunFolder(Path(folder))
-        trainer = build_trainer(config, run, CheckpointStore(run.checkpoints, keep=1), device)
+        trainer = build_trainer(settled(config, device), run, CheckpointStore(run.checkpoints, keep=1), device)
         if moved:
             move(trainer.encoders.query.parameters(), moved)
             trainer.encoders.copy_query_to_key()

@@ -1,0 +1,140 @@
+"""Every component of a run, built from its own section of the configuration."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from caco_fast.config import Config, settings_of, to_yaml
+from caco_fast.data import build_eval_loader, build_source, build_train_loader
+from caco_fast.distributed import broadcast_object, is_distributed, rank, world_size
+from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.compiling import compile_step
+from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision, use_tf32
+from caco_fast.engine.progress import Progress
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.step import TrainStep
+from caco_fast.engine.step_graph import CapturedStep, build_capture
+from caco_fast.engine.trainer import Trainer
+from caco_fast.errors import UserError
+from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.methods import METHODS, Method, build_method, registered
+from caco_fast.models import EncoderPair, build_encoder_pair, segment_batch_norm
+from caco_fast.optim import Schedule, build_optimizer, peak_lr
+
+
+def settled(config: Config, device: torch.device) -> Config:
+    """The configuration with `trainer.precision` decided for the device, so that a run's copy says what it ran with."""
+    # Rank 0 decides, because one step has one precision.
+    precision = broadcast_object(settled_precision(config.trainer.precision, device))
+    return replace(config, trainer=replace(config.trainer, precision=precision))
+
+
+def build_trainer(
+    config: Config, run: RunFolder, store: CheckpointStore, device: torch.device, resume_at: int | None = None
+) -> Trainer:
+    """A trainer and all that it needs.
+
+    config: as `settled` returns it. resume_at: the step of the checkpoint from which the metrics continue.
+
+    Raises:
+        UserError: settings that do not fit each other, the device, or the data.
+    """
+    registered(config.method)
+    autocast = autocast_dtype(config.trainer.precision, device)
+    # Under bf16 and fp16 autocast, what stays in f32, such as the bank operations and kNN, is computed in f32.
+    use_tf32(config.trainer.precision == "tf32")
+    torch.manual_seed(config.trainer.seed)
+    capture = build_capture(config.trainer, device)
+    source = build_source(config.data, "train")
+    encoders = _build_encoders(config, source.channels, device, autocast)
+    method = _build_method(config, device)
+    if config.trainer.compile:
+        compile_step(encoders, method, device)
+    loader = build_train_loader(
+        config.data,
+        config.views,
+        batch_size=config.trainer.batch_size,
+        seed=config.trainer.seed,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
+        dtype=autocast or torch.float32,
+    )
+    scaler = gradient_scaler(config.trainer.precision, device)
+    optimizer = build_optimizer(
+        config.optimizer,
+        [*encoders.query.parameters(), *method.parameters()],
+        config.trainer.batch_size,
+        scaler.is_enabled(),
+        captured=capture is not None,
+    )
+    parts = (method, encoders, optimizer, scaler, device)
+    step = TrainStep(*parts) if capture is None else CapturedStep(*parts, capture=capture[0], warmup=capture[1])
+    epochs, batch_size = config.trainer.epochs, config.trainer.batch_size
+    return Trainer(
+        config.trainer,
+        config.checkpoint,
+        step=step,
+        schedule=Schedule(config.schedule, peak_lr(config.optimizer, batch_size), epochs, loader.steps_per_epoch),
+        loader=loader,
+        evaluator=_build_evaluator(config, device),
+        store=store,
+        metrics=MetricsWriter(
+            run.path, config.run.tensorboard, config.wandb, resume_at=resume_at, run_config=settings_of(config)
+        ),
+        progress=Progress(
+            epochs,
+            loader.steps_per_epoch,
+            batch_size,
+            config.trainer.log_every,
+            plain=True if config.run.plain else None,
+        ),
+        resolved_config=to_yaml(config),
+    )
+
+
+def method_sections(config: Config) -> Mapping[str, Any]:
+    """The settings of every method, by its name."""
+    return {name: getattr(config, name) for name in METHODS}
+
+
+def _build_method(config: Config, device: torch.device) -> Method:
+    method = build_method(config.method, config.projector.dim, method_sections(config))
+    method.check_views([view.size for view in config.views for _ in range(view.count)])
+    # Layers that a method owns, such as a predictor, take their statistics over all ranks too.
+    segment_batch_norm(method)
+    return method.to(device)
+
+
+def _build_encoders(config: Config, channels: int, device: torch.device, autocast: torch.dtype | None) -> EncoderPair:
+    method = registered(config.method).method
+    joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
+    encoders = build_encoder_pair(
+        config.backbone,
+        config.projector,
+        channels,
+        autocast=autocast,
+        joint_views=joint_views,
+        key_encoder=method.key_encoder,
+        norm_sets=method.norm_sets,
+    )
+    if config.trainer.joint_views == "on" and not encoders.query.joint_views:
+        raise UserError(
+            f"trainer.joint_views: {config.backbone.name} has a normalisation that takes its statistics over all views "
+            "of a batch; set it to auto or off"
+        )
+    return encoders.to(device, memory_format=torch.channels_last)
+
+
+def _build_evaluator(config: Config, device: torch.device) -> Evaluator | None:
+    if not config.evaluation.wanted:
+        return None
+    options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
+    train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, **options)
+    test = build_eval_loader(config.data, "test", **options)
+    return Evaluator(
+        config.evaluation, train, test, classes=len(train.source.classes), denormalise=train.denormalise, device=device
+    )

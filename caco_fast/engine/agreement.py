@@ -1,0 +1,63 @@
+"""Whether all ranks still have the same weights: a checksum of them, compared at each checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.bank import ShardedBank
+from caco_fast.distributed import all_gather_objects, is_distributed
+from caco_fast.errors import UserError
+from caco_fast.methods import Method
+from caco_fast.models import EncoderPair
+
+
+def checksum(tensors: list[Tensor]) -> int:
+    """A sum over the bytes of all values, in which each tensor and each byte of a value has its weight.
+
+    Equal tensors have equal sums, and others almost surely not. The host waits for the device once.
+    """
+    if not tensors:
+        return 0
+    # Whole numbers, because their sum does not depend on its order, and counts a NaN like any other value.
+    sums = [value.detach().reshape(-1).view(torch.uint8).view(-1, value.element_size()) for value in tensors]
+    places = [torch.arange(1, 1 + part.shape[1], device=part.device) for part in sums]
+    totals = [(part.sum(dim=0, dtype=torch.int64) * place).sum() for part, place in zip(sums, places)]
+    weights = torch.arange(1, 1 + len(totals), device=totals[0].device)
+    return int((torch.stack(totals) * weights).sum())
+
+
+def require_equal_ranks(encoders: EncoderPair, method: Method, when: str, latest: Path | None) -> None:
+    """Compare the weights of the encoders, and the state of the method that every rank holds (collective).
+
+    Buffers of BatchNorm are left out, since they change no weight. Every rank raises alike.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not is_distributed():
+        return
+    parts = {
+        "query encoder": list(encoders.query.parameters()),
+        "key encoder": list(encoders.key.parameters()) if encoders.key is not None else [],
+        "method": list(_replicated(method)),
+    }
+    of_ranks = all_gather_objects({name: checksum(tensors) for name, tensors in parts.items()})
+    for number, found in enumerate(of_ranks):
+        different = [name for name in parts if found[name] != of_ranks[0][name]]
+        if different:
+            raise UserError(
+                f"rank {number} no longer has the weights of rank 0 {when} ({', '.join(different)}); the last "
+                f"checkpoint is {latest or 'none'}; look for a faulty device, or a step that differs between ranks"
+            )
+
+
+def _replicated(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a method that every rank holds in whole."""
+    if isinstance(module, ShardedBank):
+        return
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+    for child in module.children():
+        yield from _replicated(child)

@@ -1,0 +1,204 @@
+"""One training step: forward, loss, backward, the optimiser, the bank, and the key encoder's EMA.
+
+The trainer, the benchmarks and the tests all call a TrainStep. `engine/step_graph.py` has its captured form.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from caco_fast.distributed import is_distributed
+from caco_fast.engine.precision import optimizer_step
+from caco_fast.engine.state import Interval
+from caco_fast.errors import UserError
+from caco_fast.methods import Method, Phase, StepOutput
+from caco_fast.models import EncoderPair
+from caco_fast.models.batch_norm import require_statistics_of_all_ranks
+from caco_fast.ops.rates import Rate
+
+log = logging.getLogger(__name__)
+
+
+class Rates(NamedTuple):
+    """The values of the schedule for one step: numbers, or for a captured step 0-d tensors on the device."""
+
+    lr: Rate
+    # Momentum of the EMA at the step's end, which makes the keys of the next step.
+    key_momentum: Rate
+    # Share of the full rate at which the bank steps.
+    warmup: Rate
+
+
+class TrainStep:
+    """One step of a phase on a batch of views: `step.enter(phase)`, then `step(views, rates)` for every batch.
+
+    It owns what steps add up: `interval`, the sums since the last log line, and `skipped_steps`, [], the steps whose
+    fp16 gradients overflowed, so that optimiser, bank and EMA skipped them.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        encoders: EncoderPair,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+    ) -> None:
+        self.method = method
+        self.encoders = encoders
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.device = device
+        self.interval = Interval()
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        # On a GPU, reading the loss would make the host wait in every step. There log lines and checkpoints read it.
+        self.checks_loss = device.type == "cpu"
+        # A context for each part of a step, by its name, for those who measure it.
+        self.span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
+        self.phase: Phase | None = None
+        self._trained: nn.Module | None = None
+        self._first = False
+
+    def enter(self, phase: Phase) -> None:
+        """Prepare for the steps of `phase`.
+
+        On several ranks DistributedDataParallel is made anew, since it learns from its first step which parameters get
+        gradients.
+        """
+        self.phase = phase
+        # First, so that the hooks of the phase before are gone.
+        self._trained = None
+        with self.aside():
+            self._trained = _trained_modules(self.method, self.encoders, phase, self.device)
+        # In the phases before the training some parameters may rest.
+        self._first = phase.steps is None
+
+    def aside(self) -> AbstractContextManager[None]:
+        """The context in which a step runs that is not captured, and DistributedDataParallel is made."""
+        return nullcontext()
+
+    def reset(self) -> None:
+        """Note that a tensor which the step writes to was replaced; a captured step is then captured anew."""
+
+    def __call__(self, views: Sequence[Tensor], rates: Rates) -> None:  # each [B, channels, h, w]
+        """One step on this rank's views.
+
+        Raises:
+            LossNotFinite: on the CPU, before anything is updated.
+                UserError: a parameter of the method gets no gradient, so that it would never be trained.
+        """
+        self._launch(views, rates)
+        if self._first:
+            self._first = False
+            self._require_gradients()
+        # The schedule's numbers, in place of a captured step's tensors.
+        self.set_lr(rates.lr)
+        self.interval.steps += 1
+
+    def _launch(self, views: Sequence[Tensor], rates: Rates) -> None:
+        onto = dict(device=self.device, memory_format=torch.channels_last, non_blocking=True)
+        with self.aside():
+            self.compute([view.to(**onto) for view in views], rates)
+
+    def compute(self, views: Sequence[Tensor], rates: Rates) -> None:
+        """What the device does in a step, which is all that a CUDA graph repeats."""
+        self.set_lr(rates.lr)
+        with self.span("loss + bank"):
+            output = self._forward(views)
+        self.interval.add(output)
+        if self.checks_loss:
+            self.interval.require_finite()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.span("backward"):
+            self.scaler.scale(output.loss).backward()
+        with self.span("optimiser"):
+            skip = optimizer_step(self.optimizer, self.scaler)
+        with self.span("loss + bank"):
+            self._phase.update(output.rows, rates.warmup, skip)
+        with self.span("EMA"):
+            self.encoders.advance_key(rates.key_momentum, skip)
+        if skip is not None:
+            self.skipped_steps += skip != 0
+
+    def set_lr(self, lr: Rate) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def _phase(self) -> Phase:
+        if self.phase is None:
+            raise RuntimeError("TrainStep: enter(phase) comes before the first step")
+        return self.phase
+
+    def _forward(self, views: Sequence[Tensor]) -> StepOutput:
+        if self._trained is None:
+            return self._phase.objective(views, self.encoders)
+        return StepOutput(*self._trained(*views))
+
+    def _require_gradients(self) -> None:
+        """Look at which parameters the first step of training gave a gradient, which waits for nothing."""
+        for owner, module in (("query encoder", self.encoders.query), ("method", self.method)):
+            trained = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
+            idle = [name for name, value in trained if value.grad is None]
+            if not idle:
+                continue
+            found = f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''} of the {owner}"
+            if module is self.method:
+                raise UserError(
+                    f"method {type(self.method).__name__}: {found} gets no gradient and would never be trained; use it "
+                    "in the loss, or set its requires_grad to False"
+                )
+            log.warning("%s gets no gradient: it stays as it was initialised", found)
+
+
+class _Objective(nn.Module):
+    """The trained modules of a step behind one forward: views in, the fields of StepOutput out."""
+
+    def __init__(self, method: Method, encoders: EncoderPair, phase: Phase) -> None:
+        super().__init__()
+        self.query = encoders.query
+        self.method = method
+        # In a tuple, the key encoder is no part of what DistributedDataParallel looks after.
+        self._encoders = (encoders,)
+        self._phase = phase
+
+    def forward(self, *views: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
+        output = self._phase.objective(views, self._encoders[0])
+        # Only the loss may carry a gradient, or the ranks would wait for one that never comes.
+        metrics = {name: value.detach() for name, value in output.metrics.items()}
+        return output.loss, metrics, tuple(row.detach() for row in output.rows)
+
+
+def _trained_modules(
+    method: Method, encoders: EncoderPair, phase: Phase, device: torch.device
+) -> DistributedDataParallel | None:
+    """The objective of a phase, with gradients averaged over all ranks; None on one rank.
+
+    Raises:
+        UserError: a BatchNorm whose statistics would be those of one rank.
+    """
+    if not is_distributed():
+        return None
+    for module in (encoders, method):
+        require_statistics_of_all_ranks(module)
+    objective = _Objective(method, encoders, phase)
+    # A sharded bank differs from rank to rank, and every rank keeps the other buffers equal by itself.
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, buffers)
+    wrapped = DistributedDataParallel(
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # Within a phase every step uses the same parameters.
+        static_graph=True,
+    )
+    # Otherwise it times every hundredth step, waiting for the device; no one reads that, and no graph can hold it.
+    wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return wrapped

@@ -1,0 +1,132 @@
+"""Methods whose bank is learned: how the bank is made, filled with keys before it is learned, and stepped.
+
+Legend: B images on this rank, K bank rows, C embedding size.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caco_fast.bank import NORMS, LearnableBank, ShardedBank
+from caco_fast.distributed import is_distributed
+from caco_fast.errors import UserError
+from caco_fast.methods.base import Method, Phase, StepOutput, check_settings
+from caco_fast.methods.info_nce import info_nce
+from caco_fast.models import EncoderPair
+from caco_fast.ops.rates import Rate
+from caco_fast.settings import setting
+
+log = logging.getLogger(__name__)
+
+# How several ranks hold the bank; `auto` is sharded on several ranks.
+BANKS = {"sharded": ShardedBank, "replicated": LearnableBank}
+OPERANDS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LearnedBankConfig:
+    """Settings that all methods with a learned bank share."""
+
+    bank_size: int = setting(65536, "K, rows of the bank")
+    temperature: float = setting(0.08, "t of the encoder's loss")
+    bank_temperature: float = setting(0.08, "t_m of the bank's step")
+    bank_lr: float = setting(3.0, "eta of the bank's step after the warm-up; constant")
+    bank_momentum: float = setting(0.9, "mu of the bank's velocity")
+    bank_parallel: str = setting(
+        "auto", "sharded: every rank keeps K / ranks rows; replicated: all of them; auto: sharded on several ranks"
+    )
+    norm: str = setting(
+        "implicit", "implicit: rows keep the length they grow to (released code); project: unit rows (paper, IV-C)"
+    )
+    warm_start_steps: int = setting(
+        0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
+    )
+    warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
+    operands: str = setting("f32", "dtype of the queries in attend and step: f32, bf16 or fp16")
+    backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
+
+    def check(self, section: str) -> None:
+        """Raise UserError for a value out of range; `section` is the method's name."""
+        if self.operands not in OPERANDS:
+            raise UserError(f"{section}.operands: found '{self.operands}', expected one of {', '.join(OPERANDS)}")
+        if self.warm_start_steps < 0:
+            raise UserError(f"{section}.warm_start_steps: found {self.warm_start_steps}, expected 0 or more")
+        check_settings(section, self, ("temperature", "bank_temperature", "warm_start_temperature"))
+        if not self.bank_lr >= 0:
+            raise UserError(f"{section}.bank_lr: found {self.bank_lr}, expected 0 or more")
+        if not 0 <= self.bank_momentum < 1:
+            raise UserError(f"{section}.bank_momentum: found {self.bank_momentum}, expected a number in [0, 1)")
+        if self.norm not in NORMS:
+            raise UserError(f"{section}.norm: found '{self.norm}', expected one of {', '.join(NORMS)}")
+        if self.bank_parallel not in ("auto", *BANKS):
+            found = f"found '{self.bank_parallel}', expected one of auto, {', '.join(BANKS)}"
+            raise UserError(f"{section}.bank_parallel: {found}")
+
+    def make_bank(self, dim: int) -> LearnableBank:
+        many = "sharded" if is_distributed() else "replicated"
+        kind = BANKS[many if self.bank_parallel == "auto" else self.bank_parallel]
+        return kind(self.bank_size, dim, momentum=self.bank_momentum, norm=self.norm, backend=self.backend)
+
+
+class LearnedBankMethod(Method):
+    """A method whose bank first takes keys, as a queue, and is then learned.
+
+    A subclass gives `bank` and the training; this class gives the initialisation before it and the bank's step.
+    """
+
+    config: LearnedBankConfig
+
+    def __init__(self, config: LearnedBankConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def bank(self) -> LearnableBank:
+        raise NotImplementedError
+
+    def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
+        """Step the bank with the rows that `loss` recorded on it."""
+        self.bank.step(self.config.bank_lr * warmup, skip=skip)
+
+    def rates(self, warmup: float) -> dict[str, float]:
+        return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}
+
+    def phases(self, batch_size: int) -> list[Phase]:
+        until_full = -(-self.config.bank_size // batch_size)
+        if 0 < self.config.warm_start_steps < until_full:
+            log.warning(
+                "%s.warm_start_steps %d leaves random rows in the bank, which %d steps would fill",
+                self.section,
+                self.config.warm_start_steps,
+                until_full,
+            )
+        initialisation = Phase(
+            "initialisation",
+            self.initialise,
+            self.fill,
+            steps=self.config.warm_start_steps or until_full,
+            finish=lambda encoders: encoders.copy_query_to_key(),
+            repeats_skipped=True,
+            capturable=False,
+        )
+        return [initialisation, *super().phases(batch_size)]
+
+    def initialise(self, views: Sequence[Tensor], encoders: EncoderPair) -> StepOutput:
+        """InfoNCE of q_a against its key k_b and the bank, whose rows the keys then fill (bank initialisation)."""
+        (q_a,) = encoders.queries(views[:1])
+        (k_b,) = encoders.keys(views[1:2])
+        temperature = self.config.warm_start_temperature
+        loss, probability = info_nce(q_a, k_b, self.bank.attend(q_a, temperature)[0], temperature)
+        return StepOutput(loss, {"positive_probability": probability}, (k_b,))
+
+    def fill(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
+        """Write the keys of this step to the next rows of the bank."""
+        (keys,) = rows
+        # The batch that reaches the last row ends there: the bank fills once, then continues as a queue from row 0.
+        next_row = self.bank.fill(keys, int(self.next_row), skip=skip)
+        after = torch.full_like(self.next_row, next_row % self.bank.size)
+        self.next_row.copy_(after if skip is None else torch.where(skip != 0, self.next_row, after))

@@ -1,0 +1,138 @@
+"""The figures of a run: baselines before it, summary.json, the curves and the table at its end."""
+
+import logging
+from typing import Any
+
+from caco_fast.config import Config, settings_of
+from caco_fast.distributed import all_gather_objects, broadcast_object, rank
+from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.progress import table
+from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.trainer import Trainer
+from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.models import Encoder
+
+log = logging.getLogger("caco_fast.training")
+
+# Bytes of raw pixels as features, of all ranks together: every rank gathers them for the linear probe.
+RAW_LIMIT = 4 * 2**30
+
+
+def summary_if_done(config: Config, run: RunFolder, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Show and return the summary of a finished run that is resumed; {} if there is something left to do.
+
+    state: the checkpoint that the run would resume from. Rank 0 alone looks.
+    """
+    if rank() != 0 or state is None or state["position"]["epochs_ended"] < config.trainer.epochs:
+        return {}
+    summary = run.read_summary()
+    here = summary.get("finished") and summary["steps"] == state["position"]["total_steps"]
+    if not here or summary.get("evaluated") != _evaluated(config):
+        log.info("the run in %s is complete, but not evaluated with these settings", run.path)
+        return {}
+    log.info("the run in %s is complete; for another one choose another run.folder", run.path)
+    show(config, run, summary)
+    return summary
+
+
+def score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Encoder) -> None:
+    """Score raw pixels and the random-initialised encoder, unless the summary has them for these settings (collective).
+
+    To be called before a checkpoint is loaded, so that the encoder is the random-initialised one in a resumed run too.
+    """
+    asked = {"k": list(config.evaluation.k), "share": config.evaluation.train_share, "seed": config.trainer.seed}
+    # Rank 0 decides, because the others may see the folder later.
+    if broadcast_object(run.read_summary().get("baselines") == asked):
+        return
+    raw: dict[str, float] = {}
+    if (size := evaluator.raw_bytes()) > RAW_LIMIT:
+        log.warning(
+            "evaluation.baselines: raw pixels are left out: as features they take %.0f GiB, and at most %.0f GiB are "
+            "allowed; lower evaluation.train_share",
+            size / 2**30,
+            RAW_LIMIT / 2**30,
+        )
+    else:
+        log.info("scoring raw pixels (a linear probe of them takes some 20 s)")
+        raw = _named("raw", evaluator.raw_scores())
+    log.info("scoring the random-initialised encoder")
+    run.summary(raw | _named("random", evaluator.scores(encoder)) | {"baselines": asked})
+
+
+def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
+    """Write summary.json and curves.png, show the figures, and return the summary (collective)."""
+    at = trainer.position
+    values: dict[str, Any] = {
+        "finished": trainer.finished,
+        "steps": at.total_steps,
+        "train_seconds": round(at.train_seconds, 1),
+        "initialisation_steps": at.total_steps - at.step if trainer.training else at.total_steps,
+        # Of the present phase: a step of the initialisation does half the work of a step of training.
+        "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
+    }
+    values |= trainer.positives
+    # Each rank knows the bad images that it met itself.
+    values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
+    if trainer.evaluator is not None:
+        values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
+    summary = run.summary(values | {"evaluated": _evaluated(config)})
+    if rank() == 0:
+        _draw(run, summary)
+        show(config, run, summary)
+    return broadcast_object(summary)
+
+
+def show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
+    """Log the figures of a summary, and its scores as a table."""
+    columns = [f"kNN {k}" for k in config.evaluation.k] + ["linear probe"] * config.evaluation.linear_probe
+    keys = list(_named("{}", {f"knn_{k}": 0.0 for k in config.evaluation.k}))
+    keys += ["linear_{}"] * config.evaluation.linear_probe
+    names = {"raw": "raw pixels", "random": "random encoder", "trained": "trained encoder"}
+    rows = [
+        [name, *(float(summary[key.format(what)]) for key in keys)]
+        for what, name in names.items()
+        if all(key.format(what) in summary for key in keys)
+    ]
+    if rows:
+        table("test accuracy, per cent", ["features", *columns], rows)
+    if "positive_probability_start" in summary:
+        start, end = summary["positive_probability_start"], summary["positive_probability_end"]
+        log.info("mean probability of the chosen positive: %.4f at the start, %.4f at the end", start, end)
+    pairs, seconds = summary["pairs_per_second"], summary["train_seconds"]
+    first = summary["initialisation_steps"]
+    steps = summary["steps"]
+    log.info("%d steps in %.0f s, of which %d fill the bank; %s pairs/s", steps, seconds, first, f"{pairs:,.0f}")
+    log.info("everything is in %s: summary.json, curves.png, metrics.jsonl, config.yaml, checkpoints/", run.path)
+
+
+def _draw(run: RunFolder, summary: dict[str, Any]) -> None:
+    # Imported here, because matplotlib takes a second to import and the other ranks don't need it.
+    from caco_fast.engine.curves import draw_curves
+
+    try:
+        if read_metrics(run.path):
+            draw_curves(run.path, summary)
+    except OSError as error:
+        log.error("%s can't be written: %s", run.path / "curves.png", error.strerror or error)
+
+
+def _evaluated(config: Config) -> dict[str, Any]:
+    """The settings that the scores in summary.json depend on, besides those of the training."""
+    free = ("evaluation.every_epochs", "evaluation.batch_size")
+    data = ("data.source", "data.path", "data.eval_resize", "data.eval_size", "data.mean", "data.std")
+    settings = settings_of(config)
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in data or (key.startswith("evaluation.") and key not in free)
+    }
+
+
+def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
+    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>."""
+    named: dict[str, float] = {}
+    for name, score in scores.items():
+        kind, _, k = name.partition("_")
+        first = f"{kind}_{what}" not in named
+        named[f"{kind}_{what}" if first else f"{kind}_{what}_k{k}"] = round(score, 2)
+    return named
