@@ -55,7 +55,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     Raises:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal asked to stop; a checkpoint was written.
-        RankLost, SaidElsewhere: see engine/one_voice.py.
+        RankLost, ReportedElsewhere: see engine/ranks.py.
     """
     with launched(config.trainer) as device:
         log_to_console()

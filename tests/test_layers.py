@@ -70,7 +70,7 @@ def test_imports_go_downwards(module: str) -> None:
     [
         ("ops/tiling.py", "from caco_fast.bank import LearnableBank"),
         ("data/views.py", "import caco_fast.models"),
-        ("bank/memory.py", "def f():\n    from caco_fast.engine.files import write"),
+        ("bank/memory.py", "def f():\n    from caco_fast.engine.storage import write"),
         ("models/encoder.py", "from . import backbone"),
         ("errors.py", "from caco_fast import config"),
     ],

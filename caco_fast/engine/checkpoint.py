@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from caco_fast.engine.files import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
+from caco_fast.engine.storage import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
 from caco_fast.errors import UserError
 
 FORMAT = "caco_fast checkpoint"

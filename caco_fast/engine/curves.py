@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from caco_fast.engine.files import atomic_write
 from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.storage import atomic_write
 from caco_fast.errors import UserError
 
 Points = tuple[list[float], list[float]]

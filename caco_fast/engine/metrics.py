@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caco_fast.distributed import rank
-from caco_fast.engine.files import PatientFile, atomic_write_text
+from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
 
@@ -56,7 +56,7 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._file: PatientFile | None = None
+        self._file: RetryingFile | None = None
         self._opened = True
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -82,7 +82,7 @@ class MetricsWriter:
         path = self.folder / METRICS_FILE
         try:
             cut_metrics(path, self._resume_at)
-            self._file = PatientFile(path, log.warning)
+            self._file = RetryingFile(path, log.warning)
             if self._open_tensorboard is not None:
                 self._tensorboard = self._open_tensorboard()
         except OSError as error:

@@ -23,9 +23,9 @@ from typing import Any
 
 from caco_fast import provenance
 from caco_fast.distributed import rank
-from caco_fast.engine.files import PatientFile, atomic_write_text
 from caco_fast.engine.metrics import METRICS_FILE, to_json
 from caco_fast.engine.progress import console
+from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class RunFolder:
 
     def _log_to(self, path: Path, level: int) -> None:
         self.close()
-        self._file = PatientFile(path, lambda line: console.print(f"warning: {line}", markup=False))
+        self._file = RetryingFile(path, lambda line: console.print(f"warning: {line}", markup=False))
         self._handler = logging.StreamHandler(self._file)
         self._handler.setLevel(level)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -19,10 +19,10 @@ from caco_fast.data import Batch, TrainLoader
 from caco_fast.distributed import rank
 from caco_fast.engine import random_state
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
-from caco_fast.engine.interrupt import Interrupt, Interrupted
 from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import optimizer_step, require_scale
 from caco_fast.engine.progress import Progress
+from caco_fast.engine.ranks import Interrupt, Interrupted
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
 from caco_fast.engine.state import PREPARATION, TRAINING, Interval, Position, Rates
 from caco_fast.engine.step_graph import StepGraph

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
-from caco_fast.engine.one_voice import LOST, PATIENCE_SECONDS
+from caco_fast.engine.ranks import LOST, PATIENCE_SECONDS
 from tests.engine.rank_processes import Ranks
 from tests.engine.tiny_run import config, write_images
 

@@ -49,7 +49,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class PatientFile:
+class RetryingFile:
     """A text file to append to, made with its first line. What a full disk refuses waits in memory, in order, and is
     tried again each time.
 

@@ -11,8 +11,8 @@ import pytest
 from caco_fast.errors import UserError
 from caco_fast.training import train
 from tests.engine.tiny_run import config
+from tests.faulty_images import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_faulty_images
 from tests.ranks import run_ranks
-from tests.torture import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_torture_set
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def loader(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return write_torture_set(tmp_path / "images")
+    return write_faulty_images(tmp_path / "images")
 
 
 def overrides(loader: str, limit: float) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from caco_fast.engine.files import PatientFile
+from caco_fast.engine.storage import RetryingFile
 
 
 class Disk:
@@ -30,14 +30,14 @@ def said() -> list[str]:
     return []
 
 
-def on_disk(tmp_path: Path, said: list[str], room: int) -> tuple[PatientFile, Disk]:
-    file, disk = PatientFile(tmp_path / "lines", said.append), Disk(room)
+def on_disk(tmp_path: Path, said: list[str], room: int) -> tuple[RetryingFile, Disk]:
+    file, disk = RetryingFile(tmp_path / "lines", said.append), Disk(room)
     file._file = disk
     return file, disk
 
 
 def test_lines_are_on_the_disk_at_once(tmp_path: Path, said: list[str]) -> None:
-    file = PatientFile(tmp_path / "lines", said.append)
+    file = RetryingFile(tmp_path / "lines", said.append)
     file.write("one\n")
     assert (tmp_path / "lines").read_text() == "one\n"
     file.close()
@@ -69,7 +69,7 @@ def test_what_is_lost_at_the_end_is_counted(tmp_path: Path, said: list[str]) -> 
 def test_memory_for_waiting_lines_is_bounded_and_what_is_dropped_is_counted(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PatientFile, "LIMIT", 20)
+    monkeypatch.setattr(RetryingFile, "LIMIT", 20)
     file, disk = on_disk(tmp_path, said, room=3)
     for number in range(6):
         file.write(f"line {number}\n")
