@@ -11,7 +11,7 @@ import torch
 from caco_fast import training
 from caco_fast.config import load_config
 from caco_fast.engine.metrics import read_metrics
-from caco_fast.provenance import machine, versions
+from caco_fast.provenance import hardware, versions
 from caco_fast.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def tolerance(step: int, same_machine: bool) -> float:
 
 
 def recorder() -> dict[str, str]:
-    return {"cpu": str(machine()["cpu"]), "torch": str(versions()["torch"])}
+    return {"cpu": str(hardware()["cpu"]), "torch": str(versions()["torch"])}
 
 
 def losses(folder: Path, *overrides: str) -> list[float]:

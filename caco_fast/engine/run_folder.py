@@ -187,7 +187,7 @@ class RunFolder:
                 "job": job(),
                 **provenance.commit(),
                 "versions": provenance.versions(),
-                "machine": provenance.machine(),
+                "machine": provenance.hardware(),
             }
         )
         atomic_write_text(self.environment, json.dumps(starts, indent=2) + "\n")
