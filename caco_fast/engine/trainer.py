@@ -17,8 +17,12 @@ from torch.optim import Optimizer
 
 from caco_fast.data import Batch, TrainLoader
 from caco_fast.distributed import rank
-from caco_fast.engine import random_state
-from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
+from caco_fast.engine.checkpoint import (
+    CheckpointStore,
+    CheckpointWriteError,
+    capture_random_states,
+    restore_random_states,
+)
 from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import optimizer_step, require_scale
 from caco_fast.engine.progress import Progress
@@ -334,7 +338,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": int(self.skipped_steps),
-            "random": random_state.capture_ranks(),
+            "random": capture_random_states(),
             "interval": self._interval.state_dict(),
             "positives": dict(self.positives),
         }
@@ -377,7 +381,7 @@ class Trainer:
                     "or the settings it was made with, which stand in config.yaml there"
                 ) from None
         self.skipped_steps.fill_(state.get("skipped_steps", 0))
-        random_state.restore_ranks(state["random"])
+        restore_random_states(state["random"])
         self._interval = Interval(**state["interval"])
         self._interval.sums = {name: value.to(self.device) for name, value in self._interval.sums.items()}
         self.positives = dict(state["positives"])

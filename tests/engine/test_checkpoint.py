@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, refused when they are not ours, and never a way to run code."""
+"""Checkpoints are complete or absent, foreign ones are refused, and none can run code."""
 
 import errno
 import os
@@ -353,7 +353,7 @@ def test_resume_auto_never_and_path(tmp_path: Path) -> None:
 def test_resume_from_what_is_no_file_names_the_latest(tmp_path: Path, name: str, reason: str) -> None:
     store = CheckpointStore(tmp_path)
     latest = store.save(state_of(2), 2)
-    with pytest.raises(UserError, match=f"{reason}, wanted auto, never or the path.*latest of this run is {latest}"):
+    with pytest.raises(UserError, match=f"{reason}, expected auto, never or the path.*latest of this run is {latest}"):
         resolve_resume(str(tmp_path / name), store)
 
 

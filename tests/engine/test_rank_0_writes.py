@@ -1,4 +1,4 @@
-"""With several ranks: rank 0 alone writes and prints, and each rank gets its own random state back."""
+"""With several ranks only rank 0 writes and prints, and each rank gets its own random states back."""
 
 import contextlib
 import io
@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from caco_fast.engine import random_state
-from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.checkpoint import CheckpointStore, capture_random_states, restore_random_states
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.engine.progress import Progress, table
 from caco_fast.engine.run_folder import RunFolder
@@ -27,12 +26,12 @@ def _rank(rank: int, folder: str) -> None:
     with contextlib.redirect_stdout(shown):
         _run(rank, Path(folder, "run"))
     torch.manual_seed(rank)
-    states = random_state.capture_ranks()
+    states = capture_random_states()
     if rank == 0:
         CheckpointStore(Path(folder)).save({"random": states}, 1)
     dist.barrier()
     before = torch.rand(3)
-    random_state.restore_ranks(CheckpointStore(Path(folder)).load(Path(folder, "step_00000001.pt"))["random"])
+    restore_random_states(CheckpointStore(Path(folder)).load(Path(folder, "step_00000001.pt"))["random"])
     same = torch.equal(torch.rand(3), before)
     Path(folder, f"{rank}.json").write_text(
         json.dumps({"shown": shown.getvalue(), "same": same, "draw": before.tolist()})
@@ -58,9 +57,9 @@ def _run(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
-    """The folder of a run on two ranks, and what each of them found."""
+    """The folder of a run on two ranks, and what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Forked from a process that has the imports behind it, which cost more than the test.
+    # Forked from a process that has done the imports, which cost more than the test.
     multiprocessing.set_forkserver_preload(["caco_fast.engine.run_folder", "caco_fast.evaluate"])
     mp.start_processes(_rank, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]

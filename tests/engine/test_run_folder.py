@@ -1,4 +1,4 @@
-"""The run folder says what ran, from the start, and is not overwritten by another run."""
+"""A run folder describes its run from the start, and no other run overwrites it."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def test_new_run_in_an_empty_folder_is_fine(folder: RunFolder) -> None:
     folder.claim(resume="never")
 
 
-def test_resume_adds_an_entry_and_goes_on_in_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_adds_an_entry_and_continues_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("caco_fast.test")
     folder.start("a: 1\n")
     log.info("first")
@@ -82,7 +82,7 @@ def as_job(patch: pytest.MonkeyPatch, kind: str, name: str, restarts: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm"])
-def test_a_restart_of_the_job_that_began_the_run_goes_on_and_no_other(
+def test_only_a_restart_of_the_job_that_began_the_run_continues_it(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     as_job(monkeypatch, kind, "job 1", 0)
