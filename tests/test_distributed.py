@@ -165,7 +165,7 @@ def test_gradient_through_the_gather_is_that_of_one_process(ranks: int, loss_of_
 
 
 def gathered_gradient() -> dict[str, Any]:
-    """What ranks get whose losses weigh all rows by rank + 1, by dtype; and what a compiled function gives."""
+    """Gradients by dtype, of losses that weigh all rows by rank + 1; the gradient of a compiled function; the calls."""
 
     def weighted(rows: torch.Tensor) -> torch.Tensor:
         return (2 * all_gather_rows_with_gradient(3 * rows)).sum()

@@ -78,7 +78,9 @@ def _result(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
     if not values:
         return ""
     baselines = [
-        f"{name} {_format(summary[f'knn_{what}'])}" for what, (name, _) in BASELINES.items() if f"knn_{what}" in summary
+        f"{label} {_format(summary[f'knn_{name}'])}"
+        for name, (label, _) in BASELINES.items()
+        if f"knn_{name}" in summary
     ]
     return ", ".join([f"kNN (k {k}) {_format(values[-1])} %", *baselines]) + "; "
 
@@ -88,11 +90,11 @@ def _draw_baselines(axes: Axes, summary: Mapping[str, Any]) -> None:
     curves = {str(line.get_gid()): line for line in axes.get_lines()}
     drawn = set()
     for position, k in enumerate((summary.get("evaluated") or {}).get("evaluation.k", [])):
-        for what, (name, stroke) in BASELINES.items():
-            level = summary.get(f"knn_{what}" if position == 0 else f"knn_{what}_k{k}")
+        for name, (label, style) in BASELINES.items():
+            level = summary.get(f"knn_{name}" if position == 0 else f"knn_{name}_k{k}")
             if level is not None and (curve := curves.get(f"knn_{k}")) is not None:
-                axes.axhline(level, color=curve.get_color(), ls=stroke, lw=1.2)
-                drawn.add(f"{'- -' if stroke == '--' else '· ·'} {name}")
+                axes.axhline(level, color=curve.get_color(), ls=style, lw=1.2)
+                drawn.add(f"{'- -' if style == '--' else '· ·'} {label}")
     if drawn:
         axes.set_title(", ".join(sorted(drawn)), loc="right", fontsize=9, color="#555555")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from caco_fast.distributed import all_gather_uneven, all_reduce_sum
+from caco_fast.distributed import all_gather_objects, all_gather_uneven, all_reduce_sum
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import extract_features
 from caco_fast.evaluate.knn import knn_accuracy
@@ -123,7 +123,18 @@ class Evaluator:
 
     def _extract(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:
         """(features [N, D], labels [N], index [N]) of the training share and of the test set."""
+        self._require_images()
         return tuple(extract_features(module, loader, self.device, precision) for loader in (self.train, self.test))
+
+    def _require_images(self) -> None:
+        """Raise on all ranks alike, because a rank that raised alone would leave the others waiting."""
+        for name, loader in (("training", self.train), ("test", self.test)):
+            batches = all_gather_objects(len(loader))
+            if min(batches) == 0:
+                raise UserError(
+                    f"evaluation: found {batches} batches of {name} images on the ranks, expected at least one on every"
+                    " rank; use fewer ranks or more images"
+                )
 
     def _knn(self, train: tuple[Tensor, ...], test: tuple[Tensor, ...]) -> dict[str, float]:
         features, labels, index = train

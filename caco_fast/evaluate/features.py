@@ -34,5 +34,5 @@ def extract_features(
         for module, mode in modes.items():
             module.training = mode
     if not features:
-        raise UserError("evaluation: found no images, expected at least one on every rank")
+        raise UserError("evaluation: found no images, expected at least one")
     return torch.cat(features), torch.cat(labels), torch.cat(indices)

@@ -130,7 +130,7 @@ def test_a_rank_killed_at_any_moment_neither_hangs_nor_spoils_the_run(tmp_path):
 
 
 def test_torchrun_restarts_a_run_by_itself(file, tmp_path, whole):
-    """It restarts with the arguments of the first start, with which a second start would be refused."""
+    """A restart has the arguments of the first start, with which a second start would be refused."""
     folder = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     arguments = [str(ROOT / "tools" / "train.py"), "--config", str(file), f"run.folder={folder}"]
