@@ -86,17 +86,6 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:  # [R, ...] -> [N R, ..
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:  # [R, C] -> [N R, C]
-        return all_gather_rows(rows)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # [N R, C] -> [R, C]
-        return reduce_scatter_rows(gradient)
-
-
-@torch.compiler.disable
 def all_gather_rows_with_gradient(rows: torch.Tensor) -> torch.Tensor:  # [R, C] -> [N R, C]
     """The rows of all ranks in rank order, with gradient. Every rank must give the same number of rows.
 
@@ -105,20 +94,42 @@ def all_gather_rows_with_gradient(rows: torch.Tensor) -> torch.Tensor:  # [R, C]
     which makes them the gradient of the *mean* of the ranks' losses: a loss needs no factor of N of its own. This holds
     if each rank averages over its own rows, and also if every rank computes the same loss of all rows.
 
-    Every rank must run the backward pass through the result, which is a collective too. torch.compile breaks the graph
-    here: the collective runs between two compiled parts, so `fullgraph=True` raises.
+    Every rank must run the backward pass through the result, which is a collective too. torch.compile keeps the call as
+    one operation of its graph, without a break.
 
     Raises:
         ValueError: on a CPU, if the ranks give different numbers of rows. On a GPU the check would stall the host.
     """
-    if not is_distributed():
-        return rows
+    return _gather_rows(rows) if is_distributed() else rows
+
+
+@torch.library.custom_op("caco_fast::gather_rows", mutates_args=())
+def _gather_rows(rows: torch.Tensor) -> torch.Tensor:  # [R, C] -> [N R, C]
     if rows.device.type == "cpu":
         # gloo would abort one rank, and give another one garbage.
         counts = all_gather_objects(rows.shape[0])
         if len(set(counts)) > 1:
             raise ValueError(f"all_gather_rows_with_gradient: found {counts} rows on the ranks, expected equal numbers")
-    return _GatherRows.apply(rows)
+    return all_gather_rows(rows)
+
+
+@_gather_rows.register_fake
+def _(rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+
+
+# An operation too, so that a compiled backward pass keeps it as one.
+@torch.library.custom_op("caco_fast::scatter_rows", mutates_args=())
+def _scatter_rows(rows: torch.Tensor) -> torch.Tensor:  # [N R, C] -> [R, C]
+    return reduce_scatter_rows(rows)
+
+
+@_scatter_rows.register_fake
+def _(rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((rows.shape[0] // world_size(), *rows.shape[1:]))
+
+
+_gather_rows.register_autograd(lambda _, gradient: _scatter_rows(gradient))
 
 
 def all_gather_uneven(rows: torch.Tensor) -> torch.Tensor:  # [R, ...], R differs between ranks -> [sum of R, ...]

@@ -15,7 +15,7 @@ ODD = ("png", "cmyk", "sixteen_bit", "one_pixel", "long_strip", "gif")
 GOOD = 34
 
 
-def write_torture_set(folder: Path) -> Path:
+def write_faulty_images(folder: Path) -> Path:
     """Write train/{cold,warm} with GOOD images and the 14 files above, and val with 6 images and two bad ones."""
     random = np.random.default_rng(0)
 
