@@ -31,9 +31,9 @@ SETTINGS = (
 
 
 def tolerance(step: int, same_machine: bool) -> float:
-    """Relative. Where it was recorded the losses come again; elsewhere rounding grows through BatchNorm and AdamW.
+    """The relative tolerance: the recording machine repeats its losses; elsewhere BatchNorm and AdamW amplify rounding.
 
-    Two threads in place of one, worst seen: 2e-6 at step 1, 6e-4 at step 4, 7e-2 at step 15.
+    Worst seen with two threads instead of one: 2e-6 at step 1, 6e-4 at step 4, 7e-2 at step 15.
     """
     return 1e-6 if same_machine else min(0.15, 2e-5 * 3**step)
 
@@ -57,7 +57,7 @@ def test_twenty_steps_of_the_quickstart(tmp_path):
 
 
 def test_bf16_views_give_the_losses_of_f32_views(tmp_path, monkeypatch):
-    """Autocast casts what the first convolution is given, and a cast of what is cast already changes nothing."""
+    """Autocast casts the input of the first convolution, and a second cast changes nothing."""
     build, given = training.build_train_loader, []
     found = losses(tmp_path / "bf16", "trainer.precision=bf16")
 
