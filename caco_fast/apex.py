@@ -1,4 +1,4 @@
-"""What of NVIDIA Apex is here, for those who have built it (github.com/NVIDIA/apex)."""
+"""The parts of NVIDIA Apex that are installed, for users who have built it (github.com/NVIDIA/apex)."""
 
 import importlib.util
 from pathlib import Path
@@ -10,11 +10,11 @@ BUILD = (
 
 
 def missing(file: str, extension: str) -> str | None:
-    """Why a part of Apex can't be had here, or None. The part: its file in the package, and its extension module."""
+    """The reason why a part of Apex is missing, or None. A part is a file in the package and an extension module."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return "NVIDIA Apex is not installed"
-    # By its files, not by import: the package index's apex fails to import.
+    # Look at its files instead of importing it, because the package index's other 'apex' fails to import.
     folders = found.submodule_search_locations or ()
     if not any(Path(folder, file).is_file() for folder in folders):
         return f"the installed package 'apex' is not NVIDIA's, it has no {file}; uninstall it"
@@ -24,5 +24,5 @@ def missing(file: str, extension: str) -> str | None:
 
 
 def build_or_off(setting: str) -> str:
-    """What to do where Apex is asked for by `setting` and missing."""
+    """The advice if `setting` requires Apex and Apex is missing."""
     return f"build it by `{BUILD}`, or set {setting}=off"

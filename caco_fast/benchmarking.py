@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def machine() -> dict[str, Any]:
     """The machine, and how busy it was: figures from a shared machine are worth less."""
-    return {**provenance.machine(), "load_average_1_min": round(os.getloadavg()[0], 2)}
+    return {**provenance.hardware(), "load_average_1_min": round(os.getloadavg()[0], 2)}
 
 
 @functools.cache

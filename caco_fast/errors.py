@@ -1,8 +1,8 @@
-"""The one exception that means "the user can fix this"."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Bad input, named in one line: what is wrong, where, and what to do.
+    """An error in the input, as one line that says what is wrong, where, and what to do.
 
-    The command-line tools print it as `error: ...` and exit with status 2; no stack trace is shown.
+    The command-line tools print it as `error: ...`, without a stack trace, and exit with status 2.
     """

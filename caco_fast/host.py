@@ -1,10 +1,10 @@
-"""What the machine has, and has to spare."""
+"""Free memory and bf16 support of this machine."""
 
 import os
 
 
 def available_bytes() -> int | None:
-    """Main memory that can still be had, None where the system does not tell."""
+    """Main memory that is available, None if the system does not report it."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
@@ -19,7 +19,7 @@ def available_bytes() -> int | None:
 
 
 def computes_in_bf16() -> bool:
-    """Whether the processor has bf16 instructions of its own; False where the system does not tell."""
+    """Whether the processor has bf16 instructions; False if the system does not report it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return any(not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(line.split()) for line in lines)

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, machine, command line."""
+"""The origin of a result: commit, versions, hardware and command line."""
 
 import importlib.metadata
 import os
@@ -12,24 +12,23 @@ from typing import Any
 
 import torch
 
-import caco_fast
-
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "omegaconf")
+PACKAGES = ("caco_fast", "torch", "torchvision", "timm", "numpy", "omegaconf")
+# Of the checkout, if this package runs from one.
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> dict[str, Any]:
-    """`{"commit": sha or None, "dirty": bool or None}` of the checkout this package runs from; None outside of one."""
-    root = Path(caco_fast.__file__).resolve().parent.parent
-    # An installed copy may lie inside somebody else's checkout (a .venv in it): that commit is not ours.
-    if _git(root, "ls-files", "--error-unmatch", "caco_fast/__init__.py") is None:
+    """`{"commit": sha, "dirty": bool}` of the checkout that this package runs from; both are None outside of one."""
+    # An installed copy may lie inside another project's checkout (in its .venv): that commit is not ours.
+    if _git("ls-files", "--error-unmatch", "caco_fast/__init__.py") is None:
         return {"commit": None, "dirty": None}
-    status = _git(root, "status", "--porcelain")
-    return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    status = _git("status", "--porcelain")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of caco_fast, Python and the packages that results depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"caco_fast": caco_fast.__version__, "python": platform.python_version()}
+    """Versions of Python, caco_fast and the packages that results depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -38,7 +37,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """Host, system, processor, memory, threads, and the GPUs with the CUDA version that torch was built for."""
     gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
     return {
@@ -65,10 +64,10 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

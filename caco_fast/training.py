@@ -41,7 +41,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     Raises:
         UserError: anything that the user can mend, in one line.
         Interrupted: a signal asked to stop; a checkpoint was written.
-        RankLost, SaidElsewhere: another rank failed; see engine/one_voice.py.
+        RankLost, ReportedElsewhere: another rank failed; see engine/ranks.py.
     """
     with launched(config.trainer) as device:
         log_to_console()

@@ -11,7 +11,7 @@ import torch
 from caco_fast import build
 from caco_fast.config import load_config
 from caco_fast.engine.metrics import read_metrics
-from caco_fast.provenance import machine, versions
+from caco_fast.provenance import hardware, versions
 from caco_fast.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,15 +31,15 @@ SETTINGS = (
 
 
 def tolerance(step: int, same_machine: bool) -> float:
-    """Relative. Where it was recorded the losses come again; elsewhere rounding grows through BatchNorm and AdamW.
+    """The relative tolerance: the recording machine repeats its losses; elsewhere BatchNorm and AdamW amplify rounding.
 
-    Two threads in place of one, worst seen: 2e-6 at step 1, 6e-4 at step 4, 7e-2 at step 15.
+    Worst seen with two threads instead of one: 2e-6 at step 1, 6e-4 at step 4, 7e-2 at step 15.
     """
     return 1e-6 if same_machine else min(0.15, 2e-5 * 3**step)
 
 
 def recorder() -> dict[str, str]:
-    return {"cpu": str(machine()["cpu"]), "torch": str(versions()["torch"])}
+    return {"cpu": str(hardware()["cpu"]), "torch": str(versions()["torch"])}
 
 
 def losses(folder: Path, *overrides: str) -> list[float]:

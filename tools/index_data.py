@@ -25,7 +25,7 @@ from caco_fast.data.files import FileSource
 from caco_fast.data.folder import TEST_FOLDERS, FolderSource
 from caco_fast.data.index import SplitIndex, read_index, write_index
 from caco_fast.data.make_index import EXCLUDED, KINDS, Finding, Inspection, find_duplicates, inspect, split_index
-from caco_fast.engine.files import atomic_write, atomic_write_text, remove_leftovers
+from caco_fast.engine.storage import atomic_write, atomic_write_text, remove_leftovers
 from caco_fast.errors import UserError
 
 NAME = "caco_fast_index.npz"

@@ -34,8 +34,7 @@ def main() -> int:
 
     # After the arguments, so that --help and a mistyped option answer at once.
     from caco_fast.config import describe, load_config
-    from caco_fast.engine.interrupt import Interrupted
-    from caco_fast.engine.one_voice import RankLost, SaidElsewhere
+    from caco_fast.engine.ranks import Interrupted, RankLost, ReportedElsewhere
     from caco_fast.errors import UserError
     from caco_fast.training import train
 
@@ -64,7 +63,7 @@ def main() -> int:
     except RankLost as lost:
         print(f"error: {lost}; the last checkpoint is intact: go on with --resume auto", file=sys.stderr)
         return lost.exit_code
-    except SaidElsewhere as silent:
+    except ReportedElsewhere as silent:
         return silent.exit_code
     except Interrupted as stopped:
         print(f"{stopped}; go on with --resume auto", file=sys.stderr)

@@ -1,13 +1,15 @@
-"""Checkpoints that are whole or absent: atomic writes, the last k and the best, and refusals that name the way on.
+"""Checkpoints: complete or absent, the last few and the best; and the random states that they hold.
 
 A checkpoint is a `torch.save` archive of `{"format", "version", "step", "state"}`. The state is limited to tensors and
-plain Python values, so that it loads with `weights_only=True`: a checkpoint from elsewhere can't run code.
+plain Python values, so that it loads with `weights_only=True`: a checkpoint from elsewhere can't run code. A file that
+can't be used is refused with a line that names an intact checkpoint to resume from.
 """
 
 import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import zipfile
@@ -17,9 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from caco_fast.engine.files import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
+from caco_fast.distributed import all_gather_objects, rank, world_size
+from caco_fast.engine.storage import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
 from caco_fast.errors import UserError
 
 FORMAT = "caco_fast checkpoint"
@@ -30,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointWriteError(UserError):
-    """A checkpoint could not be written; the earlier ones are intact."""
+    """A checkpoint that could not be written; the earlier ones are intact."""
 
 
 class CheckpointStore:
@@ -38,13 +42,13 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         if keep < 1:
-            raise ValueError(f"keep: found {keep}, wanted at least 1")
+            raise ValueError(f"keep: found {keep}, expected at least 1")
         self.folder = Path(folder)
         self.keep = keep
         remove_leftovers(self.folder)
 
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Writes the state of `step`, then prunes. Raises CheckpointWriteError if the disk is full or read-only."""
+        """Write the state of `step`, then prune. Raises CheckpointWriteError if the disk is full or read-only."""
         path = self.folder / f"step_{step:08d}.pt"
         with _writing(path):
             self._write(path, state, step)
@@ -52,10 +56,10 @@ class CheckpointStore:
         return path
 
     def save_best(self, source: Path | dict[str, Any], step: int, score: float) -> bool:
-        """Keeps `source` (a checkpoint just saved, or a state) as `best.pt` if its score is the highest yet.
+        """Keep `source` (a checkpoint just saved, or a state) as `best.pt` if its score is the highest so far.
 
-        A best one of a later step belongs to a future that was left by resuming before it, and does not count.
-        Returns whether it was kept.
+        A `best.pt` of a later step does not count: the run was resumed from before it. Returns whether `source` was
+        kept.
         """
         kept = self.best()
         if math.isnan(score) or (kept is not None and kept[0] <= step and kept[1] >= score):
@@ -70,7 +74,7 @@ class CheckpointStore:
         return True
 
     def best(self) -> tuple[int, float] | None:
-        """Step and score of `best.pt`."""
+        """Step and score of `best.pt`, None if there is none."""
         try:
             kept = json.loads((self.folder / "best.json").read_text())
             return int(kept["step"]), float(kept["score"])
@@ -82,15 +86,15 @@ class CheckpointStore:
         return found[-1][1] if found else None
 
     def load(self, path: Path) -> dict[str, Any]:
-        """The state in `path`, on the CPU, mapped from the file rather than read into memory.
+        """The state in `path`, on the CPU, mapped from the file instead of read into memory.
 
-        Raises UserError when the file is missing, empty, truncated, damaged, foreign or of a newer version; the line
+        Raises UserError if the file is missing, empty, truncated, damaged, foreign or of a newer version. The line
         names the newest intact checkpoint before it and the option that resumes from there.
         """
         try:
             return _read(Path(path))
         except _Unusable as reason:
-            raise UserError(f"checkpoint {path} {reason}; {_way_on(Path(path))}") from None
+            raise UserError(f"checkpoint {path} {reason}; {_alternative_to(Path(path))}") from None
 
     def _write(self, path: Path, state: dict[str, Any], step: int) -> None:
         require_plain(state)
@@ -99,7 +103,7 @@ class CheckpointStore:
             _save_archive({"format": FORMAT, "version": VERSION, "step": step, "state": state}, file)
 
     def _prune(self, step: int) -> None:
-        """Removes all but the last `keep` up to `step`, and the later ones, left behind by resuming before them."""
+        """Remove all but the last `keep` up to `step`, and the later ones: the run was resumed from before them."""
         found = checkpoints_in(self.folder)
         until_now = [path for at, path in found if at <= step]
         for path in until_now[: -self.keep] + [path for at, path in found if at > step]:
@@ -112,8 +116,7 @@ class CheckpointStore:
 def resolve_resume(mode: str, store: CheckpointStore) -> Path | None:
     """The checkpoint that `--resume MODE` means: `auto` the latest if there is one, `never` none, else the path itself.
 
-    Nothing is read here, and nothing falls back: a damaged latest one is refused by `load`, which offers the one
-    before.
+    No file is read here, and there is no silent fallback: `load` refuses a damaged latest one and names the one before.
     """
     if mode == "never":
         return None
@@ -125,24 +128,24 @@ def resolve_resume(mode: str, store: CheckpointStore) -> Path | None:
     latest = store.latest()
     known = f"the latest of this run is {latest}" if latest else f"{store.folder} holds no checkpoint"
     what = "is a folder" if path.is_dir() else "does not exist"
-    raise UserError(f"--resume {mode}: {what}, wanted auto, never or the path of a checkpoint; {known}")
+    raise UserError(f"--resume {mode}: {what}, expected auto, never or the path of a checkpoint; {known}")
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the step checkpoints, by step."""
+    """(step, path) of the step checkpoints, in order of steps."""
     matches = ((re.fullmatch(r"step_(\d+)\.pt", path.name), path) for path in folder.glob("step_*.pt"))
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def require_plain(value: Any, where: str = "state") -> None:
-    """Raises TypeError naming the key of the first value that `weights_only=True` would refuse to load."""
+    """Raise TypeError with the key of the first value that `weights_only=True` would refuse to load."""
     if type(value) in (int, float, str, bool, type(None), torch.Tensor, torch.nn.Parameter):
         return
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) not in (str, int):
                 raise TypeError(
-                    f"checkpoint {where}: found a key {key!r} of type {type(key).__name__}, wanted str or int"
+                    f"checkpoint {where}: found a key {key!r} of type {type(key).__name__}, expected str or int"
                 )
             require_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
@@ -151,7 +154,7 @@ def require_plain(value: Any, where: str = "state") -> None:
     else:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(
-            f"checkpoint {where}: found {kind}, wanted a tensor, dict, list, tuple, int, float, str, bool or None"
+            f"checkpoint {where}: found {kind}, expected a tensor, dict, list, tuple, int, float, str, bool or None"
         )
 
 
@@ -167,13 +170,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Gives `path` the contents of `source`, atomically: by a hard link, or a copy where there are none."""
+    """Give `path` the contents of `source`, atomically: by a hard link, or by a copy if links are not supported."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         temporary.unlink(missing_ok=True)
         os.link(source, temporary)
         os.replace(temporary, path)
-        # Renaming a link onto another link of the same file does nothing, and leaves the first behind.
+        # Renaming a link to another link of the same file does nothing, and the first one remains.
         temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError:
@@ -182,11 +185,11 @@ def _link(source: Path, path: Path) -> None:
 
 
 class _Unusable(Exception):
-    """Why a file can't serve as a checkpoint, as the end of a sentence that begins with its name."""
+    """The reason why a file is no usable checkpoint, as the end of a sentence that begins with its name."""
 
 
 def _save_archive(payload: dict[str, Any], file: Any) -> None:
-    """torch.save, with the OSError of a failed write as itself: torch's writer reports it as a RuntimeError."""
+    """Call torch.save and raise the OSError of a failed write, which torch's writer hides in a RuntimeError."""
     try:
         torch.save(payload, file)
     except RuntimeError as error:
@@ -204,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise _Unusable("is empty")
         if start != b"PK\x03\x04":
             raise _Unusable("is not a caco_fast checkpoint")
-        # torch does not compare checksums when it reads.
+        # torch does not check checksums when it reads.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -214,7 +217,7 @@ def _read(path: Path) -> dict[str, Any]:
     except _Unusable:
         raise
     except Exception:
-        # A damaged directory makes zipfile raise whatever the damage looks like: encryption, compression, bad text.
+        # zipfile raises many kinds of errors for a damaged directory: encryption, compression, text encoding.
         raise _Unusable("is truncated or damaged") from None
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -229,8 +232,8 @@ def _read(path: Path) -> dict[str, Any]:
     return payload["state"]
 
 
-def _way_on(path: Path) -> str:
-    """What to do instead of resuming from `path`: the newest intact checkpoint before it, or a new run."""
+def _alternative_to(path: Path) -> str:
+    """The advice for a user who can't resume from `path`: the newest intact checkpoint before it, or a new run."""
     own = re.fullmatch(r"step_(\d+)\.pt", path.name)
     before = [other for at, other in checkpoints_in(path.parent) if other != path and (not own or at < int(own[1]))]
     for other in [*reversed(before), path.parent / "best.pt"]:
@@ -242,3 +245,53 @@ def _way_on(path: Path) -> str:
             continue
         return f"the newest intact one is {other}: resume from it with --resume {other}"
     return f"no other intact checkpoint is in {path.parent}: start again with --resume never in another run folder"
+
+
+def capture_random_states() -> list[dict[str, Any]]:
+    """The generators of every rank, in rank order and on all ranks, as plain values and tensors.
+
+    They are those of Python, numpy, torch on the CPU, and torch on every CUDA device if CUDA is in use.
+    """
+    name, key, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    own = {
+        "python": random.getstate(),
+        "numpy": (
+            str(name),
+            torch.from_numpy(key.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached_gaussian),
+        ),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+    return all_gather_objects(own)
+
+
+def restore_random_states(states: list[dict[str, Any]]) -> None:
+    """Restore this rank's own generators. With another number of ranks nothing is restored, with a warning."""
+    if len(states) == world_size():
+        _restore_random_state(states[rank()])
+    elif rank() == 0:
+        log.warning(
+            "random states: saved by %d ranks, found %d; training goes on, not bit for bit", len(states), world_size()
+        )
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    """Restore one rank's generators. With another number of CUDA devices, restore those that both have and warn."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, key, position, has_gauss, cached_gaussian = state["numpy"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    # Copies, because the state may be mapped from a file that will be removed.
+    torch.set_rng_state(state["torch"].clone())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if state["cuda"] and len(state["cuda"]) != devices:
+        log.warning(
+            "random states: saved for %d CUDA devices, found %d; training goes on, not bit for bit",
+            len(state["cuda"]),
+            devices,
+        )
+    for device, saved in enumerate(state["cuda"][:devices]):
+        torch.cuda.set_rng_state(saved.clone(), device)

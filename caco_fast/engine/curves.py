@@ -1,4 +1,4 @@
-"""A run at a glance: `curves.png`, small multiples over the steps, from the run folder's metrics.jsonl."""
+"""An overview of a run: `curves.png`, six small plots over the steps, from the run folder's metrics.jsonl."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from caco_fast.engine.files import atomic_write
 from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.storage import atomic_write
 from caco_fast.errors import UserError
 
 Points = tuple[list[float], list[float]]
 COLOURS = ("#1f5fa8", "#d9660b", "#3a8a3e", "#8f4aa3")
 INITIALISATION = "#ece7da"
 KNN = "weighted kNN"
-# What the summary calls them, and how the picture does.
-YARDSTICKS = {"raw": ("raw pixels", "--"), "random": ("random encoder", ":")}
+# By their names in the summary: label and line style.
+BASELINES = {"raw": ("raw pixels", "--"), "random": ("random encoder", ":")}
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ PANELS = (
     Panel("positive probability", "", lambda name: name == "positive_probability"),
     Panel("rows chosen as positives", "perplexity", lambda name: name == "positive_perplexity"),
     Panel(KNN, "per cent", lambda name: name.startswith("knn"), from_zero=False),
-    # Rates differ by orders of magnitude (encoder 0.3, bank 3): two scales show the shape of both.
+    # Rates differ by orders of magnitude (encoder 0.3, bank 3), so two scales show the shape of both.
     Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),
     Panel("speed", "pairs/s", lambda name: name == "pairs_per_second"),
 )
 
 
 def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """Draws `curves.png` anew and returns its path; a panel without measurements says so.
+    """Draw `curves.png` and return its path. A panel without measurements says so.
 
-    Steps of the bank's initialisation (negative epochs) are shaded. `summary`: that of the run; its scores of raw
-    pixels and of the random encoder stand beside the kNN of the run. Raises UserError when the run has no metrics.
+    Steps of the bank's initialisation (negative epochs) are shaded. If the run's `summary` has scores of raw pixels and
+    of the random encoder, they are drawn in the kNN panel. Raises UserError if the run has no metrics.
     """
     run_folder = Path(run_folder)
     lines = read_metrics(run_folder)
@@ -64,7 +64,7 @@ def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> P
     for panel, axes in zip(PANELS, figure.subplots(2, 3).flat):
         _draw(panel, axes, lines, initialised)
         if panel.title == KNN:
-            _draw_yardsticks(axes, summary or {})
+            _draw_baselines(axes, summary or {})
     path = run_folder / "curves.png"
     with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
@@ -72,26 +72,29 @@ def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> P
 
 
 def _result(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
-    """The last kNN by the first k, and what it is to be compared with."""
+    """The last kNN accuracy with the first k, and the baselines, as the beginning of the headline."""
     k = next(iter((summary.get("evaluated") or {}).get("evaluation.k", [])), None)
     values = _points(lines, f"knn_{k}")[1]
     if not values:
         return ""
-    beside = [f"{name} {_figure(summary[f'knn_{what}'])}" for what, (name, _) in YARDSTICKS.items()
-              if f"knn_{what}" in summary]  # fmt: skip
-    return f"kNN (k {k}) {_figure(values[-1])} %" + (f", {', '.join(beside)}; " if beside else "; ")
+    baselines = [
+        f"{label} {_format(summary[f'knn_{name}'])}"
+        for name, (label, _) in BASELINES.items()
+        if f"knn_{name}" in summary
+    ]
+    return ", ".join([f"kNN (k {k}) {_format(values[-1])} %", *baselines]) + "; "
 
 
-def _draw_yardsticks(axes: Axes, summary: Mapping[str, Any]) -> None:
-    """A level line for each k that is drawn, in its colour, and what the strokes mean below the title."""
+def _draw_baselines(axes: Axes, summary: Mapping[str, Any]) -> None:
+    """Draw each baseline as a level line in the colour of its k, and name the line styles below the title."""
     curves = {str(line.get_gid()): line for line in axes.get_lines()}
     drawn = set()
     for position, k in enumerate((summary.get("evaluated") or {}).get("evaluation.k", [])):
-        for what, (name, stroke) in YARDSTICKS.items():
-            level = summary.get(f"knn_{what}" if position == 0 else f"knn_{what}_k{k}")
+        for name, (label, style) in BASELINES.items():
+            level = summary.get(f"knn_{name}" if position == 0 else f"knn_{name}_k{k}")
             if level is not None and (curve := curves.get(f"knn_{k}")) is not None:
-                axes.axhline(level, color=curve.get_color(), ls=stroke, lw=1.2)
-                drawn.add(f"{'- -' if stroke == '--' else '· ·'} {name}")
+                axes.axhline(level, color=curve.get_color(), ls=style, lw=1.2)
+                drawn.add(f"{'- -' if style == '--' else '· ·'} {label}")
     if drawn:
         axes.set_title(", ".join(sorted(drawn)), loc="right", fontsize=9, color="#555555")
 
@@ -133,18 +136,18 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
             scale.spines["top"].set_visible(False)
     if len(series) == 1 and not panel.own_scales:
         steps, values = next(iter(series.values()))
-        # Loss and probability mean something else in the initialisation; what is compared begins after it.
+        # Loss and probability mean something else in the initialisation, so the comparison begins after it.
         trained = [value for step, value in zip(steps, values) if initialised is None or step > initialised] or values
-        ends = f"{_figure(trained[0])} \u2192 {_figure(trained[-1])}"
+        ends = f"{_format(trained[0])} \u2192 {_format(trained[-1])}"
         axes.set_title(ends, loc="right", fontsize=10, color="#555555")
     elif not two_scales:
         for line, (_, values) in zip(drawn, series.values()):
-            line.set_label(f"{line.get_label()}: {_figure(values[-1])}")
+            line.set_label(f"{line.get_label()}: {_format(values[-1])}")
         axes.legend(handles=drawn, fontsize=9, loc="lower right", framealpha=0.85, edgecolor="none")
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> Points:
-    """The finite values of a series; a gap in a curve is less use than the curve."""
+    """Steps and values of a series. Values that are not finite are left out, so that the curve has no gaps."""
     found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
     finite = [(step, value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
@@ -154,5 +157,5 @@ def _label(name: str) -> str:
     return name.replace("_", " ").replace("knn", "k")
 
 
-def _figure(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 20 else f"{value:.3g}"

@@ -1,10 +1,11 @@
-"""What a run measures, over its steps: `metrics.jsonl` always, TensorBoard by default, W&B on request.
+"""The measurements of a run over its steps: `metrics.jsonl` always, TensorBoard by default, W&B on request.
 
-One JSON object a line with `step`, `epoch` (negative in the bank's initialisation phase), `time` (seconds since 1970)
-and the values. JSON has no word for NaN and the infinities: they stand as the strings "NaN", "Infinity" and
-"-Infinity", which `read_metrics` turns back into floats.
+Each line is a JSON object with `step`, `epoch` (negative in the bank's initialisation), `time` (seconds since 1970) and
+the values. JSON has no NaN and no infinities, so these are the strings "NaN", "Infinity" and "-Infinity", which
+`read_metrics` turns back into floats.
 """
 
+import functools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caco_fast.distributed import rank
-from caco_fast.engine.files import PatientFile, atomic_write_text
+from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
 
@@ -30,20 +31,20 @@ log = logging.getLogger(__name__)
 class WandbConfig:
     mode: str = setting("off", "Weights & Biases: off, online or offline")
     project: str = setting("caco_fast", "W&B project")
-    entity: str | None = setting(None, "W&B user or team; null: the account's own")
+    entity: str | None = setting(None, "W&B user or team; null: the default of the account")
     name: str | None = setting(None, "W&B run name; null: the name of the run folder")
 
     def __post_init__(self) -> None:
         if self.mode not in ("off", "online", "offline"):
-            raise UserError(f"wandb.mode: found {self.mode!r}, wanted off, online or offline")
+            raise UserError(f"wandb.mode: found {self.mode!r}, expected off, online or offline")
 
 
 class MetricsWriter:
-    """Appends to the metrics of a run folder; on ranks other than 0 it does nothing.
+    """A writer that appends to the metrics of a run folder. On ranks other than 0 it does nothing.
 
-    `resume_at`: the step of the checkpoint that the run goes on from; lines of later steps are cut, so that the file
-    reads as one run. None: a new run, which begins an empty file. Nothing is cut before `open`: a start that fails
-    before leaves all as it was. A full disk ends neither the run nor the metrics: lines wait in memory.
+    `resume_at` is the step of the checkpoint that the run resumes from, None for a new run. Lines of later steps are
+    cut, so that the file reads as one run; a new run begins with an empty file. Nothing is cut before `open`, so a
+    start that fails earlier changes nothing. A full disk does not end the run: its lines wait in memory.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._file: PatientFile | None = None
+        self._file: RetryingFile | None = None
         self._opened = True
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -71,9 +72,9 @@ class MetricsWriter:
                 self._wandb = _open_wandb(wandb, self.folder, run_config)
 
     def open(self) -> None:
-        """Cuts what `resume_at` leaves behind and takes the files; the first `write` does it otherwise.
+        """Cut the lines after `resume_at` and open the files. The first `write` does this if it was not called.
 
-        Raises UserError where they can't be written.
+        Raises UserError if the files can't be written.
         """
         if self._opened:
             return
@@ -81,14 +82,14 @@ class MetricsWriter:
         path = self.folder / METRICS_FILE
         try:
             cut_metrics(path, self._resume_at)
-            self._file = PatientFile(path, log.warning)
+            self._file = RetryingFile(path, log.warning)
             if self._open_tensorboard is not None:
                 self._tensorboard = self._open_tensorboard()
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror or error}") from None
 
     def write(self, step: int, values: Mapping[str, float], *, epoch: int | None = None) -> None:
-        """One line, on the disk's side of our buffers when this returns."""
+        """Write one line. It has left this process when this returns, unless the disk is full."""
         self.open()
         if self._file is None:
             return
@@ -111,7 +112,7 @@ class MetricsWriter:
             self._wandb = None
 
     def _to_tensorboard(self, act: Callable[[Any], Any]) -> None:
-        """Its writer's thread ends at the first error, which the next call raises."""
+        """Use TensorBoard's writer, or give it up. Its thread ends at the first error, which the next call raises."""
         if self._tensorboard is None:
             return
         try:
@@ -126,7 +127,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl, [] if there is none. A last line cut short by a kill is left out."""
+    """The lines of a run folder's metrics.jsonl, [] if there is none. A last line that a kill cut short is left out."""
     path = Path(folder) / METRICS_FILE
     if not path.exists():
         return []
@@ -149,7 +150,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int | None) -> None:
-    """Removes the lines after `step` (None: all lines) from a metrics file, atomically."""
+    """Remove the lines after `step` (None: all lines) from a metrics file, atomically."""
     if not path.exists():
         return
     lines = read_metrics(path.parent)
@@ -163,7 +164,7 @@ def cut_metrics(path: Path, step: int | None) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """The value as JSON can say it: floats that are not finite become strings."""
+    """The value in a form that JSON allows: floats that are not finite become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -174,14 +175,18 @@ def _tensorboard_opener(folder: Path, resume_at: int | None) -> Callable[[], Any
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("tensorboard is on but not installed: pip install tensorboard, or turn it off") from None
-    # TensorBoard hides the points of its older files from this step on, which are those of the future left behind.
+    # TensorBoard hides the points of older files from this step on: the run was resumed from before them.
     purge = None if not folder.exists() else 0 if resume_at is None else resume_at + 1
-    _hush_writer_thread()
+    _silence_tensorboard_thread()
     return lambda: SummaryWriter(str(folder), purge_step=purge)
 
 
-def _hush_writer_thread() -> None:
-    """What ends TensorBoard's thread is raised by its next call too, and reported in a line, not as a stack trace."""
+@functools.cache
+def _silence_tensorboard_thread() -> None:
+    """Keep Python from printing a stack trace when TensorBoard's thread meets an OSError. Installed once a process.
+
+    The next call of the writer raises the same error, which is then logged as one line.
+    """
     usual = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -198,7 +203,7 @@ def _open_wandb(config: WandbConfig, folder: Path, run_config: Mapping[str, Any]
         raise UserError(
             f"wandb.mode is {config.mode} but wandb is not installed: pip install wandb, or wandb.mode=off"
         ) from None
-    # The id makes a resumed run go on in the same W&B run.
+    # With its id a resumed run continues the same W&B run.
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text().strip() if id_file.exists() else None
     run = wandb.init(

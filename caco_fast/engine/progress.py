@@ -1,7 +1,7 @@
-"""How far a run is: a live bar on a terminal, plain lines elsewhere, and both in the run's log.
+"""The progress of a run: a live bar on a terminal, plain lines elsewhere, and the same lines in the run's log.
 
-A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | eta 0:03:10`, eta
-being that of the whole run; before the epochs, `eta 0:00:20 of the initialisation`. Rank 0 alone prints.
+A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | eta 0:03:10`. The eta
+is that of the whole run. Before the epochs it reads `eta 0:00:20 of the initialisation`. Only rank 0 prints.
 """
 
 import io
@@ -21,16 +21,16 @@ from caco_fast.distributed import rank
 
 LABELS = {"positive_probability": "positive", "bank_lr": "bank lr"}
 
-# One console for all: what it prints while the bar is live appears above the bar.
+# All output goes through one console, so that it appears above a live bar.
 console = Console(highlight=False, soft_wrap=True)
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows a run of `total_epochs` epochs; use as a context manager, so that the terminal is left clean on any exit.
+    """The display of a run of `total_epochs` epochs, as a context manager that leaves the terminal clean on any exit.
 
-    `step` counts every step and never touches a tensor; values come on log steps only, where the trainer synchronises
-    anyway, so the rates between two of them are true on a GPU too. `plain`: None means lines if stdout is no terminal.
+    `step` counts every step and never reads a tensor. Values come on log steps only, where the trainer synchronises
+    anyway, so the speed between two of them is right on a GPU too. `plain` None means lines if stdout is no terminal.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Progress:
         self._plain = not console.is_terminal if plain is None else plain
         self._bar: RichProgress | None = None
         self._task = TaskID(-1)
-        self._title = self._of_phase = ""
+        self._title = self._phase_suffix = ""
         self._steps = self._step = 0
         self._later_steps = total_epochs * steps_per_epoch
         self._started = self._logged = time.monotonic()
@@ -72,31 +72,31 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-            # The bar is wiped; how far the run came stays to be read.
+            # The bar is erased, but its last line stays.
             self._leave_line()
             self._bar = None
 
     def start_phase(self, name: str, steps: int, first_step: int = 0) -> None:
-        """A stretch of steps before the epochs, such as the bank's initialisation.
+        """Begin a phase of steps before the epochs, such as the bank's initialisation.
 
-        Its steps cost less or more than those of the epochs, so the time left is told of this stretch alone.
+        Its steps cost less or more than those of the epochs, so the eta is that of this phase alone.
         """
         self._start(name, steps, first_step, later=0)
-        self._of_phase = f" of the {name}"
+        self._phase_suffix = f" of the {name}"
 
     def start_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """`epoch` counts from 0; `first_step` is the first one still to be done, in a run resumed in mid-epoch."""
-        if self._of_phase:
-            self._of_phase, self._started, self._steps_here = "", time.monotonic(), 0
+        """Begin an epoch, counted from 0. `first_step` is the first step to do, which a resumed run may begin with."""
+        if self._phase_suffix:
+            self._phase_suffix, self._started, self._steps_here = "", time.monotonic(), 0
         later = (self.total_epochs - epoch - 1) * self.steps_per_epoch
         self._start(f"epoch {epoch + 1}/{self.total_epochs}", self.steps_per_epoch, first_step, later)
 
     def is_log_step(self, step: int) -> bool:
-        """Whether step `step` (from 0) of the epoch or phase wants values: every `log_every`-th, and the last."""
+        """Whether step `step` (from 0) of the epoch or phase needs values: every `log_every`-th, and the last."""
         return (step + 1) % self.log_every == 0 or step + 1 == self._steps
 
     def step(self, values: Mapping[str, float] | None = None) -> None:
-        """One step is done; `values` (loss, positive_probability, lr, ...) on log steps, as plain numbers."""
+        """Count one finished step. On log steps `values` are loss, positive_probability, lr, ... as plain numbers."""
         self._step += 1
         self._steps_here += 1
         self._unlogged += 1
@@ -107,18 +107,18 @@ class Progress:
             self.pairs_per_second = self._unlogged * self.batch_size / max(now - self._logged, 1e-9)
             self._logged, self._unlogged = now, 0
             shown = self._shown(values)
-            eta = f"eta {self._eta_run()}{self._of_phase}"
+            eta = f"eta {self._eta_run()}{self._phase_suffix}"
             self._line = f"{self._title} step {self._step}/{self._steps} | {shown} | {eta}"
             log.info(self._line, extra={"file_only": self._bar is not None})
             if self._bar is not None:
-                of_bar = f"eta {self._eta_phase()}"
-                if not self._of_phase:
-                    of_bar += f", run {self._eta_run()}"
-                self._bar.update(self._task, values=shown, eta=of_bar)
+                bar_eta = f"eta {self._eta_phase()}"
+                if not self._phase_suffix:
+                    bar_eta += f", run {self._eta_run()}"
+                self._bar.update(self._task, values=shown, eta=bar_eta)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step)
         if self._step == self._steps:
-            # One line of each finished epoch stays above the bar, and above what is said of it afterwards.
+            # One line of each finished epoch stays above the bar, and above later messages about the epoch.
             self._leave_line()
 
     def _leave_line(self) -> None:
@@ -143,13 +143,13 @@ class Progress:
         return _clock((self._steps - self._step) * self.batch_size / max(self.pairs_per_second, 1e-9))
 
     def _eta_run(self) -> str:
-        # Over all that this process did, evaluation and saving included.
+        # Over everything that this process did, with evaluation and checkpoints.
         seconds_per_step = (time.monotonic() - self._started) / max(self._steps_here, 1)
         return _clock((self._steps - self._step + self._later_steps) * seconds_per_step)
 
 
 class _TwoLines(RichProgress):
-    """The bar, and the values on a line of their own: side by side they do not fit a terminal of 80 columns."""
+    """A bar with the values on a second line: on one line they do not fit a terminal of 80 columns."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -158,7 +158,7 @@ class _TwoLines(RichProgress):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log records on the console, above a live bar; records marked `file_only` are on it already."""
+    """A handler that prints log records on the console, above a live bar; records marked `file_only` are skipped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
@@ -174,7 +174,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Sends the log of caco_fast to the terminal on rank 0; calling it again changes nothing."""
+    """Send the log of caco_fast to the terminal on rank 0. A second call changes nothing."""
     logger = logging.getLogger("caco_fast")
     if rank() == 0 and not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
@@ -182,9 +182,9 @@ def log_to_console() -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
-    """Shows a table on the console and in the log, on rank 0; returns it as plain text.
+    """Show a table on the console and in the log, on rank 0, and return it as plain text.
 
-    The first column is text, the others are aligned to the right; floats are shown with one decimal.
+    The first column is text, and the others are aligned to the right. Floats have one decimal.
     """
     plain = Console(file=io.StringIO(), width=10_000, color_system=None)
     plain.print(_table(title, columns, rows, box.ASCII2))
@@ -211,7 +211,7 @@ def _number(name: str, value: float) -> str:
         return f"{value:,}"
     if "positive" in name:
         return f"{value:.3f}"
-    # Four decimals, unless that would hide a small value, as a learning rate of 1e-5.
+    # Four decimals, unless they would hide a small value, such as a learning rate of 1e-5.
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 

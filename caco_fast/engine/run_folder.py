@@ -1,10 +1,10 @@
-"""The folder of one run: everything needed to tell what ran, go on from it, and read what came out.
+"""The folder of one run: what ran, the checkpoints to resume from, and the results.
 
-config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, where it changed)
+config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, if it changed)
 environment.json   commit, versions, machine, command line: one entry for each start of the run
 log.txt            the log of all starts
-log.rank1.txt      warnings of the other ranks, as of bad images that rank 0 never met; only where there are any
-metrics.jsonl      see metrics.py; tensorboard/ holds the same
+log.rank1.txt      warnings of the other ranks, such as bad images that rank 0 never met; only if there are any
+metrics.jsonl      see metrics.py; tensorboard/ holds the same values
 checkpoints/       see checkpoint.py
 summary.json       the final figures
 curves.png         see curves.py
@@ -23,16 +23,16 @@ from typing import Any
 
 from caco_fast import provenance
 from caco_fast.distributed import rank
-from caco_fast.engine.files import PatientFile, atomic_write_text
 from caco_fast.engine.metrics import METRICS_FILE, to_json
 from caco_fast.engine.progress import console
+from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def job() -> dict[str, str]:
-    """What started this process and may start it again: torchrun, by its run's id or its process, and SLURM."""
+def current_job() -> dict[str, str]:
+    """The launchers that started this process and may restart it: torchrun (its run id or process id) and SLURM."""
     found = {}
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         found["torchrun"] = run if run != "none" else f"{socket.gethostname()} {os.getppid()}"
@@ -41,18 +41,18 @@ def job() -> dict[str, str]:
     return found
 
 
-def same_job(before: Mapping[str, str]) -> bool:
-    """Whether a start by the job `before` was by the one that has now restarted this process."""
+def is_restart_of(job: Mapping[str, str]) -> bool:
+    """Whether this process is a restart by the launcher of an earlier start, `job`."""
     restarts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
     return any(
-        before.get(kind) == name and int(os.environ.get(restarts[kind], "0")) > 0 for kind, name in job().items()
+        job.get(kind) == name and int(os.environ.get(restarts[kind], "0")) > 0 for kind, name in current_job().items()
     )
 
 
 class RunFolder:
-    """Paths of a run folder; `claim` makes it, `start` fills it.
+    """The paths of a run folder; `claim` creates it and `start` describes the run in it.
 
-    Rank 0 writes; the others read the paths, and keep a log of warnings.
+    Rank 0 writes. The other ranks only use the paths and log their own warnings.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,25 +67,25 @@ class RunFolder:
         self._unwritten: dict[str, Any] = {}
 
     def holds_run(self) -> bool:
-        """Whether something was trained here; a start that failed before its first log line leaves the folder free."""
+        """Whether a run has trained here. A start that failed before its first log line leaves the folder free."""
         logged = self.metrics.exists() and self.metrics.stat().st_size > 0
         return logged or any(self.checkpoints.glob("*.pt"))
 
     def claim(self, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
-        """Makes the folder and opens its log.
+        """Create the folder and open its log.
 
-        `resume` is the option as the user gave it, `resumed_from` the checkpoint it led to. Raises UserError for a new
-        run (`never`) in a folder that holds one; with `auto`, a run killed before its first checkpoint starts over
-        here.
+        `resume` is the option that the user gave, and `resumed_from` the checkpoint that it means. Raises UserError for
+        a new run (`never`) in a folder that holds a run. With `auto`, a run that was killed before its first checkpoint
+        starts over here.
         """
         if rank() != 0:
             self._log_to(self.path / f"log.rank{rank()}.txt", logging.WARNING)
             return
-        # Going on from elsewhere would cut the metrics and prune the checkpoints of the run that is here.
+        # A resume from elsewhere would cut the metrics and prune the checkpoints of the run in this folder.
         foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
         if (resume == "never" or foreign) and self.holds_run() and not self._own_starts():
             raise UserError(
-                f"run folder {self.path} already holds a run: go on with it by --resume auto, or choose another folder"
+                f"run folder {self.path} already holds a run: continue it with --resume auto, or choose another folder"
             )
         with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -93,16 +93,16 @@ class RunFolder:
         self._log_to(self.log, logging.INFO)
 
     def start(self, config_yaml: str, *, resumed_from: Path | None = None) -> None:
-        """Writes configuration and environment: all components are built, and training begins."""
+        """Write the configuration and the environment, once all components are built."""
         if rank() == 0:
             with self._writing():
                 self._write_config(config_yaml)
                 self._write_environment(resumed_from)
 
     def resume_in_restart(self, resume: str, latest: Path | None) -> str:
-        """What `--resume` means: as given, but `auto` where torchrun or SLURM started this very run before.
+        """The value of `--resume` to follow: the given one, but `auto` if torchrun or SLURM restarted this very run.
 
-        A restart has the arguments of the first start, by which it would be refused (`never`) or begin again (a path).
+        A restart has the arguments of the first start. With those it would be refused (`never`) or start over (a path).
         """
         own = self._own_starts()
         if not own or resume == "auto":
@@ -114,9 +114,9 @@ class RunFolder:
         return "auto"
 
     def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Merges the values into summary.json, atomically, and returns the whole of it; on rank 0 only, else {}.
+        """Merge the values into summary.json, atomically, and return all of it. Ranks other than 0 only return {}.
 
-        Where the disk refuses, the values stand in the log.
+        If the disk refuses, the values go to the log.
         """
         if rank() != 0:
             return {}
@@ -134,7 +134,7 @@ class RunFolder:
         return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
 
     def close(self) -> None:
-        """Closes log.txt."""
+        """Close log.txt."""
         if self._handler is not None:
             logging.getLogger("caco_fast").removeHandler(self._handler)
             self._handler.close()
@@ -150,7 +150,7 @@ class RunFolder:
 
     def _log_to(self, path: Path, level: int) -> None:
         self.close()
-        self._file = PatientFile(path, lambda line: console.print(f"warning: {line}", markup=False))
+        self._file = RetryingFile(path, lambda line: console.print(f"warning: {line}", markup=False))
         self._handler = logging.StreamHandler(self._file)
         self._handler.setLevel(level)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -174,8 +174,8 @@ class RunFolder:
         return json.loads(self.environment.read_text()) if self.environment.exists() else []
 
     def _own_starts(self) -> list[dict[str, Any]]:
-        """The last starts here by the job that has now restarted this process, the latest first."""
-        return list(itertools.takewhile(lambda start: same_job(start.get("job", {})), reversed(self._starts())))
+        """The latest starts in this folder, newest first, as far as their launcher is the one of this restart."""
+        return list(itertools.takewhile(lambda start: is_restart_of(start.get("job", {})), reversed(self._starts())))
 
     def _write_environment(self, resumed_from: Path | None) -> None:
         starts = self._starts()
@@ -184,10 +184,10 @@ class RunFolder:
                 "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "command": provenance.command_line(),
                 "resumed_from": str(resumed_from) if resumed_from else None,
-                "job": job(),
+                "job": current_job(),
                 **provenance.commit(),
                 "versions": provenance.versions(),
-                "machine": provenance.machine(),
+                "machine": provenance.hardware(),
             }
         )
         atomic_write_text(self.environment, json.dumps(starts, indent=2) + "\n")

@@ -13,13 +13,17 @@ from typing import Any
 
 from caco_fast.data import Batch, TrainLoader
 from caco_fast.distributed import rank
-from caco_fast.engine import random_state
 from caco_fast.engine.agreement import require_equal_ranks
-from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError
-from caco_fast.engine.interrupt import Interrupt, Interrupted
+from caco_fast.engine.checkpoint import (
+    CheckpointStore,
+    CheckpointWriteError,
+    capture_random_states,
+    restore_random_states,
+)
 from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import require_scale
 from caco_fast.engine.progress import Progress
+from caco_fast.engine.ranks import Interrupt, Interrupted
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
 from caco_fast.engine.state import Interval, LossNotFinite, Position
 from caco_fast.engine.step import Rates, TrainStep
@@ -314,7 +318,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "skipped_steps": int(self.step.skipped_steps),
-            "random": random_state.capture_ranks(),
+            "random": capture_random_states(),
             "interval": self.step.interval.state_dict(),
             "positives": dict(self.positives),
         }
@@ -355,7 +359,7 @@ class Trainer:
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
         self._load_parts(state, name)
         self.step.skipped_steps.fill_(state.get("skipped_steps", 0))
-        random_state.restore_ranks(state["random"])
+        restore_random_states(state["random"])
         self.step.interval.load_state_dict(state["interval"], self.step.device)
         self.positives = dict(state["positives"])
         self.position = position

@@ -1,4 +1,4 @@
-"""How good the features of a frozen encoder are."""
+"""Scores of a frozen encoder's features: weighted k-nearest neighbours and a linear probe."""
 
 from caco_fast.evaluate.evaluator import EvaluationConfig, Evaluator
 from caco_fast.evaluate.features import extract_features

@@ -1,4 +1,4 @@
-"""Scores of a backbone's features during a run and at its end: weighted kNN and a linear probe.
+"""The evaluation of a run: weighted kNN while it trains, and a linear probe at its end.
 
 Legend: N rows of this rank, D feature size.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from caco_fast.distributed import all_gather_uneven, all_reduce_sum
+from caco_fast.distributed import all_gather_objects, all_gather_uneven, all_reduce_sum
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import extract_features
 from caco_fast.evaluate.knn import knn_accuracy
@@ -21,7 +21,7 @@ from caco_fast.settings import require_at_least, setting
 
 
 class EvalBatches(Protocol):
-    """(images, labels, index) of every batch, as often as it is iterated."""
+    """An iterable of (images, labels, index) batches that can be iterated again."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
 
@@ -31,29 +31,29 @@ class EvalBatches(Protocol):
 @dataclass(frozen=True)
 class EvaluationConfig:
     every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none during the run")
-    k: list[int] = setting([20, 200], "neighbours that vote; the first one chooses the best checkpoint")
-    temperature: float = setting(0.2, "a neighbour's vote weighs exp(cosine / temperature)")
+    k: list[int] = setting([20, 200], "numbers of neighbours that vote; the first one chooses the best checkpoint")
+    temperature: float = setting(0.2, "temperature of the votes: a neighbour's vote weighs exp(cosine / temperature)")
     train_share: float = setting(1.0, "share of the training set that the neighbours come from (0 to 1)")
     batch_size: int = setting(256, "images per forward on each rank")
-    linear_probe: bool = setting(False, "at the end: logistic regression on the frozen features of that share")
-    baselines: bool = setting(False, "before training: the same scores for raw pixels and for the random encoder")
+    linear_probe: bool = setting(False, "logistic regression on the features of that share, at the end of the run")
+    baselines: bool = setting(False, "the same scores for raw pixels and for the random encoder, before training")
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is evaluated at all; data without labels can't be."""
+        """Whether anything is evaluated. Data without labels can't be."""
         return self.every_epochs > 0 or self.linear_probe or self.baselines
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
-            raise UserError(f"evaluation.k: want a list of numbers of at least 1, found {list(self.k)}")
+            raise UserError(f"evaluation.k: found {list(self.k)}, expected a list of numbers of at least 1")
         if len(set(self.k)) < len(self.k):
-            raise UserError(f"evaluation.k: want every number once, found {list(self.k)}")
+            raise UserError(f"evaluation.k: found {list(self.k)}, expected every number once")
         require_at_least("evaluation.every_epochs", self.every_epochs, 0)
         require_at_least("evaluation.batch_size", self.batch_size, 1)
         if not 0 < self.train_share <= 1:
-            raise UserError(f"evaluation.train_share: must lie in (0, 1], found {self.train_share}")
+            raise UserError(f"evaluation.train_share: found {self.train_share}, expected a number in (0, 1]")
         if not self.temperature > 0:
-            raise UserError(f"evaluation.temperature: must be positive, found {self.temperature}")
+            raise UserError(f"evaluation.temperature: found {self.temperature}, expected a positive number")
 
 
 class _Pixels(nn.Module):
@@ -68,9 +68,10 @@ class _Pixels(nn.Module):
 
 
 class Evaluator:
-    """Scores features of the training share against the test set; every rank brings its own shard of both.
+    """An evaluator of features: the training share predicts the labels of the test set.
 
-    The loaders give (images, labels, index); `classes` is the number of labels; `denormalise` turns images to pixels.
+    Every rank gives its own shard of both sets, and every rank must call each method. The loaders give (images, labels,
+    index). `classes` is the number of labels, and `denormalise` turns images into pixels.
     """
 
     def __init__(
@@ -95,34 +96,45 @@ class Evaluator:
         return every > 0 and (last or epochs_done % every == 0)
 
     def knn(self, encoder: Encoder) -> dict[str, float]:
-        """{"knn_200": per cent, ...} of the backbone's features, for every configured k in order."""
-        return self._knn(*self._both(encoder.backbone, encoder.precision(self.device)))
+        """The kNN accuracy of the backbone's features for every configured k, in order: {"knn_200": per cent, ...}."""
+        return self._knn(*self._extract(encoder.backbone, encoder.precision(self.device)))
 
     def scores(self, encoder: Encoder) -> dict[str, float]:
-        """kNN, and with `linear_probe` also {"linear": per cent}."""
+        """The kNN accuracies, and with `linear_probe` also {"linear": per cent}."""
         return self._scores(encoder.backbone, encoder.precision(self.device))
 
     def raw_bytes(self) -> int:
-        """At most what `raw_scores` takes as f32 features over all ranks, judged by the first batch of each set."""
+        """An upper bound on the bytes of `raw_scores` as f32 over all ranks, from the first batch of each set."""
         firsts = ((next(iter(loader), None), len(loader)) for loader in (self.train, self.test))
         total = sum(4 * first[0].numel() * batches for first, batches in firsts if first is not None)
         return int(all_reduce_sum(torch.tensor([total], device=self.device)))
 
     def raw_scores(self) -> dict[str, float]:
-        """The same for pixel values in [0, 1]: what the data give without any encoder."""
+        """The scores of pixel values in [0, 1]: the accuracy that the data give without an encoder."""
         return self._scores(_Pixels(self.denormalise), None)
 
     def _scores(self, module: nn.Module, precision: AbstractContextManager | None) -> dict[str, float]:
-        train, test = self._both(module, precision)
+        train, test = self._extract(module, precision)
         scores = self._knn(train, test)
         if self.config.linear_probe:
             rows = [all_gather_uneven(part) for part in (*train[:2], *test[:2])]
             scores["linear"] = linear_probe(*rows, classes=self.classes)
         return scores
 
-    def _both(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:
+    def _extract(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:
         """(features [N, D], labels [N], index [N]) of the training share and of the test set."""
+        self._require_images()
         return tuple(extract_features(module, loader, self.device, precision) for loader in (self.train, self.test))
+
+    def _require_images(self) -> None:
+        """Raise on all ranks alike, because a rank that raised alone would leave the others waiting."""
+        for name, loader in (("training", self.train), ("test", self.test)):
+            batches = all_gather_objects(len(loader))
+            if min(batches) == 0:
+                raise UserError(
+                    f"evaluation: found {batches} batches of {name} images on the ranks, expected at least one on every"
+                    " rank; use fewer ranks or more images"
+                )
 
     def _knn(self, train: tuple[Tensor, ...], test: tuple[Tensor, ...]) -> dict[str, float]:
         features, labels, index = train

@@ -18,8 +18,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features [N, D] f32, labels [N] and dataset indices [N] of a loader's (images, labels, index), on `device`.
 
-    The encoder runs in evaluation mode, without gradient; each of its modules is then put back into the mode it was in.
-    Raises UserError when the loader is empty.
+    The encoder runs in evaluation mode and without gradient. Each of its modules then returns to its former mode.
+    Raises UserError if the loader is empty.
     """
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
@@ -34,5 +34,5 @@ def extract_features(
         for module, mode in modes.items():
             module.training = mode
     if not features:
-        raise UserError("evaluation: found no images, wanted at least one on every rank")
+        raise UserError("evaluation: found no images, expected at least one")
     return torch.cat(features), torch.cat(labels), torch.cat(indices)

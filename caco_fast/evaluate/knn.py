@@ -20,9 +20,9 @@ from caco_fast.distributed import (
 )
 from caco_fast.errors import UserError
 
-# The tile of similarities held at a time; with the keys made of them, some 30 bytes each.
+# The tile of similarities in memory at a time, some 30 bytes each with the keys made of them.
 QUERIES, ROWS = 1024, 8192
-# Below the key of any similarity: fills the places of a rank that has fewer rows than k.
+# A key below that of any similarity. It fills the places of a rank that has fewer rows than k.
 NO_KEY = torch.iinfo(torch.int64).min
 
 log = logging.getLogger(__name__)
@@ -42,39 +42,39 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Per cent of test rows whose label wins the vote of the k nearest training rows, each weighted exp(cosine / t).
 
-    Each rank brings its own shard of both sets, of any size; all return the same figures, those of one process with all
-    rows. Equal similarities go to the lower `train_index` (the dataset index; by default the place in rank order),
-    equal votes to the lower class. A k larger than the training set is clamped, with a warning; the result keeps the k
-    asked for.
+    Each rank gives its own shard of both sets, of any size. All ranks return the same figures, which are those of one
+    process with all rows. Equal similarities go to the lower `train_index` (the dataset index, by default the place in
+    rank order), and equal votes to the lower class. A k larger than the training set is clamped, with a warning; its
+    result is still under the given k.
     """
-    wanted = [k] if isinstance(k, int) else list(k)
-    if not wanted or min(wanted) < 1:
-        raise ValueError(f"k: found {wanted}, wanted numbers of at least 1")
+    ks = [k] if isinstance(k, int) else list(k)
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k: found {ks}, expected numbers of at least 1")
     shards = all_gather_rows(torch.tensor([len(train_features)], device=train_features.device)).tolist()
     total = sum(shards)
     queries = all_gather_uneven(F.normalize(test_features.float(), dim=1))  # [M, D]
     answers = all_gather_uneven(test_labels.to(test_features.device, torch.int64))  # [M]
     if total == 0 or len(queries) == 0:
-        raise UserError(f"kNN: found {total} training and {len(queries)} test images, wanted at least 1 of each")
-    if max(wanted) > total and rank() == 0:
-        log.warning("kNN: k %d is larger than the training set, %d neighbours vote", max(wanted), total)
+        raise UserError(f"kNN: found {total} training and {len(queries)} test images, expected at least 1 of each")
+    if max(ks) > total and rank() == 0:
+        log.warning("kNN: k %d is larger than the training set, %d neighbours vote", max(ks), total)
     bank = F.normalize(train_features.float(), dim=1)  # [N, D]
     _require_finite(bank, queries)
     if train_index is None:
         train_index = sum(shards[: rank()]) + torch.arange(len(bank))
     train_index, labels = train_index.to(bank.device, torch.int64), train_labels.to(bank.device, torch.int64)
-    most = min(max(wanted), total)
+    most = min(max(ks), total)
 
-    correct = dict.fromkeys(wanted, 0)
+    correct = dict.fromkeys(ks, 0)
     for rows, answer in zip(queries.split(QUERIES), answers.cpu().split(QUERIES), strict=True):
         similarity, label = _neighbours(rows, bank, labels, train_index, most)
-        # On the CPU, where the order of a sum is fixed.
+        # On the CPU, because the order of a sum is fixed there.
         weight = (similarity.cpu().double() / temperature).exp()  # [Q, most]
-        for number in wanted:
+        for each in ks:
             votes = weight.new_zeros(len(rows), classes)
-            votes.scatter_add_(1, label[:, :number].cpu(), weight[:, :number])
-            correct[number] += int((votes.argmax(1) == answer).sum())
-    return {number: 100.0 * correct[number] / len(queries) for number in wanted}
+            votes.scatter_add_(1, label[:, :each].cpu(), weight[:, :each])
+            correct[each] += int((votes.argmax(1) == answer).sum())
+    return {each: 100.0 * correct[each] / len(queries) for each in ks}
 
 
 def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -89,12 +89,12 @@ def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k:
     if is_distributed():
         missing = (0, k - keys.shape[1])
         keys, label = F.pad(keys, missing, value=NO_KEY), F.pad(label, missing)
-        keys, label = _best(_beside(keys), _beside(label), k)
+        keys, label = _best(_columns_of_all_ranks(keys), _columns_of_all_ranks(label), k)
     return _similarity(keys), label
 
 
-def _beside(rows: Tensor) -> Tensor:
-    """[Q, k] of every rank as [Q, ranks k]."""
+def _columns_of_all_ranks(rows: Tensor) -> Tensor:
+    """The columns [Q, k] of every rank next to each other, [Q, ranks k]."""
     return all_gather_rows(rows).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(1)
 
 
@@ -106,7 +106,7 @@ def _best(keys: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _sortable(similarity: Tensor, index: Tensor) -> Tensor:
     """One int64 for each similarity and row index, ordered by (similarity, -index). All differ, so top-k is exact.
 
-    The bits of a float order like an integer once those of the negative ones are flipped; adding 0 makes -0 into 0.
+    The bits of floats have the order of integers once those of negative floats are flipped. Adding 0 turns -0 into 0.
     """
     bits = (similarity + 0.0).contiguous().view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -119,7 +119,7 @@ def _similarity(keys: Tensor) -> Tensor:
 
 
 def _require_finite(bank: Tensor, queries: Tensor) -> None:
-    """On all ranks alike: a rank that raised alone would leave the others waiting."""
+    """Raise on all ranks alike, because a rank that raised alone would leave the others waiting."""
     bad = all_reduce_sum((~bank.isfinite().all(1)).sum()) + (~queries.isfinite().all(1)).sum()
     if bad:
         raise UserError(f"kNN: {int(bad)} images have features that are NaN or infinite, the encoder has diverged")

@@ -1,4 +1,4 @@
-"""Accuracy of a linear classifier on frozen features: multinomial logistic regression, solved rather than trained.
+"""The accuracy of a linear classifier on frozen features: multinomial logistic regression, solved by L-BFGS.
 
 Legend: N training rows, M test rows, D feature size.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from caco_fast.errors import UserError
 
-# Weights of |W|^2 / 2 that are tried, from stiff to loose: each starts where the one before ended.
+# Weights of |W|^2 / 2 to try, from strong to weak. Each fit starts from the solution of the one before.
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 HELD_OUT = 0.1
 
@@ -27,14 +27,14 @@ def linear_probe(
     """Per cent of test rows [M, D] that the classifier fitted to the training rows [N, D] labels correctly.
 
     Features are standardised by the training rows' mean and deviation. The loss is mean cross-entropy + l2 |W|^2 / 2
-    (no penalty on the bias), minimised by full-batch L-BFGS with strong Wolfe steps, deterministic. `l2` None: the best
-    of `PENALTIES` on a tenth of the training rows held out, then fitted anew to all of them. The test rows have no part
-    in it. One process is expected to hold all rows.
+    (no penalty on the bias), minimised by full-batch L-BFGS with strong Wolfe steps, which is deterministic. With `l2`
+    None it takes the best of `PENALTIES` on a tenth of the training rows, and fits again to all of them. The test rows
+    play no part in the choice. Each process expects all rows.
     """
     labels, answers = train_labels.long(), test_labels.long().to(train_features.device)
     if len(labels) == 0 or len(answers) == 0:
         raise UserError(
-            f"linear probe: found {len(labels)} training and {len(answers)} test images, wanted at least 1 of each"
+            f"linear probe: found {len(labels)} training and {len(answers)} test images, expected at least 1 of each"
         )
     train, test = _standardise(train_features.float(), test_features.float())
     if not (train.isfinite().all() and test.isfinite().all()):
@@ -53,14 +53,14 @@ def _choose_penalty(features: Tensor, labels: Tensor, classes: int, max_iter: in
     for l2 in PENALTIES:
         weight = _fit(features[kept], labels[kept], classes, l2, max_iter, start=weight)
         scores.append(_accuracy(weight, features[out], labels[out]))
-    # The first of equals is the stiffest.
+    # The first of equal scores has the strongest penalty.
     return PENALTIES[scores.index(max(scores))]
 
 
 def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit deviation by the training rows, and a column of ones for the bias."""
+    """Rows with zero mean and unit deviation over the training rows, and a column of ones for the bias."""
     deviation, mean = torch.std_mean(train, dim=0, correction=0)
-    # A column that is constant but for rounding carries nothing, and dividing by its deviation would make it loud.
+    # A column that is constant up to rounding carries no information; dividing by its deviation would amplify noise.
     scale = torch.where(deviation > 1e-6 * (1e-6 + mean.abs()), 1 / deviation, 0.0)
     return tuple(F.pad((rows - mean) * scale, (0, 1), value=1.0) for rows in (train, test))  # type: ignore[return-value]
 

@@ -1,6 +1,7 @@
-"""Trains on a file system that fills up: python full_disk.py MOUNT IMAGES, in a mount namespace of its own.
+"""Train on a file system that fills up: python full_disk.py MOUNT IMAGES, in a mount namespace of its own.
 
-The disk is full from the first epoch's second step, in the first run to the third epoch, in the second to the end.
+The disk is full from the second step of the first epoch on: until the third epoch in the first run, and until the end
+in the second one.
 """
 
 import json
@@ -21,8 +22,8 @@ from tests.engine.tiny_run import config
 SETTINGS = ("trainer.epochs=6", "evaluation.every_epochs=0", "checkpoint.every_steps=5", "run.tensorboard=true")
 
 
-class At(logging.Handler):
-    """Calls a function once, when a line of the log begins with a text."""
+class CallAtLine(logging.Handler):
+    """A handler that calls a function once, when a line of the log begins with a text."""
 
     def __init__(self, text: str, act: Callable[[], None]) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ def main(mount: Path, images: Path) -> None:
     for name, freed in (("freed", True), ("full", False)):
         folder = mount / name
         print(f"== {name}")
-        handlers = [At("epoch 1/6 step 2/5", fill)] + [At("epoch 3/6 step 2/5", filler.unlink)] * freed
+        handlers = [CallAtLine("epoch 1/6 step 2/5", fill)] + [CallAtLine("epoch 3/6 step 2/5", filler.unlink)] * freed
         for handler in handlers:
             logger.addHandler(handler)
         try:

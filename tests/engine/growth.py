@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a long run holds on to: memory, file handles and threads, over its steps.
+"""The memory, file handles and threads of a long run, over its steps.
 
     python tests/engine/growth.py FOLDER --steps 2000 --loader torchvision     # two workers; or memory
 
-Trains with checkpoints and evaluations in it, and prints one line of JSON: `samples` of (step, MiB of this process,
-MiB of its workers, open files, threads), one an epoch, taken where the epoch's last line is logged.
+Trains with checkpoints and evaluations, and prints one line of JSON: `samples` of (step, MiB of this process, MiB of
+its workers, open files, threads), one an epoch, taken when the last line of the epoch is logged.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def measure(folder: Path, steps: int, loader: str) -> list[tuple[int, float, flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Memory, file handles and threads of a run over its steps.")
-    parser.add_argument("folder", type=Path, help="for images and run; made anew")
+    parser.add_argument("folder", type=Path, help="folder for images and run; its contents are replaced")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--loader", choices=("torchvision", "memory"), default="torchvision")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""tools/train.py as several ranks over gloo, each a process that can be sent signals, without the cost of imports."""
+"""Processes that run tools/train.py as ranks over gloo, can be sent signals, and start without the cost of imports."""
 
 import os
 import signal
@@ -19,49 +19,49 @@ from tests.ranks import CONTEXT
 
 
 class Ranks:
-    """Running ranks; what they print goes to files in `folder`."""
+    """A set of running ranks, whose output goes to files in `folder`."""
 
     def __init__(self, ranks: int, folder: Path, *arguments: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
-        self.output = [folder / f"rank_{rank}.txt" for rank in range(ranks)]
+        self.output_files = [folder / f"rank_{rank}.txt" for rank in range(ranks)]
         self.processes: list[BaseProcess] = [
-            CONTEXT.Process(target=_become, args=(rank, ranks, port, path, arguments))
-            for rank, path in enumerate(self.output)
+            CONTEXT.Process(target=_run_as_rank, args=(rank, ranks, port, path, arguments))
+            for rank, path in enumerate(self.output_files)
         ]
         for process in self.processes:
             process.start()
 
     @property
     def codes(self) -> list[int | None]:
-        """Exit status of each rank, -n if ended by signal n, None while it runs."""
+        """The exit status of each rank: -n if signal n ended it, None while it runs."""
         return [process.exitcode for process in self.processes]
 
     def running(self) -> bool:
         return None in self.codes
 
     def wait(self, seconds: float) -> float:
-        """Waits for all to end and returns how long that took; kills them and raises TimeoutError after `seconds`."""
+        """Wait for all to end and return how long that took. After `seconds`, kill them and raise TimeoutError."""
         begun = time.monotonic()
         while self.running():
             if time.monotonic() > begun + seconds:
                 codes = self.codes
                 for process in self.processes:
                     process.kill()
-                raise TimeoutError(f"after {seconds} s the ranks' codes were {codes}:\n{self.said()}")
+                raise TimeoutError(f"after {seconds} s the ranks' codes were {codes}:\n{self.output()}")
             time.sleep(0.005)
         return time.monotonic() - begun
 
     def send(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.processes[rank].pid, number)
 
-    def said(self) -> str:
-        return "".join(path.read_text() for path in self.output)
+    def output(self) -> str:
+        return "".join(path.read_text() for path in self.output_files)
 
 
-def _become(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str, ...]) -> None:
+def _run_as_rank(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str, ...]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -80,8 +80,8 @@ def _become(rank: int, ranks: int, port: int, output: Path, arguments: tuple[str
 class _LastingBuckets(DistributedDataParallel):
     """DistributedDataParallel that keeps the layout of its buckets, so that a resumed run can be equal bit for bit.
 
-    It lays them out anew after the first step of a process, upon which gloo sums three ranks' gradients in another
-    order; not where it looks for unused parameters.
+    Usually it changes the layout after the first step of a process, and gloo then sums the gradients of three ranks in
+    another order. It keeps the layout if it looks for unused parameters.
     """
 
     def __init__(self, module: Any, **options: Any) -> None:

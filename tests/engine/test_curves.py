@@ -1,4 +1,4 @@
-"""curves.png is drawn from whatever a run has measured."""
+"""The plots in curves.png: any measurements can be drawn, in whole runs and in short ones."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from caco_fast.engine.curves import INITIALISATION, KNN, PANELS, _draw, _draw_yardsticks, _result, draw_curves
+from caco_fast.engine.curves import INITIALISATION, KNN, PANELS, _draw, _draw_baselines, _result, draw_curves
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.errors import UserError
 
@@ -42,7 +42,7 @@ def test_whole_run_with_initialisation_shaded(tmp_path: Path) -> None:
     assert 0.05 < shaded_share(image) < 0.3
 
 
-def test_yardsticks_of_the_summary_stand_beside_the_knn(tmp_path: Path) -> None:
+def test_baselines_of_the_summary_are_drawn_in_the_knn_panel(tmp_path: Path) -> None:
     lines = [(step, 0, whole_run(step) | {"knn_20": 70.0 + step / 10, "knn_200": 60.0}) for step in range(10, 101, 10)]
     plain = draw(tmp_path, lines)
     levels = {"knn_raw": 50.0, "knn_raw_k20": 65.0, "knn_random": 40.0, "knn_random_k20": 55.0}
@@ -59,7 +59,7 @@ def _level_lines(folder: Path, summary: dict) -> list[float]:
     panel = next(panel for panel in PANELS if panel.title == KNN)
     _draw(panel, axes, read_metrics(folder), None)
     before = len(axes.get_lines())
-    _draw_yardsticks(axes, summary)
+    _draw_baselines(axes, summary)
     return [float(line.get_ydata()[0]) for line in axes.get_lines()[before:]]
 
 

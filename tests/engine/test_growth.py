@@ -1,4 +1,4 @@
-"""A run holds on to nothing: open files, threads and memory are the same after its first part and at its end."""
+"""Nothing grows in a long run: open files, threads and memory are the same after its first part and at its end."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# CACO_GROWTH_STEPS=2000 is the whole of it, some minutes for each loader.
+# CACO_GROWTH_STEPS=2000 is the full test, some minutes for each loader.
 STEPS = int(os.environ.get("CACO_GROWTH_STEPS", "150"))
-# What the allocator moves: 0.4 over the last 1,900 of 2,000 steps of the memory loader, 2.5 over the first 100.
+# Room for the allocator. Seen: 0.4 over the last 1,900 of 2,000 steps of the memory loader, 2.5 over the first 100.
 MEBIBYTES = 8.0
 
 
@@ -21,7 +21,7 @@ def test_a_long_run_grows_in_nothing(tmp_path, loader):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     samples = json.loads(done.stdout.splitlines()[-1])["samples"]
     assert len(samples) == STEPS // 10
-    # After the first evaluation and checkpoints, which open what stays open.
+    # After the first evaluation and checkpoints, whose files and threads stay.
     later = samples[len(samples) // 3 :]
     assert len({(files, threads) for _, _, _, files, threads in later}) == 1, later
     assert max(own for _, own, *_ in later) - later[0][1] < MEBIBYTES, later

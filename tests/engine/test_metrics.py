@@ -1,8 +1,9 @@
-"""metrics.jsonl: valid JSON whatever is measured, one run after a resume, and clear lines when a writer is missing."""
+"""Metrics are valid JSON for any values, read as one run after a resume, and name a writer that is not installed."""
 
 import json
 import math
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def steps_in(folder: Path) -> list[int]:
 def test_lines_come_back(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.write(1, {"loss": 7.25, "images": 512}, epoch=-1)
-    # On the disk at once: a run that is killed keeps its lines.
+    # On the disk at once, so that a killed run keeps its lines.
     (line,) = read_metrics(tmp_path)
     writer.close()
     assert line["time"] > 1.7e9
@@ -38,7 +39,7 @@ def test_lines_come_back(tmp_path: Path) -> None:
     }
 
 
-def test_values_that_json_can_not_say(tmp_path: Path) -> None:
+def test_values_that_json_does_not_allow(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
     writer.close()
@@ -50,7 +51,7 @@ def test_values_that_json_can_not_say(tmp_path: Path) -> None:
     assert (raw["a"], raw["b"], raw["c"]) == ("NaN", "Infinity", "-Infinity")
     (line,) = read_metrics(tmp_path)
     assert math.isnan(line["a"]) and line["b"] == math.inf and line["c"] == -math.inf
-    # Nor does rewriting the file on a resume change them.
+    # A resume rewrites the file and does not change them.
     MetricsWriter(tmp_path, tensorboard=False, resume_at=1).close()
     assert json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=refuse) == raw
 
@@ -89,7 +90,7 @@ def test_no_file_is_no_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tensorboard_hides_the_future_left_behind(tmp_path: Path) -> None:
+def test_tensorboard_hides_the_points_after_the_step_resumed_from(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_at, steps in [(None, range(1, 9)), (5, range(6, 8))]:
@@ -99,6 +100,13 @@ def test_tensorboard_hides_the_future_left_behind(tmp_path: Path) -> None:
         writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [*((s, s) for s in range(1, 6)), (6, 506), (7, 507)]
+
+
+def test_writers_install_the_thread_hook_once(tmp_path: Path) -> None:
+    MetricsWriter(tmp_path / "a").close()
+    hook = threading.excepthook
+    MetricsWriter(tmp_path / "b").close()
+    assert threading.excepthook is hook
 
 
 def test_missing_wandb_names_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +121,7 @@ def test_wandb_off_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found 'on', wanted off, online or offline"):
+    with pytest.raises(UserError, match="found 'on', expected off, online or offline"):
         MetricsWriter(tmp_path, tensorboard=False, wandb=WandbConfig(mode="on"))
 
 

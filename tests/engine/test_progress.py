@@ -1,4 +1,4 @@
-"""What a run shows: lines in a log, a bar on a terminal, tables that are legible in both."""
+"""The display of a run: lines in a log, a bar on a terminal, and tables that are legible in both."""
 
 import io
 import logging
@@ -19,13 +19,13 @@ LINE = r"loss 7\.0312 \| positive 0\.021 \| lr 0\.3000 \| [\d,]+ pairs/s \| eta 
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What the console shows, as a file."""
+    """The output of a console that is no terminal."""
     yield from _screen(monkeypatch, terminal=False)
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What a terminal of 80 columns is sent."""
+    """The output of a terminal of 80 columns, with its control codes."""
     yield from _screen(monkeypatch, terminal=True)
 
 
@@ -110,7 +110,7 @@ def test_bar_with_messages_above_and_a_line_of_each_epoch(terminal: io.StringIO)
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
 
 
-def test_what_is_said_of_an_epoch_stands_below_its_last_line(terminal: io.StringIO) -> None:
+def test_messages_about_an_epoch_are_below_its_last_line(terminal: io.StringIO) -> None:
     with Progress(2, 4, 8, log_every=2) as progress:
         for epoch in range(2):
             progress.start_epoch(epoch)

@@ -1,85 +1,81 @@
-"""With several ranks: rank 0 alone writes and prints, and each rank gets its own random state back."""
+"""Ranks stop together on a signal, and report an error that all of them meet only once."""
 
-import contextlib
-import io
-import json
-import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from caco_fast.engine import random_state
-from caco_fast.engine.checkpoint import CheckpointStore
-from caco_fast.engine.metrics import MetricsWriter, read_metrics
-from caco_fast.engine.progress import Progress, table
-from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine import ranks as module
+from caco_fast.engine.ranks import SIGNALS, Interrupt, ReportedElsewhere, report_error_once
+from caco_fast.errors import UserError
+from tests.ranks import CONTEXT
 
-RANKS = 2
+REPORTED, SILENT = 10, 11
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        _run(rank, Path(folder, "run"))
-    torch.manual_seed(rank)
-    states = random_state.capture_ranks()
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        assert interrupt.agreed() is None
+        os.kill(os.getpid(), number)
+        assert interrupt.agreed() == number
+    assert signal.getsignal(number) == before
+
+
+def test_one_signal_sent_by_torchrun_and_slurm_both_is_one_request() -> None:
+    with Interrupt() as interrupt:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert interrupt.agreed() == signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAME_KEYSTROKE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _rank(rank: int, folder: Path, delays: tuple[float, ...]) -> None:
+    store = _store(rank, folder, len(delays))
+    code = 1
+    try:
+        with report_error_once(store, rank, len(delays)):
+            time.sleep(delays[rank])
+            raise UserError("the same on every rank")
+    except UserError:
+        code = REPORTED
+    except ReportedElsewhere:
+        code = SILENT
+    # As tools/train.py ends a rank, and the store with rank 0.
+    os._exit(code)
+
+
+def _store(rank: int, folder: Path, ranks: int) -> dist.TCPStore:
+    """A store that lives in rank 0, on a port that the system chooses."""
+    address = folder / "port"
     if rank == 0:
-        CheckpointStore(Path(folder)).save({"random": states}, 1)
-    dist.barrier()
-    before = torch.rand(3)
-    random_state.restore_ranks(CheckpointStore(Path(folder)).load(Path(folder, "step_00000001.pt"))["random"])
-    same = torch.equal(torch.rand(3), before)
-    Path(folder, f"{rank}.json").write_text(
-        json.dumps({"shown": shown.getvalue(), "same": same, "draw": before.tolist()})
-    )
-    dist.destroy_process_group()
+        store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+        partial = folder / "port.partial"
+        partial.write_text(str(store.port))
+        partial.rename(address)
+        return store
+    while not address.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(address.read_text()), ranks, is_master=False)
 
 
-def _run(rank: int, folder: Path) -> None:
-    run = RunFolder(folder)
-    run.claim()
-    run.start(f"rank: {rank}\n")
-    metrics = MetricsWriter(folder, tensorboard=False)
-    with Progress(1, 2, 8, log_every=1) as progress:
-        progress.start_epoch(0)
-        for step in (1, 2):
-            progress.step({"loss": 7.0})
-            metrics.write(step, {"loss": 7.0 + rank}, epoch=0)
-    table("figures", ["what", "value"], [["loss", 7.0]])
-    run.summary({f"rank_{rank}": rank})
-    metrics.close()
-    run.close()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
-    """The folder of a run on two ranks, and what each of them found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # Forked from a process that has the imports behind it, which cost more than the test.
-    multiprocessing.set_forkserver_preload(["caco_fast.engine.run_folder", "caco_fast.evaluate"])
-    mp.start_processes(_rank, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
-    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
-
-
-def test_only_rank_0_prints(ranks: tuple[Path, list[dict]]) -> None:
-    first, second = (found["shown"] for found in ranks[1])
-    assert first.count("epoch 1/1 step") == 2 and first.count("figures") == 1
-    assert second == ""
-
-
-def test_only_rank_0_writes(ranks: tuple[Path, list[dict]]) -> None:
-    folder = ranks[0] / "run"
-    assert [line["loss"] for line in read_metrics(folder)] == [7.0, 7.0]
-    assert (folder / "config.yaml").read_text() == "rank: 0\n"
-    assert len(json.loads((folder / "environment.json").read_text())) == 1
-    assert json.loads((folder / "summary.json").read_text()) == {"rank_0": 0}
-
-
-def test_each_rank_gets_its_own_state_back_from_the_one_checkpoint(ranks: tuple[Path, list[dict]]) -> None:
-    assert [found["same"] for found in ranks[1]] == [True, True]
-    assert ranks[1][0]["draw"] != ranks[1][1]["draw"]
+@pytest.mark.parametrize("delays", [(0.0, 0.6, 1.2), (1.2, 0.6, 0.0), (0.6, 0.0, 1.2)], ids=["0 first", "2", "1"])
+def test_the_first_rank_reports_and_the_later_ones_know(tmp_path: Path, delays: tuple[float, ...]) -> None:
+    """The store lives in rank 0, which must not take it along too early."""
+    processes = [CONTEXT.Process(target=_rank, args=(rank, tmp_path, delays)) for rank in range(len(delays))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert sorted(process.exitcode for process in processes) == [REPORTED, SILENT, SILENT]

@@ -1,4 +1,4 @@
-"""A checkpoint does not know how many ranks wrote it: saved on 4, a run goes on with 1 or 3 as if never stopped."""
+"""Checkpoints do not depend on the number of ranks: saved on 4 ranks, a run resumes on 1 or 3 as if never stopped."""
 
 import shutil
 from pathlib import Path
@@ -14,14 +14,14 @@ from caco_fast.training import train
 from tests.engine.tiny_run import config, write_images
 from tests.ranks import run_ranks
 
-# 2 steps of initialisation, and 3 in each epoch; log lines come at odd steps of a phase. No count of ranks divides K.
+# 2 steps of initialisation, and 3 in each epoch. Log lines come at odd steps of a phase. No number of ranks divides K.
 SETTINGS = (
     "trainer.batch_size=12",
     "trainer.log_every=2",
     "caco.bank_size=37",
     "caco.warm_start_steps=2",
     "caco.bank_lr=0.1",
-    # So small a network amplifies rounding a hundredfold a step at ten times this rate.
+    # At ten times this rate, so small a network amplifies rounding a hundredfold a step.
     "optimizer.lr=0.003",
     "evaluation.every_epochs=0",
     "checkpoint.every_steps=1",
@@ -72,13 +72,13 @@ def on_four(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped_at(step: int, on_four: Path, folder: Path) -> tuple[Path, str]:
-    """A copy of that run, and its checkpoint of this step."""
+    """A copy of the run of 4 ranks, and its checkpoint of this step."""
     shutil.copytree(on_four, folder)
     return folder, str(folder / "checkpoints" / f"step_{step:08d}.pt")
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Every log line and the last checkpoint, to f32 rounding. Worst seen: 1.3e-5 and 1.0e-5."""
+    """Compare every log line and the last checkpoint, to f32 rounding. Worst seen: 1.3e-5 and 1.0e-5."""
     found, wanted = log_lines(folder), log_lines(whole)
     assert len(found) == len(wanted) >= 4
     for ours, theirs in zip(found, wanted):
@@ -101,13 +101,13 @@ def test_four_ranks_save_the_whole_bank(on_four: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [PREPARATION, MID_EPOCH, EPOCH_END])
-def test_one_rank_goes_on(step: int, images: Path, on_four: Path, whole: Path, tmp_path: Path) -> None:
+def test_one_rank_resumes(step: int, images: Path, on_four: Path, whole: Path, tmp_path: Path) -> None:
     folder, checkpoint = stopped_at(step, on_four, tmp_path / "run")
     run(images, folder, resume=checkpoint)
     assert_same_run(folder, whole)
 
 
-def test_three_ranks_go_on(images: Path, on_four: Path, whole: Path, tmp_path: Path) -> None:
+def test_three_ranks_resume(images: Path, on_four: Path, whole: Path, tmp_path: Path) -> None:
     cases = [
         (*stopped_at(MID_EPOCH, on_four, tmp_path / "mid-epoch"), []),
         (*stopped_at(EPOCH_END, on_four, tmp_path / "replicated"), ["caco.bank_parallel=replicated"]),

@@ -1,4 +1,4 @@
-"""The run folder says what ran, from the start, and is not overwritten by another run."""
+"""A run folder describes its run from the start, and no other run overwrites it."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import caco_fast
 from caco_fast import provenance
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.errors import UserError
@@ -33,7 +34,8 @@ def test_start_writes_what_ran(folder: RunFolder) -> None:
     (start,) = json.loads(folder.environment.read_text())
     assert start["resumed_from"] is None
     assert start["versions"]["python"] == sys.version.split()[0]
-    assert start["versions"]["torch"] and start["machine"]["cpu_cores"] >= 1
+    assert start["versions"]["torch"] and start["versions"]["caco_fast"] == caco_fast.__version__
+    assert start["machine"]["cpu_cores"] >= 1
     assert sys.argv[0] in start["command"]
     assert {"started", "commit", "dirty"} <= start.keys()
 
@@ -50,7 +52,7 @@ def test_new_run_in_an_empty_folder_is_fine(folder: RunFolder) -> None:
     folder.claim(resume="never")
 
 
-def test_resume_adds_an_entry_and_goes_on_in_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_adds_an_entry_and_continues_the_log(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("caco_fast.test")
     folder.start("a: 1\n")
     log.info("first")
@@ -80,7 +82,7 @@ def as_job(patch: pytest.MonkeyPatch, kind: str, name: str, restarts: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm"])
-def test_a_restart_of_the_job_that_began_the_run_goes_on_and_no_other(
+def test_only_a_restart_of_the_job_that_began_the_run_continues_it(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     as_job(monkeypatch, kind, "job 1", 0)
@@ -151,10 +153,10 @@ def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     package = tmp_path / "caco_fast"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(provenance.caco_fast, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.commit() == {"commit": None, "dirty": None}
     git(tmp_path, "init", "-q")
-    # Inside a checkout that does not know the package, as a .venv in somebody's project.
+    # Inside a checkout that does not track the package, such as another project's with a .venv in it.
     assert provenance.commit() == {"commit": None, "dirty": None}
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")

@@ -1,4 +1,4 @@
-"""A run small enough for a test: 40 real image files of two classes, a narrow ResNet, a bank that nothing divides."""
+"""A run small enough for a test: 40 image files of two classes, a narrow ResNet, a bank of a prime number of rows."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 def write_images(folder: Path, train: int = 20, test: int = 5, size: int = 40) -> Path:
-    """`train` and `test` images of each of two classes: smooth blobs, warm or cold in colour."""
+    """Write `train` and `test` images of each of two classes: smooth blobs in warm or cold colours."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", test)):
         for label, tint in (("cold", (60, 90, 200)), ("warm", (210, 120, 50))):

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, which is left as it was."""
+"""Features come from a frozen encoder, which stays as it was."""
 
 import pytest
 import torch

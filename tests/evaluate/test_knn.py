@@ -1,4 +1,4 @@
-"""Weighted kNN against a plain loop, and with several ranks against one.
+"""Weighted kNN agrees with a plain loop, and several ranks agree with one.
 
 Legend: N training rows, M test rows, D feature size.
 """
@@ -24,7 +24,7 @@ KS = [1, 5, 20]
 
 
 def clusters(train: int, test: int, classes: int = 7, dim: int = 16, noise: float = 1.5, seed: int = 0) -> Rows:
-    """Features [N, D] and labels [N] of both sets; noisy enough that neighbours disagree."""
+    """Features [N, D] and labels [N] of both sets, with so much noise that neighbours disagree."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=generator)
     labels = [torch.randint(classes, (count,), generator=generator) for count in (train, test)]
@@ -33,7 +33,7 @@ def clusters(train: int, test: int, classes: int = 7, dim: int = 16, noise: floa
 
 
 def ties(train: int, test: int, classes: int = 5, seed: int = 0) -> Rows:
-    """Rows of +-1 in 16 dimensions: products are exact, norms are 4, and most similarities are shared by many rows."""
+    """Rows of +-1 in 16 dimensions: products are exact, norms are 4, and many rows share each similarity."""
     generator = torch.Generator().manual_seed(seed)
     features = [torch.randint(2, (count, 16), generator=generator) * 2.0 - 1 for count in (train, test)]
     labels = [torch.randint(classes, (count,), generator=generator) for count in (train, test)]
@@ -41,7 +41,7 @@ def ties(train: int, test: int, classes: int = 5, seed: int = 0) -> Rows:
 
 
 def by_loop(rows: Rows, k: int, classes: int, temperature: float, index: Tensor | None = None) -> float:
-    """Per cent, from sorted Python lists in double precision."""
+    """The accuracy in per cent, from sorted Python lists in double precision."""
     train, labels, test, answers = rows
     train, test = (part.double() / part.double().norm(dim=1, keepdim=True) for part in (train, test))
     index = list(range(len(train))) if index is None else index.tolist()
@@ -100,7 +100,7 @@ def test_one_k_and_a_k_beyond_the_training_set(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("k", [0, [5, -1], []], ids=["zero", "negative", "none"])
 def test_k_below_one_is_refused(k: int | list[int]) -> None:
-    with pytest.raises(ValueError, match="wanted numbers of at least 1"):
+    with pytest.raises(ValueError, match="expected numbers of at least 1"):
         knn_accuracy(*clusters(30, 20), k=k, classes=7)
 
 
@@ -122,7 +122,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     found = {}
     for name, (train, labels, test, answers), classes in cases():
-        # Interleaved by a pattern that leaves shards of different sizes; one rank has fewer rows than k, or none.
+        # The pattern gives shards of different sizes. One rank has fewer rows than k, or none.
         owner = (torch.arange(len(train)) ** 2 % 7) % world_size
         owner[owner == world_size - 1] = 0
         if name != "empty-shard":
@@ -142,7 +142,7 @@ def cases() -> list[tuple[str, Rows, int]]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks_give_the_figures_of_one(world_size: int, tmp_path: Path) -> None:
     alone = {name: knn_accuracy(*rows, k=[*KS, 500], classes=classes) for name, rows, classes in cases()}
-    # Forked from a process that has the imports behind it, which cost more than the test.
+    # Forked from a process that has done the imports, which cost more than the test.
     multiprocessing.set_forkserver_preload(["caco_fast.evaluate"])
     mp.start_processes(_rank, args=(world_size, str(tmp_path)), nprocs=world_size, start_method="forkserver")
     for rank in range(world_size):

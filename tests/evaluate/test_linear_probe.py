@@ -1,4 +1,4 @@
-"""The linear probe finds the solution that the formula has, and what accuracy a line can reach.
+"""The linear probe finds the minimum of its loss, and the accuracy that a linear classifier can reach.
 
 Legend: N training rows, D feature size.
 """
@@ -65,8 +65,8 @@ def test_result_is_deterministic() -> None:
     assert len(found) == 1
 
 
-def test_penalty_is_chosen_by_what_was_held_out() -> None:
-    # Few rows in many dimensions want a stiff penalty; many rows in few, sharply divided, a loose one.
+def test_penalty_is_chosen_on_rows_held_out() -> None:
+    # Few rows in many dimensions need a strong penalty; many rows in few dimensions, with sharp borders, a weak one.
     noisy, labels = blobs(60, dim=400, noise=4.0)
     assert module._choose_penalty(module._standardise(noisy, noisy)[0], labels, 4, 100) == module.PENALTIES[0]
     generator = torch.Generator().manual_seed(0)

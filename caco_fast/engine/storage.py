@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds the old one or the new one and never a part, or line by line on a full disk."""
+"""Safe writes: whole files of which a reader never sees a part, and lines that survive a full disk."""
 
 import fcntl
 import io
@@ -14,15 +14,15 @@ TEMPORARY = ".writing"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file open for writing that takes the name `path` only when the block ends without an error.
+    """Yield a file open for writing that gets the name `path` only if the block ends without an error.
 
-    The contents are on the disk before the name is (fsync, rename, fsync of the folder). An OSError, as of a full disk,
-    reaches the caller; the temporary file is removed and an older `path` is untouched.
+    The contents reach the disk before the name does (fsync, rename, fsync of the folder). An OSError, such as that of a
+    full disk, reaches the caller. The temporary file is then removed, and an older `path` is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            # Tells `remove_leftovers` in another process that this write is alive; the kernel drops it when we die.
+            # Tells `remove_leftovers` in another process that this write is alive. The kernel unlocks it when we die.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
@@ -41,7 +41,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, as fsync of a file makes its contents."""
+    """Make the names in a folder durable, as fsync does for the contents of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,12 +49,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class PatientFile:
-    """A text file to append to, made with its first line. What a full disk refuses waits in memory, in order, and is
-    tried again each time.
+class RetryingFile:
+    """A text file to append to, created with its first line.
 
-    `report` gets a line when the disk begins to refuse, when it takes text again, and when text is lost for good: at
-    the end, or the oldest beyond `LIMIT` bytes.
+    Lines that a full disk refuses wait in memory and are tried again, in order, with each further line. `report` gets a
+    message when the disk begins to refuse, when it takes lines again, and when lines are lost. Lines are lost if they
+    still wait at the end, or if they are the oldest beyond `LIMIT` bytes.
     """
 
     LIMIT = 2**24
@@ -68,16 +68,16 @@ class PatientFile:
         self._lost = 0
 
     def write(self, line: str) -> None:
-        """One or more whole lines; on the disk's side of our buffers when this returns, unless the disk refused."""
+        """Append one or more whole lines. They have left this process on return, unless the disk refused."""
         self._waiting.append(line.encode())
         self._drain()
         while sum(map(len, self._waiting)) > self.LIMIT:
-            # A line of which the beginning is on the disk stays whole.
+            # The first line may be on the disk in part, so it stays.
             del self._waiting[1 if len(self._waiting) > 1 else 0]
             self._lost += 1
 
     def flush(self) -> None:
-        """Nothing: `write` keeps nothing back by choice."""
+        """Do nothing: `write` buffers no lines unless the disk refuses them. Logging handlers call this."""
 
     def close(self) -> None:
         if self._waiting:
@@ -110,7 +110,7 @@ class PatientFile:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of writers that were killed; those of writers still at work stay."""
+    """Remove the temporary files of writers that were killed, but not those of writers that still run."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""No file, however broken, stops a run: trained over on 1 and 2 ranks, with every bad one named in the log."""
+"""Broken files never stop a run: 1 and 2 ranks train past them, and the log names every bad one."""
 
 import logging
 import os
@@ -11,8 +11,8 @@ import pytest
 from caco_fast.errors import UserError
 from caco_fast.training import train
 from tests.engine.tiny_run import config
+from tests.faulty_images import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_faulty_images
 from tests.ranks import run_ranks
-from tests.torture import BAD, GOOD, ODD, VanishingFile, obey_permissions, write_torture_set
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def loader(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return write_torture_set(tmp_path / "images")
+    return write_faulty_images(tmp_path / "images")
 
 
 def overrides(loader: str, limit: float) -> list[str]:
@@ -55,7 +55,7 @@ def train_on_rank(images: str, folder: str, settings: list[str]) -> dict[str, An
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_trains_over_everything_and_names_what_is_bad(images: Path, tmp_path: Path, loader: str, ranks: int) -> None:
+def test_trains_past_bad_images_and_names_them(images: Path, tmp_path: Path, loader: str, ranks: int) -> None:
     run = tmp_path / "run"
     summaries = run_ranks(train_on_rank, ranks, str(images), str(run), overrides(loader, limit=0.5))
     steps = EPOCHS * ((GOOD + len(BAD) + len(ODD)) // 8)
@@ -69,13 +69,13 @@ def test_trains_over_everything_and_names_what_is_bad(images: Path, tmp_path: Pa
     assert set(reasons) == set(BAD)
     assert any("ermission" in reason for reason in reasons["closed"])
     assert all("No such file" in reason for reason in reasons["vanished"])
-    # Those of evaluation are named too.
+    # Bad images of the evaluation are named too.
     logged = "".join(log.read_text() for log in run.glob("log*.txt"))
     assert set(re.findall(r"bad image .*/val/\w+/(\w+)\.JPEG: ", logged)) == {"2_zero_bytes", "5_html"}
 
 
 def stopped_line(images: str, folder: str, settings: list[str]) -> None:
-    """Ends its process as tools/train.py does, the line being left in a file."""
+    """End the process as tools/train.py does, and leave the error line in a file."""
     try:
         train(config(Path(images), *settings), Path(folder))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A folder of good images among files damaged in every way that is known to stop a loader."""
+"""A folder with good images, and with files damaged in every way that is known to stop a loader."""
 
 import ctypes
 import logging
@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# What every loader has to find unreadable, and what is odd but can be decoded. `vanished` is there until
-# `VanishingFile` removes it.
+# Files that every loader must find unreadable, and unusual files that can be decoded. `vanished` is an intact file
+# until `VanishingFile` removes it.
 BAD = ("truncated", "header_cut", "zero_bytes", "html", "random_bytes", "closed", "vanished", "directory")
 ODD = ("png", "cmyk", "sixteen_bit", "one_pixel", "long_strip", "gif")
 GOOD = 34
 
 
-def write_torture_set(folder: Path) -> Path:
-    """train/{cold,warm}: GOOD images, the 14 files above among them by name; val: 6 images and two bad ones."""
+def write_faulty_images(folder: Path) -> Path:
+    """Write train/{cold,warm} with GOOD images and the 14 files above, and val with 6 images and two bad ones."""
     random = np.random.default_rng(0)
 
     def photo(path: Path, tint: int, width: int = 40, height: int = 36) -> Path:
@@ -71,7 +71,7 @@ def _damage(name: str, path: Path, random: np.random.Generator) -> None:
 
 
 class VanishingFile(logging.Handler):
-    """Removes a file as soon as the log tells of an epoch's first step."""
+    """A handler that removes a file when the log reports a step of the first epoch."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ class VanishingFile(logging.Handler):
 
 
 def obey_permissions() -> None:
-    """Root reads whatever it likes; without these two capabilities it asks for permission as others do.
+    """Drop two capabilities, so that root too may only read what file permissions allow.
 
-    For a process of its own: they can't be had back.
+    Use it in a process of its own, because they can't be regained.
     """
     if os.geteuid() != 0:
         return

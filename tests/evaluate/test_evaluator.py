@@ -1,0 +1,37 @@
+"""An evaluation that a rank has no images for ends on all ranks alike."""
+
+import pytest
+import torch
+
+from caco_fast.distributed import rank
+from caco_fast.errors import UserError
+from caco_fast.evaluate import EvaluationConfig, Evaluator
+from tests.ranks import run_ranks
+
+Batches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def batches(count: int) -> Batches:
+    return [(torch.rand(4, 1, 2, 2), torch.arange(4) % 2, torch.arange(4)) for _ in range(count)]
+
+
+def evaluator(train: int, test: int) -> Evaluator:
+    config = EvaluationConfig(k=[1])
+    return Evaluator(
+        config, batches(train), batches(test), classes=2, denormalise=lambda images: images, device=torch.device("cpu")
+    )
+
+
+def refusal() -> str:
+    with pytest.raises(UserError) as refused:
+        evaluator(train=2, test=1 - rank()).raw_scores()
+    return str(refused.value)
+
+
+def test_a_rank_without_test_images_is_one_line_on_every_rank() -> None:
+    line = "evaluation: found [1, 0] batches of test images on the ranks, expected at least one on every rank"
+    assert [found.split(";")[0] for found in run_ranks(refusal, 2)] == [line, line]
+
+
+def test_scores_are_per_cent_by_k() -> None:
+    assert evaluator(train=2, test=2).raw_scores().keys() == {"knn_1"}
