@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "caco_fast"
 
 # Lowest first. Parts of the ground layer may use each other; in all others each stands alone.
-GROUND = ("apex", "errors", "settings", "host", "distributed", "provenance", "benchmarking")
+GROUND = ("apex", "atomic", "errors", "settings", "host", "distributed", "provenance", "benchmarking")
 LAYERS = (
     GROUND,
     ("ops",),
@@ -69,7 +69,7 @@ def test_imports_go_downwards(module: str) -> None:
     "module, source",
     [
         ("ops/tiling.py", "from caco_fast.bank import LearnableBank"),
-        ("data/views.py", "import caco_fast.models"),
+        ("data/views/pil.py", "import caco_fast.models"),
         ("bank/memory.py", "def f():\n    from caco_fast.engine.files import write"),
         ("models/encoder.py", "from . import backbone"),
         ("errors.py", "from caco_fast import config"),

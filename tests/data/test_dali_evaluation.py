@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from caco_fast.data import ArraySource, DataConfig, EvalLoader, build, build_eval_loader
-from caco_fast.data.folder import FolderSource
-from caco_fast.data.views import evaluation_box, evaluation_transform
+from caco_fast.data.sources.folder import FolderSource
+from caco_fast.data.views.pil import evaluation_box, evaluation_transform
 from caco_fast.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
-from caco_fast.data import dali_evaluation, dali_flights
-from caco_fast.data.dali_evaluation import DaliEvaluationBatches
-from caco_fast.data.encoded import Encoded
+from caco_fast.data.loaders import dali_evaluation, dali_pipeline
+from caco_fast.data.loaders.dali_evaluation import DaliEvaluationBatches
+from caco_fast.data.loaders.dali_pipeline import Encoded
 
 # Resize and centre crop; the last two crop more than some of the images have.
 SIZES = [(256, 224), (64, 48), (64, 64), (None, 150), (None, 200), (40, 55)]
@@ -140,7 +140,7 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
         small = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(small).resize((40, 32)).save(tmp_path / "val" / "a" / f"{number}.gif")
     expected = pixels(tmp_path, 24, 20, in_graph)
-    monkeypatch.setattr(dali_flights, "prepare", lambda data: Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40))
+    monkeypatch.setattr(dali_pipeline, "prepare", lambda data: Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40))
     assert torch.equal(pixels(tmp_path, 24, 20, in_graph), expected)
 
 

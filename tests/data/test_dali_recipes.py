@@ -14,13 +14,13 @@ from torchvision.transforms.v2 import functional as F
 
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, ViewConfig
-from caco_fast.data.batched_draws import draw_views
-from caco_fast.data.batched_views import finish_crops
-from caco_fast.data.folder import FolderSource
+from caco_fast.data.sources.folder import FolderSource
+from caco_fast.data.views.batched import finish_crops
+from caco_fast.data.views.draws import draw_views
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
-from caco_fast.data.dali_loader import DaliLoader
+from caco_fast.data.loaders.dali import DaliLoader
 
 # RandomResizedCrop and flip alone.
 LINEAR = ViewConfig(size=224, scale=(0.08, 1.0), jitter_p=0, grey_p=0, blur_p=0)

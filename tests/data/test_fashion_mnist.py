@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from caco_fast.data import DataConfig, build_source
-from caco_fast.data.fashion_mnist import FILE, MEAN, STD
+from caco_fast.data.sources.arrays import EMBEDDED_FILE, EMBEDDED_MEAN, EMBEDDED_STD
 from caco_fast.errors import UserError
 from tests.tool import load_tool
 
@@ -22,8 +22,8 @@ def test_the_embedded_set_is_balanced_and_has_its_known_statistics(split: str, p
     source = build_source(DataConfig(source="embedded"), split)
     assert source.images.shape == (10 * per_class, 28, 28, 1) and source.images.dtype == np.uint8
     assert np.bincount(source.labels).tolist() == [per_class] * 10
-    assert abs(source.images.mean() / 255 - MEAN[0]) < 0.005
-    assert abs(source.images.std() / 255 - STD[0]) < 0.005
+    assert abs(source.images.mean() / 255 - EMBEDDED_MEAN[0]) < 0.005
+    assert abs(source.images.std() / 255 - EMBEDDED_STD[0]) < 0.005
     assert len(np.unique(source.images.reshape(len(source), -1), axis=0)) > 0.99 * len(source)
 
 
@@ -38,7 +38,7 @@ def test_the_labels_belong_to_the_images() -> None:
 
 
 def test_the_licence_lies_next_to_the_images() -> None:
-    assert "Zalando" in (FILE.parent / "LICENSE").read_text()
+    assert "Zalando" in (EMBEDDED_FILE.parent / "LICENSE").read_text()
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:

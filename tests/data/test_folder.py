@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from caco_fast.data import BadImageError, DataConfig, build_source
-from caco_fast.data.folder import FolderSource
+from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
 
 
@@ -170,9 +170,9 @@ def test_damaged_files_of_every_kind_are_bad_images(tmp_path: Path, write_image:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("nowhere", r"nowhere doesn't exist; wanted"),
-        ("file", r"file is a file, not a directory; wanted"),
-        ("empty", r"no images in .*empty; wanted"),
+        ("nowhere", r"nowhere doesn't exist, expected"),
+        ("file", r"file is a file, expected"),
+        ("empty", r"no images in .*empty, expected"),
         ("only_val", r"only_val has val/ but no train/"),
     ],
 )

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from caco_fast.data.settings import ViewConfig
-from caco_fast.data.views import evaluation_transform, keep_random_state, normalize, reseed, view_transform
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.views.pil import evaluation_transform, keep_random_state, normalize, reseed, view_transform
 
 PLAIN = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_p=0.0, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0)
 

@@ -24,10 +24,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from caco_fast.benchmarking import read_result, write_result
-from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
-from caco_fast.data.batched_views import finish_crops
-from caco_fast.data.encoded import Encoded, prepare
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.loaders.dali_pipeline import Encoded, prepare
+from caco_fast.data.views.batched import finish_crops
+from caco_fast.data.views.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
 from caco_fast.errors import UserError
 
 JITTER = {
@@ -101,7 +101,7 @@ def rows_of(files: list[Encoded]) -> list[Row]:
 def by_loader(files: list[Encoded], row: Row) -> np.ndarray:
     """Views [N, s, s, 3] float32 in grey levels, as the DALI loader makes them."""
     # Here, so that --table works without DALI.
-    from caco_fast.data.dali_graph import DaliGraph, crop_views
+    from caco_fast.data.loaders.dali_graph import DaliGraph, crop_views
 
     size, device = row.config.size, torch.device("cpu")
     graph = DaliGraph([size], 3, len(files), threads=2, device=device, crops=row.by_dali)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_fast.data.fashion_mnist import CLASSES, FILE
+from caco_fast.data.sources.arrays import EMBEDDED_CLASSES, EMBEDDED_FILE
 from caco_fast.errors import UserError
 
 SEED = 20170825
@@ -40,7 +40,7 @@ def read_idx(file: Path) -> np.ndarray:
 
 def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
     """Positions of `per_class` images of every class, in ascending order."""
-    members = [np.flatnonzero(labels == label) for label in range(len(CLASSES))]
+    members = [np.flatnonzero(labels == label) for label in range(len(EMBEDDED_CLASSES))]
     chosen = [generator.choice(positions, per_class, replace=False) for positions in members]
     return np.sort(np.concatenate(chosen))
 
@@ -60,7 +60,7 @@ def subset(folder: Path) -> dict[str, np.ndarray]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=EMBEDDED_FILE)
     parser.add_argument("--check", action="store_true", help="write nothing; compare the arrays with those of --out")
     options = parser.parse_args(arguments)
     arrays = subset(options.folder)

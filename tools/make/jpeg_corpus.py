@@ -31,8 +31,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from caco_fast.data.files import decode
-from caco_fast.data.source import BadImageError
+from caco_fast.data.sources.base import BadImageError, decode
 from caco_fast.errors import UserError
 
 PACKAGES = (
