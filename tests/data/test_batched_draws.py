@@ -1,7 +1,5 @@
 """The parameters of batched views: distributed as torchvision's, and each image's own."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

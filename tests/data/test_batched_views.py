@@ -1,7 +1,5 @@
 """Batched views against torchvision's own functions, image by image, on the same parameters."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Evaluation by DALI: the images of the PIL path, the same ones left out, and the loader that `data.loader` names."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The DALI loader: the views of the memory loader, resume, ranks, kinds of files, and files that break it."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Callable

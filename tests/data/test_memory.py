@@ -1,7 +1,5 @@
 """The in-memory loader: order, shards, resume, replaced images, and what it refuses."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -16,8 +16,6 @@ others use it is the steadier figure, hence the second ratio: images in a second
 Legend: B images of a batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

@@ -7,8 +7,6 @@ The same input gives the same arrays always, and the same file byte for byte wit
 Legend: N images.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import struct

@@ -12,8 +12,6 @@ the photographs are other people's, so it is not to be committed or passed on.
 Legend: N images of the corpus, P photographs.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
