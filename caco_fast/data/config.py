@@ -92,7 +92,7 @@ class DataConfig:
     loader: str = setting(
         "auto",
         "dali, torchvision (worker processes, slower), memory (whole set in memory) or auto (memory for small sets, "
-        "else dali, or torchvision where DALI is not installed)",
+        "else dali, or torchvision if DALI is not installed)",
     )
     jitter: str = setting(
         "exact", "colour jitter: exact (torchvision's) or fast (one linear map of the colours, see docs/data.md)"

@@ -1,4 +1,4 @@
-"""The share of bad images is that over all ranks: they tell each other at an epoch's end."""
+"""The share of bad images counts all ranks, which tell each other at the end of an epoch."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ RANKS, BATCH, N = 2, 8, 40
 
 
 def exchanged(limit: int) -> list[str] | str:
-    """Both ranks met b; each another one besides."""
+    """Both ranks met image b, and each rank met another one."""
     bad = BadImages(limit, 10)
     bad.add([("b", f"rank {rank()}"), (f"a of {rank()}", "empty")])
     try:

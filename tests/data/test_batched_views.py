@@ -36,7 +36,7 @@ def photographs(count: int, side: int, channels: int) -> np.ndarray:
 
 
 def held(images: np.ndarray) -> Tensor:
-    """As the loader holds them: [N, H, ch, W]."""
+    """The images in the loader's layout: [N, H, ch, W]."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 1, 3, 2)))
 
 

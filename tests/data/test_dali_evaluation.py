@@ -33,7 +33,7 @@ def photographs(pictures: list[Path], tmp_path: Path) -> Path:
 
 
 def pixels(path: Path, resize: int | None, size: int | None, in_graph: bool | None) -> torch.Tensor:
-    """All images of a folder [N, ch, h, w] in grey levels: by PIL where `in_graph` is None, else by DALI."""
+    """All images of a folder [N, ch, h, w] in grey levels: by PIL if `in_graph` is None, else by DALI."""
     config = DataConfig(path=str(path), workers=1, eval_resize=resize, eval_size=size)
     source = FolderSource(path, "test")
     if in_graph is None:
@@ -61,7 +61,7 @@ def test_sizes_and_centres_are_rounded_as_torchvision_does() -> None:
             whole = evaluation_transform(chosen[0], None)(torch.zeros(1, height, width, dtype=torch.uint8))
             assert tuple(whole.shape[1:]) == resized
             if chosen[1] is not None:
-                # Every pixel is its own place, so that the crop tells where it was cut.
+                # The value of each pixel is its place, so that the crop shows where it was cut.
                 numbered = torch.arange(1, 1 + resized[0] * resized[1]).reshape(1, *resized)
                 found = evaluation_transform(None, size)(numbered)[0]
                 place = [torch.arange(size) + first for first in start]
@@ -114,7 +114,7 @@ def test_files_that_break_the_graph_are_left_out_and_named(
 ) -> None:
     config = DataConfig(path=str(broken), loader="dali", **ONE_CLASS)
     loader = build_eval_loader(config, "test", batch_size=batch_size)
-    # In this process: a worker forked beside DALI's threads may wait for ever for a lock that one of them held.
+    # In this process: a worker forked next to DALI's threads may wait for ever for a lock that one of them held.
     by_pil = DataConfig(path=str(broken), loader="torchvision", **(ONE_CLASS | {"workers": 0}))
     other = build_eval_loader(by_pil, "test", batch_size=12)
     expected = next(iter(other))[0]

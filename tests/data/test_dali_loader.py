@@ -189,7 +189,7 @@ def test_files_that_break_the_graph_are_named_replaced_and_cost_one_graph_each_a
             batches = list(loader.batches(epoch))
             index = torch.cat([batch.index for batch in batches]).tolist()
             assert index == [{4: 6, 5: 6, 19: 0}.get(position, position) for position in epoch_order(0, epoch, 20)]
-            # Wherever the first image after the broken ones stands, it is seen whole, whatever its own size.
+            # The first image after the broken ones is seen whole at each of its places, whatever its own size.
             whole = torch.cat([batch.views[0] for batch in batches])[torch.tensor(index) == 6]
             assert len(whole) == 3 and (whole == whole[0]).all()
     assert sorted(Path(name).stem for name in loader.bad_images) == ["04", "05", "19"]

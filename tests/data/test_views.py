@@ -71,7 +71,7 @@ def test_crops_have_the_published_distribution_of_area_aspect_and_place(scale: t
 
     assert distance((width * height / side**2).numpy(), wanted.prod(1) / side**2) < 0.08
     assert distance((width / height).log().numpy(), np.log(wanted[:, 0] / wanted[:, 1])) < 0.08
-    # The centre of a crop lies uniformly in what its size leaves free.
+    # The centre of a crop is uniform in the space that its size leaves.
     free = side - width
     place = ((across.mean(1) - width / 2) / free)[free > 25]
     assert abs(place.mean() - 0.5) < 0.05 and abs(place.std() - 1 / math.sqrt(12)) < 0.03

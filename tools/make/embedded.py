@@ -1,6 +1,6 @@
-"""Makes caco_fast/data/embedded/fashion_mnist.npz from the files of Debian's package dataset-fashion-mnist.
+"""Make caco_fast/data/embedded/fashion_mnist.npz from the files of Debian's package dataset-fashion-mnist.
 
-The same input gives the same arrays always, and the same file byte for byte with the same numpy and zlib. On Debian:
+The same input always gives the same arrays, and the same file byte for byte with the same numpy and zlib. On Debian:
 `apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb fm`, then
 `python tools/make/embedded.py fm/usr/share/datasets/fashion-mnist`.
 
@@ -30,7 +30,7 @@ def read_idx(file: Path) -> np.ndarray:
     except (OSError, EOFError) as error:
         raise UserError(f"can't read {file}: {error}") from error
     if data[:3] != b"\0\0\x08":
-        raise UserError(f"{file} is not an idx file of bytes: it starts with {data[:4].hex(' ')}, wanted 00 00 08")
+        raise UserError(f"{file} is not an idx file of bytes: it starts with {data[:4].hex(' ')}, expected 00 00 08")
     axes = data[3]
     shape = struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes])
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)

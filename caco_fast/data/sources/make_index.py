@@ -158,7 +158,7 @@ def split_index(source: FileSource, found: Inspection, top: Path, keep: np.ndarr
 
 def _in_processes(source: FileSource, workers: int) -> Iterator[tuple[int, list[_File]]]:
     """(number of the first file, results) for each task, in the order in which they end."""
-    # The server imports once, and the workers are forked from it, where no thread runs.
+    # The server imports once. Workers are forked from it, because no thread runs there.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)

@@ -171,7 +171,7 @@ def _count(inner: str, pattern: str) -> list[str]:
         raise UserError(f"data.path: {{{inner}}} in '{pattern}' is neither {{000..146}} nor {{a,b}}")
     first, last = int(ends[1]), int(ends[2])
     if abs(last - first) >= _MOST_SHARDS:
-        raise UserError(f"data.path: {{{inner}}} in '{pattern}' stands for more than {_MOST_SHARDS} shards")
+        raise UserError(f"data.path: {{{inner}}} in '{pattern}' names more than {_MOST_SHARDS} shards")
     padded = any(len(end) > 1 and end[0] == "0" for end in ends.groups())
     width = max(map(len, ends.groups())) if padded else 0
     step = 1 if last >= first else -1

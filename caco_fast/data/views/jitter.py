@@ -143,7 +143,7 @@ def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
     red, green, blue = (torch.sub(value, channel) for channel in channels)  # V - red, V - green, V - blue
     spread = torch.maximum(red, green)
     torch.maximum(spread, blue, out=spread)
-    # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
+    # torch.where would read better, but is slow on a CPU. The weights are 0 if that channel is the largest, else 1.
     hue = torch.lerp((red - blue).add_(spread, alpha=2), (green - red).add_(spread, alpha=4), green.sign())
     hue = torch.lerp(blue - green, hue, red.sign())  # D h
     base = value.sub_(spread, alpha=2)

@@ -71,7 +71,7 @@ def evaluation_box(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The geometry of `evaluation_transform`: the size of an image after the resize, and where in it the centre starts.
 
-    Both (vertical, horizontal) in pixels, rounded as torchvision does; a start is negative where the image is smaller.
+    Both (vertical, horizontal) in pixels, rounded as torchvision does; a start is negative if the image is smaller.
     """
     shorter = min(height, width)
     resized = tuple(int(resize * side / shorter) if resize else side for side in (height, width))
