@@ -74,7 +74,7 @@ def test_images_beside_class_folders_are_left_out_with_a_warning(
 ) -> None:
     write_image(image_folder / "train" / "stray.jpg")
     assert len(FolderSource(str(image_folder))) == 12
-    assert "the 1 images beside them are left out" in caplog.text
+    assert "the 1 images next to them are left out" in caplog.text
 
 
 def test_folders_without_images_beside_loose_images_are_no_classes(
