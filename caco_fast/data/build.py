@@ -1,24 +1,20 @@
-"""From settings to sources and loaders."""
-
-from __future__ import annotations
+"""Sources and loaders, built from the settings."""
 
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
 
 import torch
 
-from caco_fast.data.cifar10 import cifar10
-from caco_fast.data.evaluation import EvalLoader
-from caco_fast.data.fashion_mnist import fashion_mnist
-from caco_fast.data.folder import FolderSource
-from caco_fast.data.index import IndexSource
-from caco_fast.data.loader import TrainLoader
-from caco_fast.data.settings import DataConfig, ViewConfig
-from caco_fast.data.source import ArraySource, Source
-from caco_fast.data.torchvision_loader import TorchvisionLoader
-from caco_fast.data.webdataset import WebDatasetSource
+from caco_fast.data.config import DataConfig, ViewConfig, validate_views
+from caco_fast.data.loaders.base import TrainLoader
+from caco_fast.data.loaders.evaluation import EvalLoader
+from caco_fast.data.loaders.torchvision import TorchvisionLoader
+from caco_fast.data.sources.arrays import cifar10, fashion_mnist
+from caco_fast.data.sources.base import ArraySource, Source
+from caco_fast.data.sources.folder import FolderSource
+from caco_fast.data.sources.index import IndexSource
+from caco_fast.data.sources.webdataset import WebDatasetSource
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
@@ -28,25 +24,19 @@ MEMORY_LIMIT = 2 * 1024**3  # bytes of pixels, up to which `loader: auto` keeps 
 
 
 def build_source(config: DataConfig, split: str) -> Source:
-    """The images of a split, "train" or "test". UserError where they are missing or unreadable."""
+    """The images of a split, "train" or "test". UserError if they are missing or unreadable.
+
+    Listing a large set takes time, so build the source once and give it to `build_train_loader`, `build_eval_loader`.
+    """
     config.validate()
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, wanted one of {SPLITS}")
+        raise ValueError(f"split: found {split!r}, expected one of {SPLITS}")
     if config.source == "embedded":
-        source: Source = fashion_mnist(split)
-    elif config.source == "cifar10":
-        source = cifar10(os.path.expanduser(config.path), split)
-    elif config.source == "index":
-        source = IndexSource(config.path, split, config.root)
-    elif config.source == "webdataset":
-        source = WebDatasetSource(config.path, split)
-    else:
-        source = FolderSource(os.path.expanduser(config.path), split)
-    for name in ("mean", "std"):
-        values = getattr(config, name)
-        if values is not None and len(values) != source.channels:
-            raise UserError(f"data.{name} has {len(values)} values, the images have {source.channels} channels")
-    return source
+        return fashion_mnist(split)
+    if config.source == "index":
+        return IndexSource(config.path, split, config.root)
+    sources = {"cifar10": cifar10, "webdataset": WebDatasetSource, "folder": FolderSource}
+    return sources[config.source](config.path, split)
 
 
 def build_train_loader(
@@ -59,23 +49,23 @@ def build_train_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    source: Source | None = None,
 ) -> TrainLoader:
     """The loader that `config.loader` names, over the training set; `batch_size` counts the images of all ranks.
 
-    `dtype`: of the views. What the encoder's first convolution computes in spares it a cast, and half of the bytes.
+    `dtype` is the dtype of the views. The dtype of the encoder's first convolution spares it a cast, and half of the
+    bytes. `source` holds the training images, if they are listed already; None: they are listed here.
     """
-    if not views:
-        raise UserError("there are no views; give at least one entry")
-    for number, view in enumerate(views):
-        view.validate(f"views[{number}]")
-    source = build_source(config, "train")
+    validate_views(views)
+    source = _source(config, "train", source)
     options = dict(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device, dtype=dtype)
     if config.loader == "memory" or (config.loader == "auto" and _small(source)):
-        from caco_fast.data.memory import MemoryLoader
+        from caco_fast.data.loaders.in_memory import MemoryLoader
 
         return MemoryLoader(source, config, views, **options)
     if _by_dali(config):
-        from caco_fast.data.dali_loader import DaliLoader
+        # Here, because DALI need not be installed.
+        from caco_fast.data.loaders.dali import DaliLoader
 
         return DaliLoader(source, config, views, **options)
     if config.loader == "auto" and rank == 0:
@@ -85,14 +75,51 @@ def build_train_loader(
     return TorchvisionLoader(source, config, views, **options)
 
 
+def build_eval_loader(
+    config: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    share: float = 1.0,
+    device: torch.device | str = "cpu",
+    source: Source | None = None,
+) -> EvalLoader:
+    """The rank's part of a fixed random `share` of a split, in order, with labels. UserError if there are none.
+
+    `source` holds the images of the split, if they are listed already; None: they are listed here.
+    """
+    source = _source(config, split, source)
+    if not source.classes:
+        raise UserError(
+            f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
+            f"put them into one folder for each class, or turn evaluation off"
+        )
+    # An array whose images stay as they are has nothing to decode.
+    held = isinstance(source, ArraySource) and config.eval_resize is None
+    dali = not held and not (config.loader == "auto" and _small(source)) and _by_dali(config)
+    options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
+    return EvalLoader(source, config, **options, dali=dali)
+
+
+def _source(config: DataConfig, split: str, source: Source | None) -> Source:
+    """`source`, checked against the settings, or the source that the settings name."""
+    if source is None:
+        return build_source(config, split)
+    config.validate(needs_path=False)
+    config.validate_channels(source.channels)
+    return source
+
+
 def _small(source: Source) -> bool:
     return isinstance(source, ArraySource) and source.images.nbytes <= MEMORY_LIMIT
 
 
 def _by_dali(config: DataConfig) -> bool:
-    """Whether DALI reads what isn't held in memory. UserError where it is asked for and not installed."""
+    """Whether DALI reads the images that are not in memory. UserError if it is asked for and not installed."""
     if config.loader == "dali" and not _dali_installed():
-        raise UserError(f"data.loader is dali, but NVIDIA DALI is not installed; {_how_to_install()}")
+        raise UserError(f"data.loader: found dali, but NVIDIA DALI is not installed; {_how_to_install()}")
     return config.loader in ("auto", "dali") and _dali_installed()
 
 
@@ -106,27 +133,3 @@ def _dali_installed() -> bool:
 def _how_to_install() -> str:
     extra = "dali-cuda12" if (torch.version.cuda or "13").startswith("12.") else "dali-cuda13"
     return f'install it with: pip install "caco-fast[{extra}]"'
-
-
-def build_eval_loader(
-    config: DataConfig,
-    split: str,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    share: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> EvalLoader:
-    """The rank's part of a fixed random `share` of a split, in order, with labels. UserError where there are none."""
-    source = build_source(config, split)
-    if not source.classes:
-        raise UserError(
-            f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
-            f"put them into one folder for each class, or turn evaluation off"
-        )
-    # An array whose images stay as they are has nothing to decode.
-    held = isinstance(source, ArraySource) and config.eval_resize is None
-    dali = not held and not (config.loader == "auto" and _small(source)) and _by_dali(config)
-    options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
-    return EvalLoader(source, config, **options, dali=dali)

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from caco_fast.distributed import all_gather_objects, rank, world_size
-from caco_fast.engine.storage import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
 from caco_fast.errors import UserError
+from caco_fast.storage import TEMPORARY, atomic_write, atomic_write_text, remove_leftovers, sync_folder
 
 FORMAT = "caco_fast checkpoint"
 # Version 2 names the phase of a run as the method does.

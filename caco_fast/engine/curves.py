@@ -14,8 +14,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from caco_fast.engine.metrics import read_metrics
-from caco_fast.engine.storage import atomic_write
 from caco_fast.errors import UserError
+from caco_fast.storage import atomic_write
 
 Points = tuple[list[float], list[float]]
 COLOURS = ("#1f5fa8", "#d9660b", "#3a8a3e", "#8f4aa3")

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from caco_fast.distributed import rank
-from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
+from caco_fast.storage import RetryingFile, atomic_write_text
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 METRICS_FILE = "metrics.jsonl"

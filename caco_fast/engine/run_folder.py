@@ -25,8 +25,8 @@ from caco_fast import provenance
 from caco_fast.distributed import rank
 from caco_fast.engine.metrics import METRICS_FILE, to_json
 from caco_fast.engine.progress import console
-from caco_fast.engine.storage import RetryingFile, atomic_write_text
 from caco_fast.errors import UserError
+from caco_fast.storage import RetryingFile, atomic_write_text
 
 log = logging.getLogger(__name__)
 

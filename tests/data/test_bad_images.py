@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from caco_fast.data import DataConfig, TrainLoader, ViewConfig, build_train_loader
-from caco_fast.data.order import epoch_order
-from caco_fast.data.source import ArraySource
-from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.data.loaders.base import epoch_order
+from caco_fast.data.loaders.torchvision import TorchvisionLoader
+from caco_fast.data.sources.base import ArraySource
 from caco_fast.errors import UserError
 
 VIEWS = [ViewConfig(size=8), ViewConfig(size=8)]

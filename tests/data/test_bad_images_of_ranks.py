@@ -1,12 +1,11 @@
-"""The share of bad images is that over all ranks: they tell each other at an epoch's end."""
+"""The share of bad images counts all ranks, which tell each other at the end of an epoch."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from caco_fast.data.order import epoch_order, step_share
-from caco_fast.data.reading import BadImages
+from caco_fast.data.loaders.base import BadImages, epoch_order, step_share
 from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError
@@ -18,7 +17,7 @@ RANKS, BATCH, N = 2, 8, 40
 
 
 def exchanged(limit: int) -> list[str] | str:
-    """Both ranks met b; each another one besides."""
+    """Both ranks met image b, and each rank met another one."""
     bad = BadImages(limit, 10)
     bad.add([("b", f"rank {rank()}"), (f"a of {rank()}", "empty")])
     try:

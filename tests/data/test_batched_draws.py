@@ -1,14 +1,12 @@
 """The parameters of batched views: distributed as torchvision's, and each image's own."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views, uniforms
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.views.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views, uniforms
 
 MANY = 20_000
 

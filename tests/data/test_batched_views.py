@@ -1,7 +1,5 @@
 """Batched views against torchvision's own functions, image by image, on the same parameters."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from caco_fast.data import batched_views
-from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
-from caco_fast.data.batched_views import make_views
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.views import batched
+from caco_fast.data.views.batched import make_views
+from caco_fast.data.views.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
 
 CONFIG = ViewConfig(solarize_p=0.2)
 JITTER = {
@@ -38,11 +36,11 @@ def photographs(count: int, side: int, channels: int) -> np.ndarray:
 
 
 def held(images: np.ndarray) -> Tensor:
-    """As the loader holds them: [N, H, ch, W]."""
+    """The images in the loader's layout: [N, H, ch, W]."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 1, 3, 2)))
 
 
-def batched(images: np.ndarray, draws: ViewDraws, config: ViewConfig) -> Tensor:
+def together(images: np.ndarray, draws: ViewDraws, config: ViewConfig) -> Tensor:
     """Views in [0, 1], not normalised."""
     channels = images.shape[3]
     index = np.arange(len(images))
@@ -94,7 +92,7 @@ def test_whole_view_without_blur_is_torchvision_in_float(side: int, size: int, c
     config = ViewConfig(size=size, blur_p=0.0, solarize_p=0.0)
     images = photographs(64, side, channels)
     draws = drawn(config, len(images), side, channels)
-    ours, theirs = batched(images, draws, config), one_by_one(images, draws, size, rounded=False)
+    ours, theirs = together(images, draws, config), one_by_one(images, draws, size, rounded=False)
     # The hue of a pixel that is grey up to rounding is arbitrary, but moves that pixel by rounding only.
     assert (ours - theirs).abs().max() < 2e-5
 
@@ -106,7 +104,7 @@ def test_crop_and_flip_are_torchvisions_to_rounding(side: int, size: int) -> Non
     draws = drawn(config, len(images), side, 3)
     draws = only(draws, flip=draws.flip)
     assert draws.flip.any() and not draws.flip.all()
-    ours, theirs = batched(images, draws, config), one_by_one(images, draws, size, rounded=False)
+    ours, theirs = together(images, draws, config), one_by_one(images, draws, size, rounded=False)
     assert (ours - theirs).abs().max() < 2e-6
 
 
@@ -115,7 +113,7 @@ def test_crop_of_images_that_are_not_square() -> None:
     config = ViewConfig(size=16)
     index = np.arange(len(images))
     draws = only(draw_views(config, 25, 40, 3, seed=3, epoch=0, index=index, view=index))
-    ours, theirs = batched(images, draws, config), one_by_one(images, draws, 16, rounded=False)
+    ours, theirs = together(images, draws, config), one_by_one(images, draws, 16, rounded=False)
     assert (ours - theirs).abs().max() < 2e-6
 
 
@@ -130,7 +128,7 @@ def test_one_colour_operation_is_torchvisions_to_rounding(operation: int, factor
     factors = np.tile([1.0, 1, 1, 0], (len(images), 1))
     factors[:, operation] = factor
     draws = only(draws, order=np.full((len(images), 1), operation), factors=factors)
-    ours, theirs = batched(images, draws, ViewConfig(size=32)), one_by_one(images, draws, 32, rounded=False)
+    ours, theirs = together(images, draws, ViewConfig(size=32)), one_by_one(images, draws, 32, rounded=False)
     assert (ours - theirs).abs().max() < 2e-6
 
 
@@ -141,7 +139,7 @@ def test_blur_is_pils_to_the_rounding_of_its_passes(size: int, sigma: float) -> 
     images = photographs(16, size, 3)
     draws = only(drawn(config, len(images), size, 3), sigma=np.full(len(images), sigma))
     draws.box[:] = (0, 0, size, size)
-    levels = (batched(images, draws, config) - one_by_one(images, draws, size, rounded=True)).abs() * 255
+    levels = (together(images, draws, config) - one_by_one(images, draws, size, rounded=True)).abs() * 255
     # PIL rounds to whole levels after each of its six passes.
     assert levels.max() < 4 and levels.mean() < 0.8
 
@@ -149,18 +147,16 @@ def test_blur_is_pils_to_the_rounding_of_its_passes(size: int, sigma: float) -> 
 @pytest.mark.parametrize("size", [56, 57, 113, 200])
 def test_blur_by_bands_is_that_of_the_whole_matrix(size: int) -> None:
     pixels, sigma = torch.rand(3, size, 3, size), np.array([0.1, 1.0, 2.0])
-    radius = torch.from_numpy(batched_views.box_radius(sigma)).float()
-    whole = batched_views.blur_matrices(radius, 2, size)
-    assert torch.allclose(
-        batched_views.blur(pixels, radius, 2), batched_views.along_axes(pixels, whole, whole), atol=1e-6
-    )
+    radius = torch.from_numpy(batched.box_radius(sigma)).float()
+    whole = batched.blur_matrices(radius, 2, size)
+    assert torch.allclose(batched.blur(pixels, radius, 2), batched.along_axes(pixels, whole, whole), atol=1e-6)
 
 
 def test_no_blur_beside_blurred_images_leaves_pixels_untouched() -> None:
     images = photographs(8, 28, 1)
     draws = drawn(ViewConfig(size=28), len(images), 28, 1)
     sigma = np.where(np.arange(8) % 2, 1.3, 0.0)
-    plain, some = (batched(images, only(draws, sigma=s), ViewConfig(size=28)) for s in (np.zeros(8), sigma))
+    plain, some = (together(images, only(draws, sigma=s), ViewConfig(size=28)) for s in (np.zeros(8), sigma))
     assert torch.equal(some[::2], plain[::2])
     assert (some[1::2] - plain[1::2]).abs().amax(dim=(1, 2, 3)).min() > 0.01
 
@@ -169,7 +165,7 @@ def test_solarise_inverts_from_level_128() -> None:
     images = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), (2, 1, 1, 1))
     draws = only(drawn(ViewConfig(size=16), 2, 16, 1), solarize=np.array([True, False]))
     draws.box[:] = (0, 0, 16, 16)
-    levels = (batched(images, draws, ViewConfig(size=16)) * 255).round().to(torch.uint8)
+    levels = (together(images, draws, ViewConfig(size=16)) * 255).round().to(torch.uint8)
     assert torch.equal(levels[0], F.solarize(torch.from_numpy(images[0, ..., 0])[None], 128))
     assert torch.equal(levels[1], torch.from_numpy(images[1, ..., 0])[None])
 
@@ -181,7 +177,7 @@ def test_whole_view_deviates_from_the_pil_view_by_its_rounding_only(
     config = ViewConfig(size=side, solarize_p=0.2)
     images = photographs(100, side, channels)
     draws = drawn(config, len(images), side, channels)
-    levels = (batched(images, draws, config) - one_by_one(images, draws, side, rounded=True)).abs() * 255
+    levels = (together(images, draws, config) - one_by_one(images, draws, side, rounded=True)).abs() * 255
     print(f"side {side}, {channels} channels: mean {levels.mean():.3f} levels, max {levels.max():.1f}")
     assert levels.mean() < mean_limit
 
@@ -191,9 +187,9 @@ def test_view_of_an_image_does_not_depend_on_the_rest_of_the_batch(channels: int
     config = ViewConfig(size=32, solarize_p=0.2)
     images = photographs(50, 32, channels)
     draws = drawn(config, len(images), 32, channels)
-    whole = batched(images, draws, config)
+    whole = together(images, draws, config)
     for rows in (np.array([49, 3, 17]), *np.arange(50)[:, None], np.arange(50)[::-1]):
-        part = batched(images[rows], draws.take(rows), config)
+        part = together(images[rows], draws.take(rows), config)
         assert (part - whole[torch.from_numpy(rows.copy())]).abs().max() < 1e-6
 
 
@@ -201,7 +197,7 @@ def test_normalisation_is_that_of_mean_and_std() -> None:
     images = photographs(6, 32, 3)
     draws = drawn(CONFIG, 6, 32, 3)
     config = ViewConfig(size=32)
-    plain = batched(images, draws, config)
+    plain = together(images, draws, config)
     mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])
     views = make_views(held(images), np.arange(6), draws, config, mean, std)
     assert views.shape == (6, 3, 32, 32) and views.dtype == torch.float32
@@ -240,7 +236,7 @@ def test_fast_jitter_stays_near_the_exact_one(channels: int, limit: float) -> No
 
 def test_nothing_reads_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device there is no data to read: a host synchronisation in the chain would raise here."""
-    monkeypatch.setattr(batched_views, "to_device", lambda array, device: torch.from_numpy(array).to("meta"))
+    monkeypatch.setattr(batched, "to_device", lambda array, device: torch.from_numpy(array).to("meta"))
     images = torch.empty((9, 32, 3, 32), dtype=torch.uint8, device="meta")
     config = ViewConfig(size=32, solarize_p=0.2)
     draws = drawn(config, 300, 32, 3)

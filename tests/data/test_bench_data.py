@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco_fast.data.folder import FolderSource
+from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
 from tests.tool import load_tool
 

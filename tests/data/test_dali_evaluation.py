@@ -1,7 +1,5 @@
 """Evaluation by DALI: the images of the PIL path, the same ones left out, and the loader that `data.loader` names."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -11,15 +9,15 @@ import torch
 from PIL import Image
 
 from caco_fast.data import ArraySource, DataConfig, EvalLoader, build, build_eval_loader
-from caco_fast.data.folder import FolderSource
-from caco_fast.data.views import evaluation_box, evaluation_transform
+from caco_fast.data.sources.folder import FolderSource
+from caco_fast.data.views.pil import evaluation_box, evaluation_transform
 from caco_fast.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
-from caco_fast.data import dali_evaluation, dali_flights
-from caco_fast.data.dali_evaluation import DaliEvaluationBatches
-from caco_fast.data.encoded import Encoded
+from caco_fast.data.loaders import dali_evaluation, dali_pipeline
+from caco_fast.data.loaders.dali_evaluation import DaliEvaluationBatches
+from caco_fast.data.loaders.dali_pipeline import Encoded
 
 # Resize and centre crop; the last two crop more than some of the images have.
 SIZES = [(256, 224), (64, 48), (64, 64), (None, 150), (None, 200), (40, 55)]
@@ -35,7 +33,7 @@ def photographs(pictures: list[Path], tmp_path: Path) -> Path:
 
 
 def pixels(path: Path, resize: int | None, size: int | None, in_graph: bool | None) -> torch.Tensor:
-    """All images of a folder [N, ch, h, w] in grey levels: by PIL where `in_graph` is None, else by DALI."""
+    """All images of a folder [N, ch, h, w] in grey levels: by PIL if `in_graph` is None, else by DALI."""
     config = DataConfig(path=str(path), workers=1, eval_resize=resize, eval_size=size)
     source = FolderSource(path, "test")
     if in_graph is None:
@@ -63,7 +61,7 @@ def test_sizes_and_centres_are_rounded_as_torchvision_does() -> None:
             whole = evaluation_transform(chosen[0], None)(torch.zeros(1, height, width, dtype=torch.uint8))
             assert tuple(whole.shape[1:]) == resized
             if chosen[1] is not None:
-                # Every pixel is its own place, so that the crop tells where it was cut.
+                # The value of each pixel is its place, so that the crop shows where it was cut.
                 numbered = torch.arange(1, 1 + resized[0] * resized[1]).reshape(1, *resized)
                 found = evaluation_transform(None, size)(numbered)[0]
                 place = [torch.arange(size) + first for first in start]
@@ -116,7 +114,7 @@ def test_files_that_break_the_graph_are_left_out_and_named(
 ) -> None:
     config = DataConfig(path=str(broken), loader="dali", **ONE_CLASS)
     loader = build_eval_loader(config, "test", batch_size=batch_size)
-    # In this process: a worker forked beside DALI's threads may wait for ever for a lock that one of them held.
+    # In this process: a worker forked next to DALI's threads may wait for ever for a lock that one of them held.
     by_pil = DataConfig(path=str(broken), loader="torchvision", **(ONE_CLASS | {"workers": 0}))
     other = build_eval_loader(by_pil, "test", batch_size=12)
     expected = next(iter(other))[0]
@@ -140,7 +138,7 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
         small = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(small).resize((40, 32)).save(tmp_path / "val" / "a" / f"{number}.gif")
     expected = pixels(tmp_path, 24, 20, in_graph)
-    monkeypatch.setattr(dali_flights, "prepare", lambda data: Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40))
+    monkeypatch.setattr(dali_pipeline, "prepare", lambda data: Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40))
     assert torch.equal(pixels(tmp_path, 24, 20, in_graph), expected)
 
 

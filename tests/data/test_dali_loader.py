@@ -1,7 +1,5 @@
 """The DALI loader: the views of the memory loader, resume, ranks, kinds of files, and files that break it."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Callable
@@ -14,17 +12,17 @@ from PIL import Image
 
 from caco_fast.config import load_config
 from caco_fast.data import ArraySource, Batch, DataConfig, ViewConfig, build, build_train_loader
-from caco_fast.data.memory import MemoryLoader
-from caco_fast.data.order import epoch_order
-from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.data.loaders.base import epoch_order
+from caco_fast.data.loaders.in_memory import MemoryLoader
+from caco_fast.data.loaders.torchvision import TorchvisionLoader
 from caco_fast.errors import UserError
 from caco_fast.training import train
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 
-from caco_fast.data import dali_flights, dali_loader
-from caco_fast.data.dali_loader import DaliLoader
-from caco_fast.data.encoded import Encoded
+from caco_fast.data.loaders import dali, dali_pipeline
+from caco_fast.data.loaders.dali import DaliLoader
+from caco_fast.data.loaders.dali_pipeline import Encoded
 
 QUICKSTART = Path(__file__).parents[2] / "caco_fast" / "configs" / "quickstart.yaml"
 VIEWS = [ViewConfig(count=2, size=16, blur_p=0.5, solarize_p=0.2), ViewConfig(size=8, scale=(0.1, 0.3))]
@@ -182,8 +180,8 @@ def test_files_that_break_the_graph_are_named_replaced_and_cost_one_graph_each_a
     broken: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = []
-    graph = dali_loader.DaliGraph
-    monkeypatch.setattr(dali_loader, "DaliGraph", lambda *a, **k: graphs.append(1) or graph(*a, **k))
+    graph = dali.DaliGraph
+    monkeypatch.setattr(dali, "DaliGraph", lambda *a, **k: graphs.append(1) or graph(*a, **k))
     config = DataConfig(path=str(broken), loader="dali", workers=1, bad_image_limit=0.15)
     loader = build_train_loader(config, [PLAIN, *VIEWS], batch_size=4, seed=0)
     with caplog.at_level(logging.WARNING, logger="caco_fast.data"):
@@ -191,7 +189,7 @@ def test_files_that_break_the_graph_are_named_replaced_and_cost_one_graph_each_a
             batches = list(loader.batches(epoch))
             index = torch.cat([batch.index for batch in batches]).tolist()
             assert index == [{4: 6, 5: 6, 19: 0}.get(position, position) for position in epoch_order(0, epoch, 20)]
-            # Wherever the first image after the broken ones stands, it is seen whole, whatever its own size.
+            # The first image after the broken ones is seen whole at each of its places, whatever its own size.
             whole = torch.cat([batch.views[0] for batch in batches])[torch.tensor(index) == 6]
             assert len(whole) == 3 and (whole == whole[0]).all()
     assert sorted(Path(name).stem for name in loader.bad_images) == ["04", "05", "19"]
@@ -232,7 +230,7 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
     def as_they_are(data: bytes) -> Encoded:
         return Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40)
 
-    monkeypatch.setattr(dali_flights, "prepare", as_they_are)
+    monkeypatch.setattr(dali_pipeline, "prepare", as_they_are)
     loader = build_train_loader(config, [PLAIN], batch_size=3, seed=0)
     assert all(map(same, loader.batches(0), expected)) and loader.bad_images == {}
 
@@ -240,13 +238,13 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
 def test_an_error_that_is_no_files_fault_is_not_taken_for_one(
     smooth_source: ArraySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: dali_loader.DaliGraph) -> None:
+    def full(self: dali.DaliGraph) -> None:
         if self.sizes:
             raise RuntimeError("out of memory")
         self._pipe.share_outputs()
         self._pipe.release_outputs()
 
-    monkeypatch.setattr(dali_loader.DaliGraph, "collect", full)
+    monkeypatch.setattr(dali.DaliGraph, "collect", full)
     loader = make(smooth_source)
     with pytest.raises(RuntimeError, match="out of memory"):
         next(loader.batches(0))
@@ -259,7 +257,7 @@ def test_an_error_in_a_thread_that_finishes_views_is_raised(
     def broken(*arguments: object, **options: object) -> None:
         raise ValueError("a mistake in the views")
 
-    monkeypatch.setattr(dali_loader, "finish_crops", broken)
+    monkeypatch.setattr(dali, "finish_crops", broken)
     with pytest.raises(ValueError, match="a mistake in the views"):
         next(make(smooth_source).batches(0))
 
@@ -299,7 +297,7 @@ def test_without_dali_the_default_says_what_it_takes_and_an_explicit_wish_is_ref
 
 def test_fast_jitter_is_refused_by_the_torchvision_loader(image_folder: Path) -> None:
     config = DataConfig(path=str(image_folder), loader="torchvision", jitter="fast")
-    with pytest.raises(UserError, match="data.jitter=fast needs data.loader=dali"):
+    with pytest.raises(UserError, match="data.jitter: found fast, but the torchvision loader is exact"):
         build_train_loader(config, VIEWS, batch_size=4, seed=0)
 
 

@@ -1,7 +1,5 @@
 """Views leave every loader in the dtype that the encoder computes in: computed in float32, rounded once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

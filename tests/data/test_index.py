@@ -22,13 +22,12 @@ from caco_fast.data import (
     build_eval_loader,
     build_source,
     build_train_loader,
-    make_index,
 )
-from caco_fast.data.files import Names
-from caco_fast.data.folder import FolderSource
-from caco_fast.data.index import IndexSource, SplitIndex, read_index, write_index
+from caco_fast.data.sources import make_index
+from caco_fast.data.sources.base import Names
+from caco_fast.data.sources.folder import FolderSource
+from caco_fast.data.sources.index import IndexSource, SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
-from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = [ViewConfig(size=8), ViewConfig(size=8, blur_p=0.1)]
@@ -36,9 +35,8 @@ VIEWS = [ViewConfig(size=8), ViewConfig(size=8, blur_p=0.1)]
 
 @pytest.fixture
 def tool() -> Callable[..., int]:
-    """tools/index_data.py in this process, with one worker."""
-    main = load_tool("index_data").main
-    return lambda *arguments: main([*map(str, arguments), "--workers", "1"])
+    """The program of tools/index_data.py in this process, with one worker; it raises its errors."""
+    return lambda *arguments: make_index.index_folder([*map(str, arguments), "--workers", "1"])
 
 
 def write_quick(folder: Path, output: Path, root: str = ".") -> Path:
@@ -223,7 +221,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a flipped bit": (flipped, "is not a readable index|doesn't have the hash"),
     "another list": (relabelled, "doesn't have the hash that its header names"),
     "other classes": (lambda data: reheaded(data, b'"bee"', b'"fly"'), "doesn't have the hash that its header names"),
-    "a later version": (lambda data: reheaded(data, b'"version": 2', b'"version": 3'), "has version 3, wanted 2"),
+    "a later version": (lambda data: reheaded(data, b'"version": 2', b'"version": 3'), "has version 3, expected 2"),
 }
 
 
@@ -241,7 +239,7 @@ def test_a_wrong_path_is_one_clear_line(index: Path, image_folder: Path) -> None
     for path, line in wrong.items():
         with pytest.raises(UserError, match=line):
             IndexSource(str(path))
-    with pytest.raises(UserError, match="data.path is empty; the index source needs the file"):
+    with pytest.raises(UserError, match="data.path: found nothing, but the index source needs the file"):
         build_source(DataConfig(source="index"), "train")
     with pytest.raises(UserError, match="only an index has a root"):
         build_source(DataConfig(path=str(image_folder), root="x"), "train")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from caco_fast.data.order import epoch_order, evaluation_share, step_share, steps_per_epoch, view_seed
+from caco_fast.data.loaders.base import epoch_order, evaluation_share, step_share, steps_per_epoch, view_seed
 from caco_fast.errors import UserError
 
 

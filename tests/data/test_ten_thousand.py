@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from caco_fast.data import DataConfig, ViewConfig, build_source, build_train_loader
-from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
+from caco_fast.data.loaders.base import epoch_order, step_share, steps_per_epoch
 
 N = 10_000
 RANKS, EPOCHS = 4, 3

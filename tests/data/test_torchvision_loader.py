@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from caco_fast.data import ArraySource, Batch, DataConfig, ViewConfig, build, build_train_loader
-from caco_fast.data.folder import FolderSource
-from caco_fast.data.order import epoch_order
-from caco_fast.data.reading import ViewBatches
-from caco_fast.data.torchvision_loader import TorchvisionLoader
+from caco_fast.data.loaders.base import epoch_order
+from caco_fast.data.loaders.torchvision import TorchvisionLoader, ViewBatches
+from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
 
 VIEWS = [ViewConfig(size=8, blur_p=1.0), ViewConfig(size=8, blur_p=0.1, solarize_p=0.2)]
@@ -212,20 +211,20 @@ def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -
 @pytest.mark.parametrize(
     ("settings", "views", "options", "line"),
     [
-        ({"source": "imagenet"}, VIEWS, {}, r"data.source is 'imagenet'; it must be one of folder, index, "),
-        ({"loader": "daly"}, VIEWS, {}, r"data.loader is 'daly'"),
-        ({"jitter": "quick"}, VIEWS, {}, r"data.jitter is 'quick'; it must be one of exact, fast"),
-        ({"source": "folder"}, VIEWS, {}, r"data.path is empty"),
-        ({"workers": -1}, VIEWS, {}, r"data.workers is -1"),
-        ({"mean": [0.5, 0.5, 0.5]}, VIEWS, {}, r"data.mean has 3 values, the images have 1 channels"),
-        ({"std": [0.0]}, VIEWS, {}, r"data.std is \[0.0\]"),
-        ({"bad_image_limit": 1.5}, VIEWS, {}, r"data.bad_image_limit is 1.5"),
-        ({}, [], {}, r"there are no views"),
-        ({}, [VIEWS[0], ViewConfig(blur_p=2.0)], {}, r"views\[1\].blur_p is 2.0"),
-        ({}, [ViewConfig(scale=(0.5, 0.2))], {}, r"views\[0\].scale is \[0.5, 0.2\]"),
-        ({}, [ViewConfig(size=0)], {}, r"views\[0\].size is 0"),
+        ({"source": "imagenet"}, VIEWS, {}, r"data.source: found 'imagenet', expected one of folder, index, "),
+        ({"loader": "daly"}, VIEWS, {}, r"data.loader: found 'daly'"),
+        ({"jitter": "quick"}, VIEWS, {}, r"data.jitter: found 'quick', expected one of exact, fast"),
+        ({"source": "folder"}, VIEWS, {}, r"data.path: found nothing"),
+        ({"workers": -1}, VIEWS, {}, r"data.workers: found -1, expected 0 or more"),
+        ({"mean": [0.5, 0.5, 0.5]}, VIEWS, {}, r"data.mean: found 3 values, expected 1"),
+        ({"std": [0.0]}, VIEWS, {}, r"data.std: found \[0.0\]"),
+        ({"bad_image_limit": 1.5}, VIEWS, {}, r"data.bad_image_limit: found 1.5"),
+        ({}, [], {}, r"views: found none"),
+        ({}, [VIEWS[0], ViewConfig(blur_p=2.0)], {}, r"views\[1\].blur_p: found 2.0"),
+        ({}, [ViewConfig(scale=(0.5, 0.2))], {}, r"views\[0\].scale: found \[0.5, 0.2\]"),
+        ({}, [ViewConfig(size=0)], {}, r"views\[0\].size: found 0"),
         ({}, VIEWS, {"batch_size": 20_000}, r"10000 images, fewer than one batch of 20000"),
-        ({}, VIEWS, {"batch_size": 0}, r"batch size is 0"),
+        ({}, VIEWS, {"batch_size": 0}, r"batch_size: found 0"),
         ({}, VIEWS, {"batch_size": 10, "world_size": 4}, r"batch size 10 can't be shared evenly by 4 ranks"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

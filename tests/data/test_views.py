@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from caco_fast.data.settings import ViewConfig
-from caco_fast.data.views import evaluation_transform, keep_random_state, normalize, reseed, view_transform
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.views.pil import evaluation_transform, keep_random_state, normalize, reseed, view_transform
 
 PLAIN = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_p=0.0, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0)
 
@@ -71,7 +71,7 @@ def test_crops_have_the_published_distribution_of_area_aspect_and_place(scale: t
 
     assert distance((width * height / side**2).numpy(), wanted.prod(1) / side**2) < 0.08
     assert distance((width / height).log().numpy(), np.log(wanted[:, 0] / wanted[:, 1])) < 0.08
-    # The centre of a crop lies uniformly in what its size leaves free.
+    # The centre of a crop is uniform in the space that its size leaves.
     free = side - width
     place = ((across.mean(1) - width / 2) / free)[free > 25]
     assert abs(place.mean() - 0.5) < 0.05 and abs(place.std() - 1 / math.sqrt(12)) < 0.03

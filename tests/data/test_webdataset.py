@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from caco_fast.data import BadImageError, DataConfig, ViewConfig, build_eval_loader, build_source, build_train_loader
-from caco_fast.data import shard_table as tables
-from caco_fast.data.webdataset import WebDatasetSource, expand_braces, find_shards
+from caco_fast.data.sources import shard_table as tables
+from caco_fast.data.sources.webdataset import WebDatasetSource, expand_braces, find_shards
 from caco_fast.errors import UserError
 
 VIEWS = [ViewConfig(size=8), ViewConfig(size=8, blur_p=0.1)]

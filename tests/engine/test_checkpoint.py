@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import caco_fast.engine.storage
+import caco_fast.storage
 from caco_fast.engine.checkpoint import CheckpointStore, CheckpointWriteError, resolve_resume
 from caco_fast.errors import UserError
 
@@ -175,7 +175,7 @@ def test_killed_at_any_moment_the_latest_loads(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from caco_fast.engine.storage import atomic_write
+from caco_fast.storage import atomic_write
 with atomic_write(Path(sys.argv[1]) / "live.pt"):
     print("writing", flush=True)
     time.sleep(60)
@@ -335,7 +335,7 @@ def test_the_kernels_own_enospc_is_a_clear_line(tmp_path: Path, monkeypatch: pyt
     def open_full(path: Path, mode: str) -> object:
         return open("/dev/full" if mode == "wb" else path, mode)
 
-    monkeypatch.setattr(caco_fast.engine.storage, "open", open_full, raising=False)
+    monkeypatch.setattr(caco_fast.storage, "open", open_full, raising=False)
     with pytest.raises(CheckpointWriteError, match="No space left on device"):
         CheckpointStore(tmp_path).save({"x": torch.zeros(500_000)}, 1)
 

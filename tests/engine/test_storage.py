@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from caco_fast.engine.storage import RetryingFile
+from caco_fast.storage import RetryingFile
 
 
 class Disk:

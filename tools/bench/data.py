@@ -1,22 +1,20 @@
 #!/usr/bin/env python3
-"""Images per second, and processor time for each, of the loaders on a corpus of JPEGs.
+"""Measure the loaders on a corpus of JPEGs: images per second, and processor time for each image.
 
     python tools/make/jpeg_corpus.py data/corpus
     python tools/bench/data.py data/corpus [--workers 1 2 4] [--cases decode two] [--repeats 7]
     python tools/bench/data.py --table benchmarks/results/bench_data_cpu.json      # the result as Markdown
 
-Cases: decoding alone; one view, two views and multi-crop as the ImageNet configurations have them, normalised and on
-the device. Loaders: torchvision (worker processes), the peer; DALI on the CPU and, where there is one, on the GPU, with
-exact and with fast jitter. The loaders take turns, each round gives a ratio to torchvision in that round at the same
-number of workers, and what is printed is the median over the rounds with the 20th and 80th percentile.
+Cases: decoding alone; one view, two views and multi-crop as in the ImageNet configurations, normalised and on the
+device. Loaders: torchvision (worker processes), which is the peer; DALI on the CPU, and on the GPU if there is one,
+both with exact and with fast jitter. The loaders take turns. Each round gives a ratio to torchvision in that round at
+the same number of workers. The result is the median over the rounds with the 20th and 80th percentile.
 
-Processor time is that of this process and of its workers: what a loader takes from everything else. On a machine that
-others use it is the steadier figure, hence the second ratio: images in a second of processor time.
+Processor time is the time of this process and of its workers, which a loader takes from everything else. It is the
+steadier figure on a machine that others use, hence the second ratio: images in a second of processor time.
 
 Legend: B images of a batch.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -40,8 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write_result
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
-from caco_fast.data.source import as_pil
-from caco_fast.data.workers import worker_options
+from caco_fast.data.loaders.torchvision import worker_options
+from caco_fast.data.sources.base import as_pil
 from caco_fast.errors import UserError
 
 CASES = {
@@ -53,16 +51,16 @@ CASES = {
 PREFETCH = 2
 WARM_UP = 3
 
-# Where its own output is a table, it goes to stdout; what is said on the way does not.
+# A table goes to stdout, so progress goes to stderr.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Variant(NamedTuple):
-    """A loader as it is measured."""
+    """A loader, device and jitter to measure."""
 
     loader: str
     device: str
-    jitter: str  # "" where it makes no difference
+    jitter: str  # "" if it makes no difference
 
     @property
     def name(self) -> str:
@@ -72,8 +70,8 @@ class Variant(NamedTuple):
 PEER = "torchvision"
 
 
-def variants(device: str, wanted: Sequence[str] | None) -> list[Variant]:
-    """Those that are here, the peer first; one line for each kind that isn't."""
+def variants(device: str, chosen: Sequence[str] | None) -> list[Variant]:
+    """The chosen loaders that are installed, the peer first; prints a line for each kind that is not."""
     found = [Variant(PEER, device, "")]
     try:
         import nvidia.dali  # noqa: F401
@@ -84,11 +82,11 @@ def variants(device: str, wanted: Sequence[str] | None) -> list[Variant]:
         found += [Variant("dali", place, jitter) for place in devices for jitter in ("exact", "fast")]
     if device == "cpu":
         console.print("dali on the GPU is left out: --device cpu")
-    unknown = set(wanted or ()) - {variant.name for variant in found}
+    unknown = set(chosen or ()) - {variant.name for variant in found}
     if unknown:
         known = ", ".join(variant.name for variant in found)
         raise UserError(f"--loaders: {', '.join(sorted(unknown))} is not here; there are {known}")
-    return [variant for variant in found if not wanted or variant.name in wanted or variant.loader == PEER]
+    return [variant for variant in found if not chosen or variant.name in chosen or variant.loader == PEER]
 
 
 def case_views(case: str) -> list[ViewConfig]:
@@ -99,7 +97,7 @@ def case_views(case: str) -> list[ViewConfig]:
 
 
 class DecodedBatches(Dataset[int]):
-    """Items are batches, decoded in the worker that is asked for them, and left there."""
+    """A dataset whose items are batches that a worker decodes and does not send back."""
 
     def __init__(self, source: Source, batch_size: int) -> None:
         self.source, self.batch_size = source, batch_size
@@ -174,7 +172,7 @@ def measure(case: str, variant: Variant, data: DataConfig, batch_size: int, coun
 
 
 def processor_seconds() -> float:
-    """Of this process and of its live workers, which getrusage counts only once they have ended."""
+    """Processor time of this process and of its live workers; getrusage counts workers only once they have ended."""
     total = time.process_time()
     for child in multiprocessing.active_children():
         # The fields after the name, which may hold blanks and brackets; utime and stime are the 14th and 15th of all.
@@ -186,7 +184,7 @@ def processor_seconds() -> float:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = DataConfig(path=str(options.corpus), prefetch=PREFETCH, bad_image_limit=0.0)
     length = len(build_source(data, "train"))
-    # As many batches as the largest number of workers may be ahead, beyond those that are counted.
+    # Besides the batches that are counted, as many as the largest number of workers may be ahead.
     needed = options.batch_size * (WARM_UP + options.batches + PREFETCH * max(options.workers) + 2)
     if length < needed:
         raise UserError(
@@ -256,7 +254,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def describe_corpus(folder: Path) -> dict[str, Any]:
-    """What make_jpeg_corpus.py says of it, else the number and mean length of its training files."""
+    """The record that tools/make/jpeg_corpus.py left there, else the number and mean length of its training files."""
     if (folder / "corpus.json").is_file():
         return json.loads((folder / "corpus.json").read_text())
     source = build_source(DataConfig(path=str(folder)), "train")
@@ -268,9 +266,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, nargs="?", help="folder with train/<class>/*.JPEG")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where the views are wanted: cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", default=device, help="device of the views: cpu, cuda, cuda:1 ...")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--loaders", nargs="+", metavar="NAME", help="beside torchvision, e.g. 'dali cpu exact'")
+    parser.add_argument(
+        "--loaders", nargs="+", metavar="NAME", help="loaders besides torchvision, e.g. 'dali cpu exact'"
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, nargs="+", default=[cores], help=f"processes or threads ({cores})")
     parser.add_argument("--batch-size", type=int, default=32, help="B (32)")
@@ -281,11 +281,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in ("batch_size", "batches", "repeats"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, wanted 1 or more")
+            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected 1 or more")
     if min(options.workers) < 1:
-        parser.error(f"--workers: found {min(options.workers)}, wanted 1 or more")
+        parser.error(f"--workers: found {min(options.workers)}, expected 1 or more")
     if options.table is None and options.corpus is None:
-        parser.error("a corpus is wanted: tools/make/jpeg_corpus.py makes one")
+        parser.error("corpus: found none, expected a folder; tools/make/jpeg_corpus.py makes one")
     return options
 
 
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.table:
         print(table(read_result(options.table)))
         return
-    # What this process does beside its workers is done by one thread.
+    # This process does its own part of the work with one thread.
     torch.set_num_threads(1)
     kind = torch.device(options.device).type
     output = options.output or ROOT / "benchmarks" / "results" / f"bench_data_{kind}.json"

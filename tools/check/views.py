@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The DALI loader's views beside torchvision's, on the same parameters: how far apart they are, and a page to look at.
+"""Compare the DALI loader's views with torchvision's, on the same parameters: a table of differences, and a page.
 
     python tools/check/views.py --images DIR                 # writes runs/views/index.html, views.png
     python tools/check/views.py --images DIR --output benchmarks/results/dali_parity_cpu.json
     python tools/check/views.py --table benchmarks/results/dali_parity_cpu.json
 
 DIR holds photographs as JPEG files; tools/make/jpeg_corpus.py makes such a folder. Differences are in grey levels of
-256, over all pixels and images, each operation by itself and the whole view of the published recipe; torchvision works
-on PIL images, with 256 levels after every operation.
+256, over all pixels and images, for each operation alone and for the whole view of the published recipe. torchvision
+works on PIL images, with 256 levels after every operation.
 
 Legend: N images, s x s pixels of a view.
 """
@@ -24,10 +24,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from caco_fast.benchmarking import read_result, write_result
-from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
-from caco_fast.data.batched_views import finish_crops
-from caco_fast.data.encoded import Encoded, prepare
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.loaders.dali_pipeline import Encoded, prepare
+from caco_fast.data.views.batched import finish_crops
+from caco_fast.data.views.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, draw_views
 from caco_fast.errors import UserError
 
 JITTER = {
@@ -44,7 +44,7 @@ BOXES, HEIGHT, WIDTH = 20_000, 375, 500
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is switched on, and how."""
+    """One line of the table, with the operations that are switched on."""
 
     name: str
     config: ViewConfig
@@ -62,7 +62,7 @@ def neutral(draws: ViewDraws, **changes: np.ndarray) -> ViewDraws:
 
 
 def rows_of(files: list[Encoded]) -> list[Row]:
-    """What is compared: each operation with its published parameters, drawn for every image; then whole views."""
+    """The lines of the table: each operation with its published parameters, drawn for every image; then whole views."""
     count = len(files)
     size = np.array([(file.height, file.width) for file in files]).T
 
@@ -70,7 +70,7 @@ def rows_of(files: list[Encoded]) -> list[Row]:
         index = np.arange(count)
         return draw_views(config, *size, 3, seed=0, epoch=0, index=index, view=np.full(count, view))
 
-    # All of the operations in every view, so that each can be had by itself.
+    # Every view has all operations, so that each can be compared alone.
     config = replace(VIEW_A, jitter_p=1.0)
     draws = drawn(config, 0)
     on = np.ones(count, dtype=bool)
@@ -101,7 +101,7 @@ def rows_of(files: list[Encoded]) -> list[Row]:
 def by_loader(files: list[Encoded], row: Row) -> np.ndarray:
     """Views [N, s, s, 3] float32 in grey levels, as the DALI loader makes them."""
     # Here, so that --table works without DALI.
-    from caco_fast.data.dali_graph import DaliGraph, crop_views
+    from caco_fast.data.loaders.dali_graph import DaliGraph, crop_views
 
     size, device = row.config.size, torch.device("cpu")
     graph = DaliGraph([size], 3, len(files), threads=2, device=device, crops=row.by_dali)
@@ -113,7 +113,7 @@ def by_loader(files: list[Encoded], row: Row) -> np.ndarray:
 
 
 def by_torchvision(files: list[Path], row: Row) -> np.ndarray:
-    """The same views by PIL and torchvision's functions."""
+    """The same views, made with PIL and torchvision's functions."""
     views, draws = [], row.draws
     for number, file in enumerate(files):
         with Image.open(file) as image:
@@ -149,7 +149,7 @@ def compare(paths: list[Path]) -> tuple[list[dict[str, object]], dict[str, tuple
 
 
 def boxes(config: ViewConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Crop boxes [BOXES, 4] of ours and of torchvision."""
+    """Crop boxes [BOXES, 4], ours and torchvision's."""
     index = np.arange(BOXES)
     ours = draw_views(config, HEIGHT, WIDTH, 3, seed=1, epoch=0, index=index, view=index).box
     crop = v2.RandomResizedCrop(config.size, scale=config.scale, ratio=config.ratio)
@@ -200,7 +200,7 @@ def contact_sheet(shown: dict[str, tuple[np.ndarray, np.ndarray]], count: int) -
     """A row for each of `count` images; for each kind of view torchvision's, ours, and eight times their difference."""
     columns = []
     for theirs, ours in shown.values():
-        # Spread over them all: neighbours in a folder are often alike.
+        # Spread over all of them: neighbours in a folder are often alike.
         rows = np.linspace(0, len(ours) - 1, count).astype(int)
         columns += [theirs[rows], ours[rows], 8 * np.abs(ours - theirs)[rows]]
     size = columns[0].shape[1]
@@ -245,7 +245,9 @@ def parse() -> argparse.Namespace:
 
 def photographs(folder: Path | None, count: int) -> list[Path]:
     if folder is None or not folder.is_dir():
-        raise UserError(f"--images is {folder}; it must be a folder of photographs, as tools/make/jpeg_corpus.py makes")
+        raise UserError(
+            f"--images: found {folder}, expected a folder of photographs; tools/make/jpeg_corpus.py makes one"
+        )
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if count < 1 or not found:
         raise UserError(f"{folder} has {len(found)} .JPEG or .jpg files, --count is {count}; both must be 1 or more")

@@ -1,13 +1,11 @@
-"""Makes caco_fast/data/embedded/fashion_mnist.npz from the files of Debian's package dataset-fashion-mnist.
+"""Make caco_fast/data/embedded/fashion_mnist.npz from the files of Debian's package dataset-fashion-mnist.
 
-The same input gives the same arrays always, and the same file byte for byte with the same numpy and zlib. On Debian:
+The same input always gives the same arrays, and the same file byte for byte with the same numpy and zlib. On Debian:
 `apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb fm`, then
 `python tools/make/embedded.py fm/usr/share/datasets/fashion-mnist`.
 
 Legend: N images.
 """
-
-from __future__ import annotations
 
 import argparse
 import gzip
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_fast.data.fashion_mnist import CLASSES, FILE
+from caco_fast.data.sources.arrays import EMBEDDED_CLASSES, EMBEDDED_FILE
 from caco_fast.errors import UserError
 
 SEED = 20170825
@@ -32,7 +30,7 @@ def read_idx(file: Path) -> np.ndarray:
     except (OSError, EOFError) as error:
         raise UserError(f"can't read {file}: {error}") from error
     if data[:3] != b"\0\0\x08":
-        raise UserError(f"{file} is not an idx file of bytes: it starts with {data[:4].hex(' ')}, wanted 00 00 08")
+        raise UserError(f"{file} is not an idx file of bytes: it starts with {data[:4].hex(' ')}, expected 00 00 08")
     axes = data[3]
     shape = struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes])
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -40,7 +38,7 @@ def read_idx(file: Path) -> np.ndarray:
 
 def draw(labels: np.ndarray, per_class: int, generator: np.random.Generator) -> np.ndarray:
     """Positions of `per_class` images of every class, in ascending order."""
-    members = [np.flatnonzero(labels == label) for label in range(len(CLASSES))]
+    members = [np.flatnonzero(labels == label) for label in range(len(EMBEDDED_CLASSES))]
     chosen = [generator.choice(positions, per_class, replace=False) for positions in members]
     return np.sort(np.concatenate(chosen))
 
@@ -60,7 +58,7 @@ def subset(folder: Path) -> dict[str, np.ndarray]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=EMBEDDED_FILE)
     parser.add_argument("--check", action="store_true", help="write nothing; compare the arrays with those of --out")
     options = parser.parse_args(arguments)
     arrays = subset(options.folder)

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
-"""Cuts a corpus of JPEGs with ImageNet's statistics out of photographs, to measure decoding and loading on.
+"""Cut a corpus of JPEGs with ImageNet's statistics out of photographs, to measure decoding and loading on.
 
     python tools/make/jpeg_corpus.py data/corpus --photos ~/Pictures
     python tools/make/jpeg_corpus.py data/corpus                        # photographs of Debian's wallpaper packages
 
-What costs a decoder time is alike: image sizes and their mixture, bits per pixel, chroma subsampling, texture. Crops
-are as large as ImageNet's common formats and are compressed to a drawn number of bits per pixel, which is lognormal.
-Each photograph is a class. corpus.json tells what came out and of what. The corpus is for the machine it is made on:
-the photographs are other people's, so it is not to be committed or passed on.
+The corpus resembles ImageNet in what costs a decoder time: image sizes and their mixture, bits per pixel, chroma
+subsampling, texture. Crops have the sizes of ImageNet's common formats and are compressed to a number of bits per pixel
+that is drawn from a lognormal distribution. Each photograph is a class. corpus.json records the result and its origin.
+The photographs belong to other people, so do not commit the corpus or pass it on.
 
 Legend: N images of the corpus, P photographs.
 """
-
-from __future__ import annotations
 
 import argparse
 import io
@@ -31,8 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from caco_fast.data.files import decode
-from caco_fast.data.source import BadImageError
+from caco_fast.data.sources.base import BadImageError, decode
 from caco_fast.errors import UserError
 
 PACKAGES = (
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already; remove it, or name another place")
-    # Made beside its place and moved there whole, so that what bears the name is complete.
+    # Made next to its place and then moved there, so that a folder of this name is always complete.
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}_")
@@ -104,17 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to make: train/<photograph>/*.JPEG and val/")
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs of yours; default: Debian packages")
+    parser.add_argument(
+        "--photos", type=Path, metavar="DIR", help="folder of your own photographs; default: Debian packages"
+    )
     parser.add_argument("--images", type=int, default=2000, help="N, images to cut (2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
     options = parser.parse_args(arguments)
     if options.images < 20:
-        parser.error(f"--images: found {options.images}, wanted 20 or more")
+        parser.error(f"--images: found {options.images}, expected 20 or more")
     return options
 
 
 def fetch_packages(folder: Path) -> list[str]:
-    """Unpacks the wallpaper packages into folders there, without installing them; names and versions of those got."""
+    """Unpack the wallpaper packages into folders there, without installing them; returns their names and versions."""
     for program in ("apt-get", "dpkg"):
         if shutil.which(program) is None:
             raise UserError(f"{program} is not here, so Debian's photographs can't be fetched; give --photos DIR")
@@ -141,17 +140,17 @@ def fetch_packages(folder: Path) -> list[str]:
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted. UserError where there is none."""
+    """Image files below a folder, sorted. UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"--photos: {folder} is no directory")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_symlink())
     if not found:
-        raise UserError(f"no image files in {folder}; wanted {', '.join(SUFFIXES)}")
+        raise UserError(f"no image files in {folder}, expected {', '.join(SUFFIXES)}")
     return found
 
 
 def write_corpus(paths: Sequence[Path], output: Path, images: int, seed: int) -> dict[str, object]:
-    """Cuts `images` of the photographs among `paths`, spread over all evenly; what came out."""
+    """Cut `images` crops out of the photographs among `paths`, evenly over all; returns the record of the corpus."""
     chance = random.Random(seed)
     photos = list(_photographs(track(paths, "choosing photographs", console=console, transient=True)))
     if not photos:
@@ -160,7 +159,7 @@ def write_corpus(paths: Sequence[Path], output: Path, images: int, seed: int) ->
         )
     sizes: list[tuple[int, int, int]] = []  # bytes, width, height
     for number, path in enumerate(track(photos, "cutting", console=console, transient=True)):
-        # What is left, over the photographs that are left: one that gives too little is made up for.
+        # The later photographs make up for one that gives too few crops.
         share = math.ceil((images - len(sizes)) / (len(photos) - number))
         photo = _reduced(decode(path))
         for image in _crops(photo, share, chance):
@@ -170,7 +169,7 @@ def write_corpus(paths: Sequence[Path], output: Path, images: int, seed: int) ->
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{len(sizes):06}.JPEG").write_bytes(data)
             sizes.append((len(data), *image.size))
-    # A class that is to be evaluated has to be trained on.
+    # The classes of val/ must be classes of train/.
     for folder in (output / "val").iterdir():
         (output / "train" / folder.name).mkdir(parents=True, exist_ok=True)
     lengths, widths, heights = np.array(sizes, dtype=np.float64).T  # each [N]
@@ -186,7 +185,7 @@ def write_corpus(paths: Sequence[Path], output: Path, images: int, seed: int) ->
 
 
 def _photographs(paths: Iterator[Path]) -> Iterator[Path]:
-    """Those that are large, opaque, colourful and textured enough for photographs, and no near copies of others."""
+    """The paths of photographs: large, opaque, colourful and textured images, without near copies of others."""
     seen: list[int] = []
     for path in paths:
         try:
@@ -240,18 +239,18 @@ def _crops(photo: Image.Image, count: int, chance: random.Random) -> Iterator[Im
 
 
 def _compressed(image: Image.Image, chance: random.Random) -> bytes:
-    """The image as JPEG, its quality so that a drawn number of bits per pixel is approached."""
+    """The image as JPEG, with the quality that comes nearest to a drawn number of bits per pixel."""
     subsampling = "4:2:0" if chance.random() < SUBSAMPLED else "4:4:4"
     bits = min(MOST_BITS, max(LEAST_BITS, chance.lognormvariate(math.log(BITS_PER_PIXEL), SPREAD)))
-    wanted = bits * image.width * image.height / 8
+    target = bits * image.width * image.height / 8
     best = b""
     for quality in (72, 85, 92, 96, 98, 99):
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality, subsampling=subsampling)
         data = file.getvalue()
-        if not best or abs(len(data) - wanted) < abs(len(best) - wanted):
+        if not best or abs(len(data) - target) < abs(len(best) - target):
             best = data
-        if len(data) > wanted:
+        if len(data) > target:
             break
     return best
 

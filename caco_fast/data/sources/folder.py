@@ -3,8 +3,6 @@
 Legend: N images.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator
@@ -12,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_fast.data.files import FileSource, Names
-from caco_fast.data.source import data_directory
+from caco_fast.data.sources.base import FileSource, Names, data_directory
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
@@ -26,7 +23,7 @@ class FolderSource(FileSource):
     """The images of one split of a folder, in the order of their sorted classes and names."""
 
     def __init__(self, path: str, split: str = "train") -> None:
-        """Lists the files, without opening them. UserError for a folder that is missing, unreadable or empty."""
+        """List the files, without opening them. UserError for a folder that is missing, unreadable or empty."""
         top = data_directory(path, "the directory that holds train/ and val/")
         root = _split_folder(top, split)
         entries = _entries(root)
@@ -39,20 +36,20 @@ class FolderSource(FileSource):
             if classes and folder not in position:
                 raise UserError(
                     f"{root / folder} is a class that the training set doesn't have; "
-                    f"the folders of {root} must be named as those of the training set"
+                    f"give the folders of {root} the names of the training set's"
                 )
             before = len(names)
             names.extend(os.fsencode(f"{folder}/{name}") for name in _images_below(root / folder))
             labels.append(np.full(len(names) - before, position.get(folder, -1), dtype=np.int32))
         loose = [entry.name for entry in entries if _is_image(entry.name)]
         if names and loose:
-            log.warning("%s has class folders; the %d images beside them are left out", root, len(loose))
+            log.warning("%s has class folders; the %d images next to them are left out", root, len(loose))
         elif loose:
             names = [os.fsencode(name) for name in loose]
             labels = [np.full(len(names), -1, dtype=np.int32)]
             classes = []
         if not names:
-            raise UserError(f"no images in {root}; wanted <class>/*.JPEG, or image files ({', '.join(SUFFIXES)})")
+            raise UserError(f"no images in {root}, expected <class>/*.JPEG, or image files ({', '.join(SUFFIXES)})")
         super().__init__(root, Names.of(names), np.concatenate(labels), classes)
 
 
@@ -70,7 +67,7 @@ def _split_folder(path: Path, split: str) -> Path:
 
 
 def _training_classes(path: Path, folders: list[str]) -> list[str]:
-    """The class list that the labels of the test images refer to: that of the training set, where it has one."""
+    """The class list that the labels of the test images refer to: the training set's, if there is a training set."""
     train = path / "train"
     if not train.is_dir():
         return folders
@@ -78,12 +75,12 @@ def _training_classes(path: Path, folders: list[str]) -> list[str]:
 
 
 def _folders(entries: list[os.DirEntry[str]]) -> list[str]:
-    # os.path.isdir takes a link that leads nowhere, or to itself, for what it is: no folder.
+    # os.path.isdir says no to a link that leads nowhere, or to itself.
     return [entry.name for entry in entries if not _is_image(entry.name) and os.path.isdir(entry.path)]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name, without hidden entries."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

@@ -4,8 +4,6 @@ Everything random comes from torch's global CPU generator, as in torchvision; `k
 Legend: B images, h x w pixels, ch channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +14,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
 
 
 class GaussianBlur(v2.Transform):
     """Blur of a PIL image, sigma uniform in `sigma` pixels of the view, as MoCo v2's recipe does it.
 
-    PIL's filter approaches the Gaussian by three box filters as wide as sigma needs, so there is no kernel size to
-    choose. Sigma is not scaled with the view: for very small ones set `blur_sigma` smaller.
+    PIL's filter approximates the Gaussian by three box filters whose width follows from sigma, so no kernel size
+    has to be chosen. Sigma is not scaled with the view: for very small ones set `blur_sigma` smaller.
     """
 
     _transformed_types = (Image.Image,)
@@ -61,7 +59,7 @@ def view_transform(config: ViewConfig, channels: int) -> v2.Compose:
 def evaluation_transform(resize: int | None, size: int | None) -> v2.Compose:
     """PIL image -> uint8 tensor [ch, h, w]: shorter side to `resize`, then the centre `size` x `size`; None skips.
 
-    A uint8 tensor [ch, h, w] is taken too. What an image lacks of the centre is black.
+    A uint8 tensor [ch, h, w] is accepted too. The part of the centre that lies outside the image is black.
     """
     steps: list[v2.Transform] = [v2.Resize(resize)] if resize else []
     steps += [v2.CenterCrop(size)] if size else []
@@ -71,9 +69,9 @@ def evaluation_transform(resize: int | None, size: int | None) -> v2.Compose:
 def evaluation_box(
     height: int, width: int, resize: int | None, size: int | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What `evaluation_transform` does to an image: its size once resized, and where in it the centre starts.
+    """The geometry of `evaluation_transform`: the size of an image after the resize, and where in it the centre starts.
 
-    Both (vertical, horizontal) in pixels, rounded as torchvision does; a start is negative where the image is smaller.
+    Both (vertical, horizontal) in pixels, rounded as torchvision does; a start is negative if the image is smaller.
     """
     shorter = min(height, width)
     resized = tuple(int(resize * side / shorter) if resize else side for side in (height, width))
@@ -89,7 +87,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """Leaves torch's global CPU generator as it was; `reseed` may be used inside."""
+    """Leave torch's global CPU generator as it was; `reseed` may be used inside."""
     state = torch.default_generator.get_state()
     try:
         yield
@@ -98,5 +96,5 @@ def keep_random_state() -> Iterator[None]:
 
 
 def reseed(seed: int) -> None:
-    """Seeds torch's global CPU generator alone; torch.manual_seed would queue a call on every accelerator too."""
+    """Seed torch's global CPU generator only; torch.manual_seed would queue a call on every accelerator too."""
     torch.default_generator.manual_seed(seed)

@@ -1,15 +1,13 @@
-"""Decoding and cropping by NVIDIA DALI: one graph, on a GPU or on the CPU.
+"""Decoding and cropping with NVIDIA DALI: one graph, on a GPU or on the CPU.
 
 On the CPU the graph ends with the decoded images, and `crop_views` cuts and resizes them: torch's uint8 resize is
 several times faster than DALI's there, and within one level of PIL's instead of seven.
 
-The graph is a pure function of what it is fed: encoded files, and a box for each view. So it has no state that a
-resumed run would need, and a graph that broke is replaced by another.
+The graph is a pure function of its input: encoded files, and a box for each view. So it has no state that a resumed run
+would need, and another graph can replace one that broke.
 
 Legend: B images, V views of an image, ch channels.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -20,7 +18,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from caco_fast.data.views import evaluation_box
+from caco_fast.data.views.pil import evaluation_box
 
 # Batches that DALI works on at a time.
 DEPTH = 2
@@ -72,7 +70,7 @@ class DaliGraph:
     def feed(
         self, files: Sequence[np.ndarray], boxes: Sequence[np.ndarray] = (), flips: Sequence[np.ndarray] = ()
     ) -> None:
-        """Starts a batch: B files, each [bytes] uint8; for each view boxes [B, 4] in pixels and flips [B] bool."""
+        """Start a batch: B files, each [bytes] uint8; for each view boxes [B, 4] in pixels and flips [B] bool."""
         self._pipe.feed_input("encoded", list(files))
         for view, (box, flip, size) in enumerate(zip(boxes, flips, self.sizes) if self.crops else ()):
             # A negative extent mirrors.
@@ -83,10 +81,10 @@ class DaliGraph:
         self._pipe.schedule_run()
 
     def collect(self) -> list[Tensor]:
-        """Of the batch that was fed first: the crops, V tensors [B, s, s, ch] uint8 on the device; or B whole images.
+        """The crops of the batch that was fed first, V tensors [B, s, s, ch] uint8 on the device; or its B images.
 
         Raises:
-            RuntimeError: DALI couldn't do it, for one of the files most likely; the graph can't be used any more.
+            RuntimeError: DALI failed, most likely because of one of the files; the graph can't be used any more.
         """
         outputs = self._pipe.share_outputs()
         tensors = [self._tensor(part) for part in (map(_whole, outputs) if self.crops else outputs[0])]
@@ -95,7 +93,7 @@ class DaliGraph:
 
     def _tensor(self, source: object) -> Tensor:
         if self.device.type == "cpu":
-            # The dynamic executor leaves a buffer to those who hold it, after its release too.
+            # The dynamic executor keeps a buffer alive for its holders, even after the release.
             return torch.from_dlpack(source)
         tensor = torch.empty(source.shape(), dtype=torch.uint8, device=self.device)
         return feed_ndarray(source, tensor, cuda_stream=torch.cuda.current_stream(self.device))
@@ -104,7 +102,7 @@ class DaliGraph:
 class EvaluationGraph(DaliGraph):
     """Decodes images, resizes them whole and cuts the same size out of each, as evaluation does.
 
-    The sizes are fed, because DALI rounds a longer side where torchvision cuts its fraction off.
+    The sizes are part of the input, because DALI rounds the longer side and torchvision cuts its fraction off.
     """
 
     def __init__(
@@ -133,7 +131,7 @@ class EvaluationGraph(DaliGraph):
         return [image]
 
     def feed_evaluation(self, files: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
-        """Starts a batch: B files, each [bytes] uint8, of images of `sizes`, each (height, width) in pixels."""
+        """Start a batch: B files, each [bytes] uint8, of images of `sizes`, each (height, width) in pixels."""
         resized, starts = zip(*(evaluation_box(*size, self._resize, self._size) for size in sizes))
         self._pipe.feed_input("encoded", list(files))
         if self._resize:
@@ -146,11 +144,11 @@ class EvaluationGraph(DaliGraph):
 def crop_views(images: Sequence[Tensor], boxes: np.ndarray, flips: np.ndarray, size: int) -> Tensor:
     """Boxes [B, 4] of B images [h, w, ch] uint8 on the CPU, resized as PIL does and flipped.
 
-    [B, size, size, ch] uint8, of which the channels lie apart in memory, as the resize leaves them.
+    The result is [B, size, size, ch] uint8; its memory has the channels apart, as the resize leaves them.
     """
     crops = []
     for image, (top, left, height, width), flip in zip(images, boxes.tolist(), flips.tolist()):
-        # Contiguous, or the resize would copy it value by value.
+        # Contiguous, because the resize would otherwise copy it value by value.
         cut = image[top : top + height, left : left + width].contiguous().permute(2, 0, 1)[None]
         crop = interpolate(cut, size=(size, size), mode="bilinear", antialias=True)
         crops.append(crop.flip(3) if flip else crop)
@@ -158,12 +156,15 @@ def crop_views(images: Sequence[Tensor], boxes: np.ndarray, flips: np.ndarray, s
 
 
 def _whole(crops: object) -> object:
-    """Crops of one size as a single tensor."""
+    """All crops, which have one size, as a single tensor."""
     return crops.as_tensor()
 
 
 def _crop(image: object, view: int) -> object:
-    """Cut, then resized as PIL does: with a region of interest the filter would see the pixels around the box."""
+    """The crop of one view, cut first and then resized as PIL does.
+
+    With a region of interest the filter would see the pixels around the box.
+    """
     start = fn.external_source(name=f"start{view}", ndim=1, dtype=types.INT32)
     shape = fn.external_source(name=f"shape{view}", ndim=1, dtype=types.INT32)
     extent = fn.external_source(name=f"extent{view}", ndim=1, dtype=types.FLOAT)

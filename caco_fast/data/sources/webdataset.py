@@ -1,12 +1,10 @@
 """WebDataset shards: tar files of samples, each some consecutive members that share a key (`0001.jpg`, `0001.cls`).
 
-The shards are not streamed: a table of where each image lies in its tar gives random access, so that order, shares of
+The shards are not streamed. A table says where each image is in its tar, which gives random access: order, shares of
 the ranks and resuming are those of a folder. The table is made by reading the headers once; see shard_table.py.
 
 Legend: N images.
 """
-
-from __future__ import annotations
 
 import io
 import itertools
@@ -17,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.files import IMAGENET_MEAN, IMAGENET_STD, Names, decode
-from caco_fast.data.shard_table import shard_tables
-from caco_fast.data.source import BadImageError, data_directory
+from caco_fast.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, BadImageError, Names, data_directory, decode
+from caco_fast.data.sources.shard_table import shard_tables
 from caco_fast.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
@@ -50,7 +47,9 @@ class WebDatasetSource:
         tables = shard_tables(self._shards, cache=top)
         counts = [len(table.labels) for table in tables]
         if not sum(counts):
-            raise UserError(f"no images in the {len(tables)} shards of {path}; wanted samples with .jpg, .jpeg or .png")
+            raise UserError(
+                f"no images in the {len(tables)} shards of {path}, expected samples with .jpg, .jpeg or .png"
+            )
         self._shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)  # [N]
         self._offset = np.concatenate([table.offsets for table in tables])  # [N]
         self._length = np.concatenate([table.lengths for table in tables])  # [N]
@@ -66,7 +65,7 @@ class WebDatasetSource:
         return decode(io.BytesIO(self.encoded(index)))
 
     def encoded(self, index: int) -> bytes:
-        # Opened for each image, as a folder's file is: nothing to share between processes, threads or forks.
+        # Opened for each image, as in a folder: nothing is shared between processes, threads or forks.
         try:
             with open(self._shards[self._shard[index]], "rb", buffering=0) as file:
                 file.seek(int(self._offset[index]))
@@ -89,7 +88,7 @@ class WebDatasetSource:
         return self._names.hash()
 
     def _classes(self, top: Path) -> list[str]:
-        """Names of the classes from a file beside the shards, else their numbers; [] where no image has a label."""
+        """Names of the classes from a file next to the shards, else their numbers; [] if no image has a label."""
         unlabelled = np.flatnonzero(self._labels < 0)
         if len(unlabelled) == len(self):
             return []
@@ -109,7 +108,7 @@ class WebDatasetSource:
 
 
 def find_shards(path: str) -> tuple[Path, list[Path]]:
-    """The directory that holds all shards, and the sorted shards. UserError where there are none."""
+    """The directory that holds all shards, and the sorted shards. UserError if there are none."""
     if "{" in path:
         shards = [Path(name).expanduser() for name in expand_braces(path)]
         missing = [shard for shard in shards if not shard.is_file()]
@@ -127,7 +126,9 @@ def find_shards(path: str) -> tuple[Path, list[Path]]:
     shards = [file for file in files if file.suffix == ".tar"]
     _refuse_compressed(files)
     if not shards:
-        raise UserError(f"no .tar shards in {top}; wanted WebDataset's, as train-000.tar, there or one folder below")
+        raise UserError(
+            f"no .tar shards in {top}, expected WebDataset's, such as train-000.tar, there or one folder below"
+        )
     return top, shards
 
 
@@ -156,7 +157,7 @@ def expand_braces(pattern: str) -> list[str]:
         if depth == 0:
             break
     else:
-        raise UserError(f"data.path: a brace in '{pattern}' is not closed; wanted DIR/train-{{000..146}}.tar")
+        raise UserError(f"data.path: a brace in '{pattern}' is not closed, expected DIR/train-{{000..146}}.tar")
     choices = [pattern[left + 1 : right] for left, right in itertools.pairwise(cuts)]
     if len(choices) == 1:
         choices = _count(choices[0], pattern)
@@ -170,7 +171,7 @@ def _count(inner: str, pattern: str) -> list[str]:
         raise UserError(f"data.path: {{{inner}}} in '{pattern}' is neither {{000..146}} nor {{a,b}}")
     first, last = int(ends[1]), int(ends[2])
     if abs(last - first) >= _MOST_SHARDS:
-        raise UserError(f"data.path: {{{inner}}} in '{pattern}' stands for more than {_MOST_SHARDS} shards")
+        raise UserError(f"data.path: {{{inner}}} in '{pattern}' names more than {_MOST_SHARDS} shards")
     padded = any(len(end) > 1 and end[0] == "0" for end in ends.groups())
     width = max(map(len, ends.groups())) if padded else 0
     step = 1 if last >= first else -1

@@ -1,21 +1,19 @@
-"""Colour jitter and grey of a whole batch, exact or fast, each image with parameters of its own.
+"""Colour jitter and grey for a whole batch, exact or fast; each image has its own parameters.
 
 `exact` is torchvision's: brightness, contrast about the mean grey, saturation and the hue of HSV, in an order drawn for
 each image, clamped after every one of them. `fast` is one linear map of the colours for each image, clamped once: the
 same factors in a fixed order, with the hue turned by rotating the colours about the grey axis of the RGB cube. That is
 HSV's turn for thirds of the circle, and nearer to it between them than a rotation in YIQ.
-Pixels lie as [B, y, ch, x] in [0, 1].
+Pixels are [B, y, ch, x] in [0, 1].
 
 Legend: B views, ch channels, S slots of the colour jitter.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from caco_fast.data.batched_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws
+from caco_fast.data.views.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws
 
 # ITU-R 601, as torchvision rounds it.
 _LUMINANCE = (0.2989, 0.587, 0.114)
@@ -24,8 +22,8 @@ _LUMINANCE = (0.2989, 0.587, 0.114)
 def by_hue_slot(draws: ViewDraws) -> tuple[np.ndarray, np.ndarray]:
     """An order [B] of the views by the slot in which their hue shifts, and where each slot's ends, [S + 1].
 
-    Side by side, the images whose hue shifts in the same slot are a slice, and the others are left alone. Views without
-    such a slot come first, so entry 0 is their number.
+    In this order, the images whose hue shifts in the same slot are a slice, so the others stay as they are. Views whose
+    hue does not shift come first, so entry 0 is their number.
     """
     slots = draws.order.shape[1]
     shifts = (draws.order == HUE) & (draws.factors[:, [HUE]] != 0)  # [B, S]
@@ -34,7 +32,7 @@ def by_hue_slot(draws: ViewDraws) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_table(draws: ViewDraws) -> np.ndarray:
-    """What `exact_jitter` needs of each view, as rows [1 + 3 (S + 1), B] float32.
+    """The input of `exact_jitter` for each view, as rows [1 + 3 (S + 1), B] float32.
 
     The shift of the hue; then the coefficients of `blend`, for each slot of the jitter and for dropping the colour.
     """
@@ -70,7 +68,7 @@ def exact_jitter(pixels: Tensor, table: Tensor, draws: ViewDraws, hue_ends: np.n
 
 
 def fast_table(draws: ViewDraws) -> np.ndarray:
-    """What `fast_jitter` needs of each view, as rows [10, B] float32: a matrix [3, 3] by rows, a weight of the mean.
+    """The input of `fast_jitter` for each view, as rows [10, B] float32: a matrix [3, 3] by rows, a weight of the mean.
 
     Brightness, contrast, saturation, hue, grey; the last three leave grey as it is, so the mean's share passes them.
     """
@@ -90,7 +88,7 @@ def _grey_axis_rotation(angle: np.ndarray) -> np.ndarray:
 
 
 def _factor(draws: ViewDraws, operation: int) -> np.ndarray:
-    """The factor of an operation, [B], neutral where the recipe doesn't have it."""
+    """The factor of an operation, [B], neutral if the recipe doesn't have the operation."""
     neutral = 0.0 if operation == HUE else 1.0
     return np.where((draws.order == operation).any(axis=1), draws.factors[:, operation], neutral)
 
@@ -113,7 +111,7 @@ def blend_(pixels: Tensor, keep: Tensor, own: Tensor | None, average: Tensor | N
     """keep * pixels + own * their grey + average * mean grey of the image, clamped to [0, 1]; coefficients [B].
 
     Brightness f is (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), dropping the colour (0, 1, 0); None
-    stands for zeros. In place, and by operations of two operands, which are the ones that a CPU vectorises.
+    means zeros. All is done in place, by operations with two operands, because a CPU vectorises those.
     """
     keep, own, average = (value if value is None else value[:, None, None, None] for value in (keep, own, average))
     if own is None and average is None:
@@ -145,7 +143,7 @@ def shift_hue_(pixels: Tensor, shift: Tensor) -> None:
     red, green, blue = (torch.sub(value, channel) for channel in channels)  # V - red, V - green, V - blue
     spread = torch.maximum(red, green)
     torch.maximum(spread, blue, out=spread)
-    # torch.where would read better, and is slow on a CPU: the weights are 0 where that channel is the largest, else 1.
+    # torch.where would read better, but is slow on a CPU. The weights are 0 if that channel is the largest, else 1.
     hue = torch.lerp((red - blue).add_(spread, alpha=2), (green - red).add_(spread, alpha=4), green.sign())
     hue = torch.lerp(blue - green, hue, red.sign())  # D h
     base = value.sub_(spread, alpha=2)

@@ -1,19 +1,17 @@
-"""The random numbers behind batched views: every image's own, whatever batch, rank or process it is drawn in.
+"""The random numbers of batched views: each image has its own, in whatever batch, rank or process it is drawn.
 
 They are made on the host, in float64: a few dozen numbers for each image, the same on every device, and known before
-the pixels are touched, so that a GPU never has to be asked.
+the pixels are touched, so that the host never waits for a GPU.
 
 Legend: B views (one for each image and view number), S slots of the colour jitter.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -28,13 +26,13 @@ class ViewDraws:
 
     box: np.ndarray  # [B, 4] int64: top, left, height, width in pixels of the image
     order: np.ndarray  # [B, S] int64: the colour operation in each slot, one of BRIGHTNESS to HUE
-    factors: np.ndarray  # [B, 4] float64: three factors and the shift of the hue; 1, 1, 1, 0 where the jitter is off
+    factors: np.ndarray  # [B, 4] float64: three factors and the shift of the hue; 1, 1, 1, 0 if the jitter is off
     grey: np.ndarray  # [B] bool
-    sigma: np.ndarray  # [B] float64, in pixels of the view; 0 where there is no blur
+    sigma: np.ndarray  # [B] float64, in pixels of the view; 0 if there is no blur
     solarize: np.ndarray  # [B] bool
     flip: np.ndarray  # [B] bool
 
-    def take(self, chosen: np.ndarray | slice) -> ViewDraws:
+    def take(self, chosen: np.ndarray | slice) -> "ViewDraws":
         """The draws of some of the views, by position or by slice."""
         return ViewDraws(**{name: array[chosen] for name, array in vars(self).items()})
 
@@ -100,7 +98,7 @@ def uniforms(seed: int, epoch: int, index: np.ndarray, view: np.ndarray, count: 
     state = np.zeros(1, dtype=np.uint64)
     for number in (seed, epoch, index, view):
         state = _mix(state ^ np.asarray(number).astype(np.int64).astype(np.uint64))
-    # An odd step apart, as SplitMix64 walks, so that the states of one view are all different.
+    # Steps of an odd number, as in SplitMix64, so that the states of one view are all different.
     counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (_mix(state[:, None] + counter) >> np.uint64(11)) * 2.0**-53
 
@@ -135,7 +133,7 @@ def _crop_boxes(
     first = fits.argmax(axis=0)[None]
     found = fits.any(axis=0)
 
-    # The image cut to the nearest permitted ratio: where the image itself is within the limits, all of it.
+    # The image cut to the nearest permitted ratio; all of the image if its own ratio is within the limits.
     most_width = np.where(width / height <= high, width, np.maximum(1, np.rint(height * high))).astype(np.int64)
     most_height = np.where(width / height >= low, height, np.maximum(1, np.rint(width / low))).astype(np.int64)
     box_width = np.where(found, np.take_along_axis(widths, first, axis=0)[0], most_width)

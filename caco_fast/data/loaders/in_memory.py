@@ -3,22 +3,19 @@
 Legend: N images held, B images of this rank in one step, ch channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from caco_fast.data.batched_draws import draw_views
-from caco_fast.data.batched_views import make_views
-from caco_fast.data.loader import Batch, draws_name, images_name
-from caco_fast.data.order import epoch_order, step_share, steps_per_epoch
-from caco_fast.data.reading import BadImages
-from caco_fast.data.settings import DataConfig, ViewConfig
-from caco_fast.data.source import BadImageError, Source
+from caco_fast.data.config import DataConfig, ViewConfig
+from caco_fast.data.loaders.base import BadImages, Batch, TrainLoader, none_readable
+from caco_fast.data.sources.base import BadImageError, Source
+from caco_fast.data.views.batched import make_views
+from caco_fast.data.views.draws import draw_views
 from caco_fast.errors import UserError
 from caco_fast.host import available_bytes
 
@@ -28,53 +25,30 @@ _MEMORY_SHARE = 0.5
 _CPU_CHUNK = 256
 
 
-class MemoryLoader:
-    """Holds every image and makes the views of a batch in one go; see `TrainLoader` for what it gives.
+class MemoryLoader(TrainLoader):
+    """Holds every image and makes the views of a batch together; see `TrainLoader` for what it gives.
 
-    Same order of the images as the torchvision loader, same recipe; the random numbers of a view are a function of
-    (seed, epoch, index, view) too, but other ones. Views lie on `device`. On a CPU a thread works one batch ahead.
+    The order of the images and the recipe are those of the torchvision loader. The random numbers of a view are also a
+    function of (seed, epoch, index, view), but other numbers. Views are on `device`. On a CPU a thread works one batch
+    ahead.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        views: Sequence[ViewConfig],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Decodes the whole set. UserError where it is too large, of mixed sizes, or has too many unreadable images."""
-        self.steps_per_epoch = steps_per_epoch(len(source), batch_size, world_size)
-        self.draws = draws_name("batched", config.jitter)
-        self.images = images_name(source)
-        self._views, self._seed, self._jitter, self._dtype = list(views), seed, config.jitter, dtype
-        self._share = (batch_size, rank, world_size)
-        self._device = torch.device(device)
-        self._bad = BadImages(int(config.bad_image_limit * len(source) + 1e-6), len(source))
-        images, self._readable = _read_all(source, self._bad, self._device, world_size)
+    random_numbers = "batched"
+
+    def __init__(self, source: Source, config: DataConfig, views: Sequence[ViewConfig], **options: Any) -> None:
+        """Decode the whole set; `options`: see `TrainLoader`.
+
+        UserError if the set is too large, has images of several sizes, or has too many unreadable images.
+        """
+        super().__init__(source, config, views, **options)
+        self._views = list(views)
+        images, self._readable = _read_all(source, self._bad, self._device, world_size=self._share[2])
         self._images: Tensor | None = images.to(self._device)  # [N, H, ch, W]
-        self._mean = torch.tensor(config.mean or source.mean, dtype=torch.float32, device=self._device)
-        self._std = torch.tensor(config.std or source.std, dtype=torch.float32, device=self._device)
+        self._mean_and_std = self._normalisation()
 
-    @property
-    def bad_images(self) -> dict[str, str]:
-        return self._bad.reasons
-
-    def exchange_bad_images(self) -> None:
-        self._bad.exchange()
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        if self._images is None:
-            raise RuntimeError("the loader is closed")
-        order = epoch_order(self._seed, epoch, len(self._images))
-        shares = (step_share(order, step, *self._share) for step in range(first_step, self.steps_per_epoch))
+    def _batches(self, epoch: int, shares: Iterator[np.ndarray]) -> Iterator[Batch]:
         if self._device.type != "cpu":
-            # A GPU is given its work ahead of time anyway.
+            # A GPU gets its work ahead of time anyway.
             yield from (self._batch(epoch, index) for index in shares)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="caco_fast views") as thread:
@@ -87,6 +61,7 @@ class MemoryLoader:
                 yield ahead.result()
 
     def close(self) -> None:
+        super().close()
         self._images = None
 
     def _batch(self, epoch: int, index: np.ndarray) -> Batch:
@@ -104,11 +79,11 @@ class MemoryLoader:
         draws = draw_views(config, height, width, channels, seed=self._seed, epoch=epoch, index=index, view=view)
         size = _CPU_CHUNK if self._device.type == "cpu" else len(index)
         parts = [slice(start, start + size) for start in range(0, len(index), size)]
-        # Where an image is replaced, the random numbers stay those of the drawn one.
+        # The random numbers of a replaced image stay those of the drawn one.
         held = self._readable[index]
         # The trainer may ask for the next batch inside its autocast; pixels need more than 8 bits of mantissa.
         with torch.autocast(self._device.type, enabled=False):
-            constant = (config, self._mean, self._std, self._jitter, self._dtype)
+            constant = (config, *self._mean_and_std, self._jitter, self._dtype)
             views = [make_views(self._images, held[p], draws.take(p), *constant) for p in parts]
         return torch.cat(views) if len(views) > 1 else views[0]
 
@@ -130,20 +105,20 @@ def _read_all(source: Source, bad: BadImages, device: torch.device, world_size: 
         elif (height, width) != (images.shape[1], images.shape[3]):
             raise UserError(
                 f"{source.name(index)} has {width} x {height} pixels, {source.name(good[0])} has "
-                f"{images.shape[3]} x {images.shape[1]}; images of differing sizes can't be held as one block: "
+                f"{images.shape[3]} x {images.shape[1]}; images of different sizes can't be held as one block: "
                 f"set data.loader=torchvision"
             )
         images[index] = torch.tensor(image).view(height, width, source.channels).permute(0, 2, 1)
         good.append(index)
     if images is None:
-        raise UserError(f"none of the {len(source)} training images can be read; check data.path")
-    # Behind the last good one the set begins again.
+        raise none_readable(len(source))
+    # After the last good image the set begins again.
     following = np.searchsorted(good, np.arange(len(source)))
     return images, np.array(good)[following % len(good)]
 
 
 def _check_size(pixels: int, device: torch.device, world_size: int) -> None:
-    """UserError where `pixels` bytes for each rank are more than a half of what is free."""
+    """Raise UserError if `pixels` bytes for each rank are more than half of the free memory."""
     free = free_bytes(device)
     # Ranks on GPUs have one each; on a CPU they share its memory.
     needed = pixels if device.type == "cuda" else pixels * world_size
@@ -155,7 +130,7 @@ def _check_size(pixels: int, device: torch.device, world_size: int) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device, in bytes; None where the system doesn't say."""
+    """Memory that is free on the device, in bytes; None if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_bytes()

@@ -1,12 +1,10 @@
-"""Where each image lies in a tar of a WebDataset: found by reading the tar's headers once, and kept beside the shards.
+"""The place of each image in a tar of a WebDataset: found by reading the tar's headers once, and kept with the shards.
 
-The tables of all shards of a directory are one file there; a shard that was written since is read again. Where the
+The tables of all shards of a directory are one file there; a shard that was written since is read again. If the
 directory can't be written, the headers are read at every start.
 
 Legend: N images of a shard.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -23,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caco_fast.data.files import Names
+from caco_fast.data.sources.base import Names
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
@@ -54,7 +52,7 @@ class ShardTable:
 
 
 class _Stamp(NamedTuple):
-    """What a shard's table is known to belong to."""
+    """The state of the shard that a table belongs to."""
 
     name: str
     size: int
@@ -62,11 +60,11 @@ class _Stamp(NamedTuple):
 
 
 class _BrokenShard(Exception):
-    """The message is what is wrong with it."""
+    """A shard that can't be used; the message is the reason."""
 
 
 def shard_tables(shards: Sequence[Path], cache: Path) -> list[ShardTable]:
-    """The table of each shard. UserError, which names them, where some are broken or compressed."""
+    """The table of each shard. UserError, with their names, if some are broken or compressed."""
     stamps = [_stamp(shard, cache) for shard in shards]
     known = _read_cache(cache / CACHE)
     missing = [number for number, stamp in enumerate(stamps) if stamp not in known]
@@ -88,7 +86,7 @@ def shard_tables(shards: Sequence[Path], cache: Path) -> list[ShardTable]:
 
 
 def read_headers(shard: Path) -> ShardTable:
-    """Goes through the members of a tar without reading the images."""
+    """The table of one tar, made without reading the images."""
     names, offsets, lengths, labels = [], [], [], []
     for members in _samples(shard):
         image = next((member for suffix, member in members.items() if suffix in IMAGES), None)
@@ -132,19 +130,19 @@ def _members(shard: Path) -> Iterator[_Member]:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             length = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
-                # tarfile keeps every member otherwise.
+                # tarfile would keep every member.
                 archive.members.clear()
                 if not member.isreg():
                     continue
                 end = member.offset_data + member.size
                 if end > length or member.issparse():
-                    raise _BrokenShard(f"{member.name} goes on to byte {end}, the file ends at {length}")
+                    raise _BrokenShard(f"{member.name} continues to byte {end}, the file ends at {length}")
                 data = None
                 if member.name.lower().endswith((".cls", ".json")):
                     file.seek(member.offset_data)
                     data = file.read(member.size)
                 yield _Member(member.name, member.offset_data, member.size, data)
-            # tarfile takes rubbish and a cut header for the end; a whole tar ends with a block of zeros.
+            # tarfile takes invalid bytes and a cut header for the end; a complete tar ends with a block of zeros.
             file.seek(archive.offset)
             if file.read(_BLOCK) != bytes(_BLOCK):
                 raise _BrokenShard(f"it breaks off at byte {archive.offset} of {length}")
@@ -162,7 +160,7 @@ def _reason(shard: Path, error: Exception) -> str:
 
 
 def _label(members: dict[str, _Member]) -> int:
-    """The label of a sample, -1 where it has none."""
+    """The label of a sample, -1 if it has none."""
     if "cls" in members:
         member = members["cls"]
         found: object = member.data.decode("ascii", "replace").strip()
@@ -183,7 +181,7 @@ def _label(members: dict[str, _Member]) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < 2**31:
-        raise _BrokenShard(f"{member.name} holds {str(found)[:40]!r}; wanted the class as a number from 0")
+        raise _BrokenShard(f"{member.name} holds {str(found)[:40]!r}, expected the class as a number from 0")
     return label
 
 
@@ -196,7 +194,7 @@ def _stamp(shard: Path, top: Path) -> _Stamp:
 
 
 def _read_cache(path: Path) -> dict[_Stamp, ShardTable]:
-    """What earlier runs found; nothing where the file is missing or damaged, as it can be made again."""
+    """The tables that earlier runs kept; none if the file is missing or damaged, because it can be made again."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
@@ -218,8 +216,8 @@ def _read_cache(path: Path) -> dict[_Stamp, ShardTable]:
 
 
 def _write_cache(path: Path, tables: dict[_Stamp, ShardTable]) -> None:
-    """Whole or not at all; ranks may write it at the same time."""
-    # One entry for each shard, that of its present state.
+    """Write the file completely or not at all; ranks may write it at the same time."""
+    # One entry for each shard, the one of its present state.
     latest = {stamp.name: (stamp, table) for stamp, table in tables.items()}
     chosen = list(latest.values())
     header = {"version": VERSION, "shards": [[*stamp, len(table.labels)] for stamp, table in chosen]}

@@ -3,21 +3,18 @@
 Legend: b images of one batch, ch channels, h x w pixels.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from caco_fast.data.order import evaluation_share
-from caco_fast.data.reading import BadImages, EvaluationBatches, RawBatch, as_is
-from caco_fast.data.settings import DataConfig
-from caco_fast.data.source import ArraySource, Source
-from caco_fast.data.views import normalize
-from caco_fast.data.workers import worker_options
+from caco_fast.data.config import DataConfig
+from caco_fast.data.loaders.base import BadImages, RawBatch, evaluation_share
+from caco_fast.data.loaders.torchvision import as_is, worker_options
+from caco_fast.data.sources.base import ArraySource, BadImageError, Source, as_pil
+from caco_fast.data.views.pil import evaluation_transform, normalize
 from caco_fast.errors import UserError
 
 
@@ -25,7 +22,7 @@ class EvalLoader:
     """Gives (images [b, ch, h, w] float32 normalised, labels [b] int64, index [b] int64) as often as it is iterated.
 
     The shards of the ranks are contiguous, disjoint and complete, so they may differ by one image; nothing is padded.
-    Unreadable images are left out, logged and kept in `bad_images`; UserError where none of the shard can be read.
+    Unreadable images are left out, logged and kept in `bad_images`; UserError if no image of the shard can be read.
     """
 
     def __init__(
@@ -42,23 +39,24 @@ class EvalLoader:
     ) -> None:
         """`dali`: whether NVIDIA DALI decodes, in this process, or PIL in worker processes."""
         if batch_size < 1:
-            raise UserError(f"the evaluation batch size is {batch_size}; it must be 1 or more")
+            raise UserError(f"evaluation.batch_size: found {batch_size}, expected 1 or more")
         self.source, self.dali = source, dali
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
         self._mean, self._std = config.mean or source.mean, config.std or source.std
-        # Left out without an end to the run: what is bad in the training set is stopped by the training loader.
+        # No limit here: the training loader stops a run whose training set has too many bad images.
         self._bad = BadImages(len(source), len(source))
         self._parts = np.array_split(self.positions, range(batch_size, len(self.positions), batch_size))
         self._batches = self._by_dali(config) if dali else self._by_pil(config)
 
     def _by_dali(self, config: DataConfig) -> Iterable[RawBatch]:
-        from caco_fast.data.dali_evaluation import DaliEvaluationBatches
+        # Here, because DALI need not be installed.
+        from caco_fast.data.loaders.dali_evaluation import DaliEvaluationBatches
 
         return DaliEvaluationBatches(self.source, config, self._parts, self._device)
 
     def _by_pil(self, config: DataConfig) -> Iterable[RawBatch]:
-        # An image that lies in memory is taken sooner than a worker is started.
+        # An image in memory is ready before a worker has started.
         held = isinstance(self.source, ArraySource) and config.eval_resize is None
         workers = 0 if held else config.worker_processes()
         return DataLoader(
@@ -73,6 +71,7 @@ class EvalLoader:
 
     @property
     def bad_images(self) -> dict[str, str]:
+        """Name -> reason of every image that was left out so far."""
         return self._bad.reasons
 
     def denormalise(self, images: Tensor) -> Tensor:  # [b, ch, h, w]
@@ -96,3 +95,39 @@ class EvalLoader:
                 yield images, labels, raw.index
         if len(self.positions) and not readable:
             raise UserError(f"none of the {len(self.positions)} images to evaluate on can be read; check data.path")
+
+
+class EvaluationBatches(Dataset[RawBatch]):
+    """A dataset whose items are batches of unaugmented images; its keys are positions, bad images are left out."""
+
+    def __init__(self, source: Source, resize: int | None, size: int | None) -> None:
+        self.source = source
+        self.transform = evaluation_transform(resize, size)
+
+    def __getitem__(self, positions: Sequence[int]) -> RawBatch:
+        images, index, bad = [], [], []
+        for position in map(int, positions):
+            try:
+                image = as_pil(self.source.image(position))
+            except BadImageError as error:
+                bad.append((self.source.name(position), str(error)))
+                continue
+            images.append(self.transform(image))
+            index.append(position)
+        return batch_of_one_size(images, index, bad, self.source)
+
+
+def batch_of_one_size(
+    images: Sequence[Tensor], index: Sequence[int], bad: list[tuple[str, str]], source: Source
+) -> RawBatch:
+    """The images [ch, h, w] at the positions `index` as one batch, or a batch with an error if their sizes differ."""
+    shown = torch.tensor(index, dtype=torch.int64)
+    for image, position in zip(images, index, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{width} x {height}" for _, height, width in (image.shape, images[0].shape)]
+            error = (
+                f"{source.name(position)} has {sizes[0]} pixels, {source.name(index[0])} has {sizes[1]}; "
+                f"set data.eval_resize and data.eval_size, for instance to 256 and 224"
+            )
+            return RawBatch([], shown, bad, error)
+    return RawBatch([torch.stack(list(images))] if images else [], shown, bad)

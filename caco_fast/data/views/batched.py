@@ -1,14 +1,12 @@
-"""Augmented views of a whole batch at once, each image with parameters of its own, on the device that holds them.
+"""Augmented views of a whole batch at once, on the device that holds the images; each image has its own parameters.
 
 The recipe and the formulas are those of the torchvision loader (crop, jitter, grey, blur, solarise, flip, normalise);
 only the rounding to 256 levels after every operation is left out. Crop, resize, flip and blur are linear along each
-axis, so they are products with one small matrix for each image and axis; pixels lie as [B, y, ch, x], where both
-products are plain batched ones. Every decision is taken on the host, from the draws: a GPU is never waited for.
+axis, so they are products with one small matrix for each image and axis. Pixels are [B, y, ch, x], for which both
+products are plain batched ones. Every decision is made on the host, from the draws: the host never waits for a GPU.
 
 Legend: B views, N images held, ch channels, H x W pixels of an image, s x s of a view.
 """
-
-from __future__ import annotations
 
 from functools import lru_cache
 
@@ -16,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caco_fast.data.batched_draws import ViewDraws
-from caco_fast.data.batched_jitter import by_hue_slot, exact_jitter, exact_table, fast_jitter, fast_table
-from caco_fast.data.settings import ViewConfig
+from caco_fast.data.config import ViewConfig
+from caco_fast.data.views.draws import ViewDraws
+from caco_fast.data.views.jitter import by_hue_slot, exact_jitter, exact_table, fast_jitter, fast_table
 
 # Rows that one product of the blur makes.
 _BLOCK = 56
@@ -36,9 +34,9 @@ def make_views(
 ) -> Tensor:
     """Views [B, ch, s, s] in channels_last, normalised, of images[index]; row i has the parameters draws[i].
 
-    All is computed in float32, and rounded once to `dtype`.
-    `images` [N, H, ch, W] uint8 and `mean`, `std` [ch] float32 lie on one device, where the views are made; `index` [B]
-    int64 on the host. `draws` were made for `config`; `jitter` is exact or fast, see `batched_jitter`.
+    Everything is computed in float32, and rounded once to `dtype`.
+    `images` [N, H, ch, W] uint8 and `mean`, `std` [ch] float32 are on one device, on which the views are made. `index`
+    [B] int64 is on the host. `draws` were made for `config`; `jitter` is exact or fast, see `jitter`.
     """
     order, hue_ends = by_hue_slot(draws)
     draws = draws.take(order)
@@ -62,7 +60,7 @@ def finish_crops(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `make_views`, from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say.
+    """The views of `make_views`, made from crops [B, s, s, ch] uint8 that are cut, resized and flipped as `draws` say.
 
     `out` takes the views: [B, ch, s, s] of `dtype` in channels_last.
     """
@@ -89,7 +87,7 @@ def _finish(
 ) -> Tensor:
     """Everything after crop and flip, on pixels [B, s, ch, s] that are overwritten; row i goes to place order[i].
 
-    `hue_ends` is wanted for exact jitter, see `by_hue_slot`.
+    `hue_ends` is needed for exact jitter, see `by_hue_slot`.
     """
     if jitter == "exact":
         exact_jitter(pixels, to_device(exact_table(draws), pixels.device), draws, hue_ends)
@@ -105,8 +103,8 @@ def _finish(
             rows = to_device(blurred, pixels.device)
             pixels.index_copy_(0, rows, blur(pixels.index_select(0, rows), radius, reach))
     if draws.solarize.any():
-        # torchvision inverts the levels from 128, which is 127.5 before rounding: 1 - x replaces x where it is smaller.
-        # In an image that stays as it is, it is 3 - x, which never is.
+        # torchvision inverts the levels from 128, which is 127.5 before rounding: 1 - x replaces x if it is smaller.
+        # For an image that stays as it is, 3 - x takes its place, which is never smaller.
         solarize = to_device(draws.solarize.astype(np.float32), pixels.device)
         pixels = torch.minimum(pixels, (3 - 2 * solarize)[:, None, None, None] - pixels)
     pixels = pixels.sub_(mean[:, None]).div_(std[:, None]).to(dtype)
@@ -120,7 +118,7 @@ def _finish(
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device, started without waiting for it: from pinned memory, where the device is a GPU."""
+    """A copy on the device, started without waiting for it; a GPU gets it from pinned memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -129,11 +127,11 @@ def crop_matrices(start: Tensor, extent: Tensor, mirrored: Tensor, length: int, 
     """Matrices [B, size, length] that cut `extent` pixels from `start` out of `length` and resample them to `size`.
 
     The bilinear (triangle) filter of torchvision's antialiased resize, as wide as one input pixel or one output pixel,
-    whichever is larger, cut and renormalised at the edges of the crop. Where `mirrored` is 1, in reversed order.
+    whichever is larger, cut and renormalised at the edges of the crop. The order is reversed if `mirrored` is 1.
     start, extent, mirrored: [B] float32.
     """
     place = torch.arange(size, device=start.device, dtype=torch.float32) + 0.5  # [s]
-    # Everything between crop and flip treats left and right alike, so the flip may as well come first.
+    # Everything between crop and flip treats left and right alike, so the flip may come first.
     place = place + mirrored[:, None] * (size - 2 * place)  # [B, s]
     scale = (extent / size)[:, None]
     centre = start[:, None] + scale * place  # [B, s]
@@ -154,7 +152,7 @@ def along_axes(pixels: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
 
 
 def box_radius(sigma: np.ndarray) -> np.ndarray:
-    """Radius of the box filter that three times over has the standard deviation sigma, as PIL's GaussianBlur takes it.
+    """Radius of the box filter that, applied three times, has the standard deviation sigma, as in PIL's GaussianBlur.
 
     Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011), eq. 7, 11, 14.
     """
@@ -169,7 +167,7 @@ def blur(pixels: Tensor, radius: Tensor, reach: int) -> Tensor:
     batch, size, channels, _ = pixels.shape
     side = min(size, _BLOCK + 6 * reach)
     matrices = blur_matrices(radius, reach, side)
-    # Away from the borders every row of the matrix is the one above it moved by a pixel, and zero but for a band.
+    # Away from the borders each row of the matrix is the row above it, moved by a pixel, and zero outside a band.
     rows = pixels.reshape(batch, size, channels * size)
     blurred = torch.empty_like(rows)
     for place, reads, block in _bands(size, side, 3 * reach):
@@ -183,11 +181,11 @@ def blur(pixels: Tensor, radius: Tensor, reach: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _bands(size: int, side: int, reach: int) -> list[tuple[slice, slice, tuple[slice, slice, slice]]]:
-    """Blocks of a banded matrix [size, size]: its rows, its columns, and where they stand in B of [side, side]."""
+    """Blocks of a banded matrix [size, size]: its rows, its columns, and their place in the B matrices [side, side]."""
     length, bands = min(size, _BLOCK), []
     for start in (*range(0, size - length, length), size - length):
         low, high = max(0, start - reach), min(size, start + length + reach)
-        # At the end the small matrix is laid along the end, else along the first column that is read.
+        # At the end the small matrix is aligned with the end, else with the first column that is read.
         origin = size - side if high == size else low
         block = slice(None), slice(start - origin, start - origin + length), slice(low - origin, high - origin)
         bands.append((slice(start, start + length), slice(low, high), block))

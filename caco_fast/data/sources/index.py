@@ -7,8 +7,6 @@ root, its classes and the hash of its list. `<split>.names`, `.ends` (see `Names
 Legend: N images of a split.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -23,8 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.files import FileSource, Names, decode
-from caco_fast.data.source import BadImageError
+from caco_fast.data.sources.base import BadImageError, FileSource, Names, decode
 from caco_fast.errors import UserError
 
 FORMAT = "caco_fast image index"
@@ -37,7 +34,7 @@ _PROBES = 16
 class SplitIndex:
     """The list of one split."""
 
-    folder: str  # below the root of the images; "." where they lie in the root itself
+    folder: str  # below the root of the images; "." if they are in the root itself
     classes: list[str]
     names: Names  # N, relative to `folder`
     labels: np.ndarray  # [N] int32
@@ -51,7 +48,7 @@ class SplitIndex:
         return {"names": block, "ends": self.names.ends, **lists}
 
     def list_hash(self) -> str:
-        """SHA-256 of the list: the same for the same images in the same order, wherever they lie."""
+        """SHA-256 of the list: the same for the same images in the same order, wherever they are stored."""
         digest = hashlib.sha256(json.dumps([self.folder, self.classes]).encode())
         for name, array in self.arrays().items():
             digest.update(f"{name} {array.shape}".encode())
@@ -63,7 +60,7 @@ _TYPES = {"names": "u1", "ends": "<i8", "labels": "<i4", "sizes": "<i4", "bytes"
 
 
 def write_index(file: BinaryIO, root: str, splits: Mapping[str, SplitIndex]) -> None:
-    """`root`: directory of the images, absolute or relative to the folder that the index lies in."""
+    """`root`: directory of the images, absolute or relative to the folder that holds the index."""
     described = {
         name: {"folder": split.folder, "classes": split.classes, "list_hash": split.list_hash()}
         for name, split in splits.items()
@@ -93,7 +90,9 @@ def read_index(path: Path, split: str) -> tuple[str, SplitIndex]:
     except FileNotFoundError:
         raise UserError(f"data.path: {path} doesn't exist; tools/index_data.py makes an index") from None
     except IsADirectoryError:
-        raise UserError(f"data.path: {path} is a directory; wanted an index file, or data.source=folder") from None
+        raise UserError(
+            f"data.path: {path} is a directory, expected an index file; name the file, or set data.source=folder"
+        ) from None
     except PermissionError:
         raise UserError(f"data.path: no permission to read {path}; allow it (chmod u+r)") from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
@@ -112,9 +111,9 @@ def _header(path: Path, stored: Any) -> dict[str, Any]:
         raise ValueError("it has no header")
     header = json.loads(stored["header"].tobytes())
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError("its header is that of another kind of file")
+        raise ValueError("its header belongs to another kind of file")
     if header["version"] != VERSION:
-        raise UserError(f"data.path: the index {path} has version {header['version']}, wanted {VERSION}; {_AGAIN}")
+        raise UserError(f"data.path: the index {path} has version {header['version']}, expected {VERSION}; {_AGAIN}")
     return header
 
 
@@ -123,10 +122,10 @@ def _line(error: Exception) -> str:
 
 
 class IndexSource(FileSource):
-    """The images of one split of an index; what it excluded is not there, the others stand in the folder's order."""
+    """The images of one split of an index, in the folder's order, without those that the index excludes."""
 
     def __init__(self, path: str, split: str = "train", root: str = "") -> None:
-        """`root`: where the images lie, if elsewhere than the index says. UserError for an index that doesn't fit."""
+        """`root`: where the images are, if the index doesn't say so. UserError for an index that doesn't fit."""
         file = Path(path).expanduser()
         stored_root, index = read_index(file, split)
         top = Path(root).expanduser() if root else file.parent / stored_root
@@ -140,15 +139,15 @@ class IndexSource(FileSource):
     def encoded(self, index: int) -> bytes:
         data = super().encoded(index)
         if len(data) != self._bytes[index]:
-            # Not the file that was decoded to its end and found good.
+            # This is not the file that was decoded to its end and found good.
             raise BadImageError(f"{len(data)} bytes, the index says {self._bytes[index]}: changed since it was made")
-        # Sees what the time of a change wouldn't, such as a failing disk, and takes 1 % of what decoding does.
+        # A checksum also finds a failing disk, which a time of change would not, and takes 1 % of the time of decoding.
         if zlib.crc32(data) != self._checksums[index]:
             raise BadImageError("another checksum than in the index: changed since it was made")
         return data
 
     def _check_root(self, file: Path, said_by: str) -> None:
-        """UserError where the images are elsewhere. One file that is gone is left to the loaders, which name it."""
+        """Raise UserError if the images are elsewhere. The loaders report a single file that is gone."""
         if not self.root.is_dir():
             raise UserError(f"{self.root}, where {said_by} says the images are, is no directory; {_moved(file)}")
         probes = np.linspace(0, len(self) - 1, num=min(_PROBES, len(self)), dtype=np.int64).tolist()

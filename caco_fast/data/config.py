@@ -1,8 +1,7 @@
 """Settings of the data: where the images come from, how they are read, and the recipe of the views."""
 
-from __future__ import annotations
-
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from caco_fast.errors import UserError
@@ -43,26 +42,36 @@ class ViewConfig:
     def validate(self, where: str = "view") -> None:
         """Raise UserError for the first field that is out of range; `where` names the entry, as in `views[1]`."""
         for name in ("count", "size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}; it must be 1 or more")
+            _require(f"{where}.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("flip_p", "jitter_p", "grey_p", "blur_p", "solarize_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}; a probability is between 0 and 1")
+            value = getattr(self, name)
+            _require(f"{where}.{name}", value, 0 <= value <= 1, "a probability between 0 and 1")
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{where}.{name} is {getattr(self, name)}; it must be 0 or more")
-        if not 0 <= self.hue <= 0.5:
-            raise UserError(f"{where}.hue is {self.hue}; it is a share of the colour circle, between 0 and 0.5")
+            _require(f"{where}.{name}", getattr(self, name), 0 <= getattr(self, name) < float("inf"), "0 or more")
+        _require(f"{where}.hue", self.hue, 0 <= self.hue <= 0.5, "a share of the colour circle between 0 and 0.5")
         for name, largest in (("scale", 1.0), ("ratio", float("inf")), ("blur_sigma", float("inf"))):
-            pair = tuple(getattr(self, name))
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= largest:
-                upper = "" if largest == float("inf") else f" <= {largest:g}"
-                raise UserError(f"{where}.{name} is {list(pair)}; it must be [low, high] with 0 < low <= high{upper}")
+            pair = list(getattr(self, name))
+            upper = "" if largest == float("inf") else f" <= {largest:g}"
+            valid = len(pair) == 2 and 0 < pair[0] <= pair[1] <= largest
+            _require(f"{where}.{name}", pair, valid, f"[low, high] with 0 < low <= high{upper}")
+
+
+def validate_views(views: Sequence[ViewConfig]) -> None:
+    """Raise UserError for the first view that can't be drawn, or if there are none."""
+    if not views:
+        raise UserError("views: found none, expected at least one entry; give a view to draw")
+    for number, view in enumerate(views):
+        view.validate(f"views[{number}]")
+
+
+def _require(key: str, found: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise UserError(f"{key}: found {found}, expected {expected}")
 
 
 _PATHS = {
-    "index": "the file that tools/index_data.py wrote: data.path=FILE",
-    "webdataset": "the directory of the shards or a pattern: data.path=DIR or data.path='DIR/train-{000..146}.tar'",
+    "index": ("the file that tools/index_data.py wrote", "data.path=FILE"),
+    "webdataset": ("the directory of the shards or a pattern", "data.path=DIR or data.path='DIR/train-{000..146}.tar'"),
 }
 
 
@@ -83,7 +92,7 @@ class DataConfig:
     loader: str = setting(
         "auto",
         "dali, torchvision (worker processes, slower), memory (whole set in memory) or auto (memory for small sets, "
-        "else dali, or torchvision where DALI is not installed)",
+        "else dali, or torchvision if DALI is not installed)",
     )
     jitter: str = setting(
         "exact", "colour jitter: exact (torchvision's) or fast (one linear map of the colours, see docs/data.md)"
@@ -109,24 +118,52 @@ class DataConfig:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return max(1, min(12, len(os.sched_getaffinity(0)) // ranks))
 
-    def validate(self) -> None:
-        """Raise UserError for the first field that is out of range or unknown."""
+    def validate(self, needs_path: bool = True) -> None:
+        """Raise UserError for the first field that is unknown, out of range or at odds with another; opens no file.
+
+        `needs_path`: whether the images are to be found by these settings, and not by a source that is there already.
+        """
         for name, known in (("source", SOURCES), ("loader", LOADERS), ("jitter", JITTERS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"data.{name} is '{getattr(self, name)}'; it must be one of {', '.join(known)}")
+            value = getattr(self, name)
+            _require(f"data.{name}", f"'{value}'", value in known, f"one of {', '.join(known)}")
+        if needs_path:
+            self._validate_place()
+        for name, least in (("workers", 0), ("prefetch", 1), ("eval_resize", 1), ("eval_size", 1)):
+            value, optional = getattr(self, name), "" if name == "prefetch" else ", or null"
+            _require(f"data.{name}", value, value is None or value >= least, f"{least} or more{optional}")
+        if self.std is not None:
+            _require("data.std", list(self.std), min(self.std, default=0.0) > 0, "values above 0, one for each channel")
+        share = self.bad_image_limit
+        _require("data.bad_image_limit", share, 0 <= share <= 1, "a share between 0 and 1")
+        if self.loader == "torchvision":
+            require_exact_jitter(self.jitter)
+
+    def _validate_place(self) -> None:
         if self.source != "embedded" and not self.path:
-            wanted = _PATHS.get(self.source, "the directory of the data: data.path=DIR")
-            raise UserError(f"data.path is empty; the {self.source} source needs {wanted}")
+            expected, example = _PATHS.get(self.source, ("the directory of the data", "data.path=DIR"))
+            raise UserError(f"data.path: found nothing, but the {self.source} source needs {expected}; set {example}")
         if self.root and self.source != "index":
-            raise UserError(f"data.root is '{self.root}', but data.source is {self.source}; only an index has a root")
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"data.workers is {self.workers}; it must be 0 or more, or null")
-        if self.prefetch < 1:
-            raise UserError(f"data.prefetch is {self.prefetch}; it must be 1 or more")
-        for name in ("eval_resize", "eval_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be 1 or more, or null")
-        if self.std is not None and min(self.std, default=0.0) <= 0:
-            raise UserError(f"data.std is {list(self.std)}; every channel's standard deviation must be above 0")
-        if not 0 <= self.bad_image_limit <= 1:
-            raise UserError(f"data.bad_image_limit is {self.bad_image_limit}; it is a share, between 0 and 1")
+            raise UserError(
+                f"data.root: found '{self.root}', but data.source is {self.source} and only an index has a root; "
+                f"leave it empty"
+            )
+        # Every other source gives colour images, so this needs no look at them.
+        self.validate_channels(1 if self.source == "embedded" else 3)
+
+    def validate_channels(self, channels: int) -> None:
+        """Raise UserError if `mean` or `std` has not one value for each of the images' channels."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != channels:
+                raise UserError(
+                    f"data.{name}: found {len(values)} values, expected {channels}, one for each channel of the images"
+                )
+
+
+def require_exact_jitter(jitter: str) -> None:
+    """Raise UserError if the torchvision loader, which is exact, can't compute this jitter."""
+    if jitter != "exact":
+        raise UserError(
+            f"data.jitter: found {jitter}, but the torchvision loader is exact; "
+            f"set data.jitter=exact, or data.loader to dali or memory"
+        )

@@ -1,0 +1,1 @@
+"""Loaders: batches of views for training, and batches of plain images for evaluation."""

@@ -1,0 +1,1 @@
+"""Sources: where the images are and what each of them is called."""

@@ -1,0 +1,210 @@
+"""A source of images, which is a fixed, ordered list of images with labels, and the kinds that several sources share.
+
+Legend: N images, h x w pixels, ch channels.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from caco_fast.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The formats that PIL may decode, whatever a file's suffix says. PIL would give EPS, another one, to Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
+
+class BadImageError(Exception):
+    """An image that can't be read; the message is the reason. Loaders continue with the next good image."""
+
+
+class Source(Protocol):
+    """Images by position; the same positions in every process and every run."""
+
+    # An empty list if the images have no labels; every label is -1 then.
+    classes: list[str]
+    channels: int
+    # One value for each channel, of pixels scaled to [0, 1].
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image | np.ndarray:
+        """A PIL image (mode RGB or L) or a uint8 array [h, w, ch]; BadImageError if it can't be read."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """The image file's bytes, undecoded and unchecked (JPEG, PNG, ...); BadImageError if they can't be read."""
+        ...
+
+    def label(self, index: int) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The name of the image in a log line."""
+        ...
+
+    def list_hash(self) -> str:
+        """A hash of the images and their order; it does not depend on the place where they are stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A small set whose images are all in memory."""
+
+    title: str
+    images: np.ndarray  # [N, h, w, ch] uint8
+    labels: np.ndarray  # [N] int64
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def encoded(self, index: int) -> bytes:
+        file = io.BytesIO()
+        as_pil(self.images[index]).save(file, "PNG")
+        return file.getvalue()
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+    def list_hash(self) -> str:
+        return hashlib.sha256(f"{self.title} {self.images.shape}".encode()).hexdigest()
+
+
+def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    """The image as PIL: mode L for one channel, RGB for three."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+class Names:
+    """N names in one block of bytes.
+
+    1.3 million Python strings would take several times the memory, in every worker process again.
+    """
+
+    def __init__(self, block: bytes, ends: np.ndarray) -> None:
+        """`ends` [N] int64: where each name ends in `block`."""
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def of(cls, names: Iterable[bytes]) -> "Names":
+        listed = list(names)
+        ends = np.cumsum(np.fromiter(map(len, listed), dtype=np.int64, count=len(listed)))
+        return cls(b"".join(listed), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.block[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    def hash(self) -> str:
+        return hashlib.sha256(self.ends.astype("<i8").tobytes() + self.block).hexdigest()
+
+    def take(self, chosen: np.ndarray) -> "Names":
+        """The names at the positions `chosen` [M]."""
+        return self.of(self[index] for index in chosen.tolist())
+
+
+class FileSource:
+    """Image files named relative to `root`; see `Source` for what it gives."""
+
+    channels = 3
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    def __init__(self, root: Path, names: Names, labels: np.ndarray, classes: list[str]) -> None:
+        """`labels` [N] int32, -1 for an image without a label."""
+        self.root, self.names, self.labels, self.classes = root, names, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image as RGB, its EXIF orientation ignored as the published recipes do."""
+        return decode(self.path(index))
+
+    def encoded(self, index: int) -> bytes:
+        try:
+            return self.path(index).read_bytes()
+        except OSError as error:
+            raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.names[index].decode("utf-8", "backslashreplace"))
+
+    def list_hash(self) -> str:
+        return self.names.hash()
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.names[index])
+
+
+def decode(file: Path | BinaryIO) -> Image.Image:
+    """A file's image as RGB, its EXIF orientation ignored; BadImageError if PIL can't decode it."""
+    # PIL raises nearly any exception on damaged files; only its work on this one file is inside the try.
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            return _as_rgb(image)
+    except UnidentifiedImageError as error:
+        # PIL's own message ends with the address of an object.
+        raise BadImageError("UnidentifiedImageError: cannot identify image file") from error
+    except Exception as error:
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: PIL would clip at 255 instead of scaling.
+        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        image = Image.fromarray((levels // 257).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def data_directory(path: str, expected: str) -> Path:
+    """`data.path` as a Path. UserError if it is missing, a file or closed to us; `expected` says what it should be."""
+    root = Path(path).expanduser()
+    try:
+        os.scandir(root).close()
+        # Entering a directory needs a permission of its own.
+        os.stat(os.path.join(root, "."))
+    except FileNotFoundError:
+        raise UserError(f"data.path: {root} doesn't exist, expected {expected}") from None
+    except NotADirectoryError:
+        raise UserError(f"data.path: {root} is a file, expected {expected}") from None
+    except PermissionError:
+        raise UserError(f"data.path: no permission to read {root}; allow it (chmod u+rx) or run as its owner") from None
+    except OSError as error:
+        raise UserError(f"data.path: can't read {root}: {error.strerror}") from error
+    return root

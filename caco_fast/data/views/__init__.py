@@ -1,0 +1,1 @@
+"""Views: the published augmentation, on PIL images and on whole batches."""
