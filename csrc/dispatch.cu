@@ -32,7 +32,7 @@ auto on_path(Path path, Body &&body) {
 
 void check_type(OperandType type, Path path) {
     if (type == OperandType::kBfloat16 && !takes_bfloat16(path)) {
-        throw std::invalid_argument("caco: found bfloat16 operands, wanted float16: this GPU has no others");
+        throw std::invalid_argument("caco: found bfloat16 operands, expected float16; this GPU multiplies no others");
     }
 }
 

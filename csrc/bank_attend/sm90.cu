@@ -4,7 +4,7 @@
 //            bank in tiles of kColumns rows, keys and values at once.
 // Overlap    the scores of a tile and the second product of the tile before are both started, then the softmax of this
 //            tile runs while the second product is under way. The two computing warpgroups are independent, so one's
-//            softmax also runs beside the other's products. While products are under way there must be no branch, or
+//            softmax also runs during the other's products. While products are under way there must be no branch, or
 //            the compiler waits for them there: so a run goes from its last tile, the only one that may be ragged, to
 //            its first.
 // Softmax    as on sm80: a running maximum per row, rescaling skipped by a warp-uniform branch once it has settled; p

@@ -6,7 +6,7 @@
 //   row 16 w + l / 4 + 8 (e / 2), column 8 j + 2 (l % 4) + e % 2,
 // and of an A [64, 16] operand in registers what mma.m16n8k16 would have it hold of rows 16 w .. 16 w + 15.
 //
-// Operands in shared memory stand in slabs of 64 elements (128 bytes) a row, rows one after another, a slab at a
+// Operands in shared memory lie in slabs of 64 elements (128 bytes) a row, rows one after another, a slab at a
 // multiple of 1024 bytes, its 16-byte chunks swizzled: chunk c of row r at c ^ (r % 8). TMA writes them so.
 #pragma once
 #include "../bank.h"
@@ -165,7 +165,7 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// `slab_bytes`: from one slab to the next, used only where the operand's rows or columns (not k) run over several
+// `slab_bytes`: from one slab to the next, used only if the operand's rows or columns (not k) run over several
 // slabs; groups of 8 rows always follow each other.
 __device__ __forceinline__ Operand swizzled_operand(const void *start, int slab_bytes) {
     Operand operand = shared_address(start) >> 4 | uint32_t(slab_bytes) >> 4 << 16;

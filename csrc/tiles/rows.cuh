@@ -9,7 +9,7 @@ constexpr int kRowWarps = 8;  // rows per block in kernels that give each warp a
 constexpr int kRowThreads = 32 * kRowWarps;
 
 // Probabilities are kept times 2^14 in operand type: half precision then holds them down to 2^-38 of the largest, and a
-// largest of 1, or of 1.9 where a given lse is that far off, stays below its 65504.
+// largest of 1, or of 1.9 if a given lse is that far off, stays below its 65504.
 constexpr float kProbabilityScaleLog2 = 14.f;
 
 __device__ __forceinline__ float warp_sum(float x) {

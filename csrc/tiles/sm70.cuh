@@ -130,7 +130,7 @@ struct Instructions {
     template <class Tile, class Load, class Body>
     __device__ static __forceinline__ void stream(const Tile &tile, int64_t first, int64_t last, Load &&load,
                                                   Body &&body) {
-        uint4 kept[Tile::kCopies + 1];  // one more for what a kernel copies beside the tile
+        uint4 kept[Tile::kCopies + 1];  // one more for what a kernel copies besides the tile
         if (first < last) load(first, tile.stage(first), CopyResident{});
         __syncthreads();
         for (int64_t t = first; t < last; t++) {

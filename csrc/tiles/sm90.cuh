@@ -78,7 +78,7 @@ struct Tile {
     __device__ __forceinline__ int column(int n, int e) const { return 8 * n + 2 * (lane % 4) + e; }
     __device__ __forceinline__ int channel(int n, int e) const { return channel_group * kGroupChannels + column(n, e); }
 
-    // Where element (row, channel) of the resident tile stands.
+    // The place of element (row, channel) of the resident tile.
     __device__ __forceinline__ T *resident(int row, int channel) const {
         const int slab = channel / kSlabChannels, chunk = channel % kSlabChannels / 8 ^ row % 8;
         char *at = memory + slab * kResidentSlabBytes + row * kSlabRowBytes + chunk * 16;

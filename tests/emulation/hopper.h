@@ -183,7 +183,7 @@ inline void start(const BulkCopy &copy, const void *pointer) {
 
 inline void bulk_copy(void *to, const TensorMap &map, int column, int row, const void *pointer) {
     Bookkeeping own;
-    if (shared_offset(to) % 1024) fail("TMA: the swizzle wants a destination at a multiple of 1024 bytes");
+    if (shared_offset(to) % 1024) fail("TMA: the swizzle requires a destination at a multiple of 1024 bytes");
     start({map, static_cast<char *>(to), column, row}, pointer);
 }
 

@@ -2,7 +2,7 @@
 // See primitives_check.h for how.
 //
 // One block: TMA copies rows of A and B into swizzled slabs, some rows beyond the end, and a plain bulk copy weights W; an
-// mbarrier waits for all. Threads store A once more beside it, for products. Then
+// mbarrier waits for all. Threads store A once more next to it, for products. Then
 //   S [64, n] = A B^T     wgmma of shared memory, over all channels, in turn from the one A and the other
 //   O [64, P] = W B       wgmma of registers, over all n rows
 // Everything is written out: the slabs as they lie in shared memory, S and O.

@@ -72,7 +72,7 @@ PLANTED_SM90 = [
     ("too few bytes", "", "error: mbarrier: more bytes than expected"),
     ("wrong box", "", "error: deadlock: .*mbarrier wait"),
     ("missing swizzle", "", "wrong"),
-    ("misaligned destination", "", "error: TMA: the swizzle wants a destination"),
+    ("misaligned destination", "", "error: TMA: the swizzle requires a destination"),
     ("missing wait for products", "", "wrong"),
     ("missing commit", "", "wrong"),
     ("missing fence", "", "error: wgmma without wgmma.fence"),

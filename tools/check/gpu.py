@@ -48,7 +48,7 @@ class Stage:
     claim: str  # what holds if it passes
     limit_s: int
     commands: tuple[tuple[str, ...], ...]
-    wanted: str = ""  # expression that the output must contain, besides an exit status of 0
+    expected: str = ""  # expression that the output must contain, besides an exit status of 0
     environment: dict[str, str] = field(default_factory=dict)
     proof: bool = True  # False: worth knowing, but not needed for the kernels to be proved
 
@@ -161,8 +161,8 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
             if status != "passed":
                 break
     text = log.read_text(errors="replace")
-    if status == "passed" and not re.search(stage.wanted, text):
-        status = f"failed: the output lacks {stage.wanted!r}"
+    if status == "passed" and not re.search(stage.expected, text):
+        status = f"failed: the output lacks {stage.expected!r}"
     lines = text.strip().splitlines()
     return {
         "status": status,
@@ -254,7 +254,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def status(records: list[dict[str, Any]], present: str, kernel_paths: list[str]) -> tuple[list[str], bool]:
     """Return lines that name the proofs of the sources with hash `present`, and whether every path is proved."""
-    wanted = {stage.name: stage for stage in stages("0", "nvcc", "")}
+    needed = {stage.name: stage for stage in stages("0", "nvcc", "")}
     lines, proved_paths = [f"csrc/ has the content hash {present}"], set()
     for record in records:
         settings, results = record["settings"], record["results"]["stages"]
@@ -262,18 +262,18 @@ def status(records: list[dict[str, Any]], present: str, kernel_paths: list[str])
         if settings["csrc_hash"] != present:
             lines.append(f"of other sources ({settings['csrc_hash']}): {where}; proves nothing about the present ones")
             continue
-        pending = {name: results.get(name, {}).get("status", "not run") for name in wanted}
+        pending = {name: results.get(name, {}).get("status", "not run") for name in needed}
         pending = {name: found for name, found in pending.items() if found != "passed"}
-        lacking = [name for name in pending if wanted[name].proof]
+        lacking = [name for name in pending if needed[name].proof]
         lines.append(f"{'proved in part' if lacking else 'PROVED'} on {where}: {', '.join(settings['paths'])}")
-        lines += [f"  pending: {name} ({found}): {wanted[name].claim}" for name, found in pending.items()]
+        lines += [f"  pending: {name} ({found}): {needed[name].claim}" for name, found in pending.items()]
         if not lacking:
             proved_paths.update(settings["paths"])
     for path in kernel_paths:
         if path not in proved_paths:
             lines.append(f"pending: {path}: has run under emulation only, or not all of its proofs hold on a GPU")
     if not proved_paths:
-        lines += [f"  {stage.name}: {stage.claim}" for stage in wanted.values()]
+        lines += [f"  {stage.name}: {stage.claim}" for stage in needed.values()]
     return lines, set(kernel_paths) <= proved_paths
 
 
