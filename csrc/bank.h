@@ -13,7 +13,7 @@ namespace caco {
 
 enum class OperandType : int { kBfloat16 = 0, kFloat16 = 1 };
 
-// Which family of kernels runs; each lives in its own folder.
+// Which family of kernels runs; each has its tiles in tiles/ and a source per operation.
 enum class Path : int { kSm70 = 70, kSm80 = 80, kSm90 = 90 };
 
 // The other paths take both operand types; this one throws std::invalid_argument on bfloat16.
@@ -98,7 +98,7 @@ struct StepParams {
     const float *lse;               // [R]
     const float *row_weight;        // [R], a_i
     const int64_t *positive_row;    // [R * M] bank rows of all positives, ascending; entries outside [0, K) are ignored
-    const int64_t *positive_place;  // [R * M] where each of them stood in the flattened [R, M]
+    const int64_t *positive_place;  // [R * M] the place of each of them in the flattened [R, M]
     const float *positive_weight;   // [R, M], o_im
     void *workspace;
     int64_t rows, bank_rows;
@@ -107,7 +107,7 @@ struct StepParams {
     float temperature, momentum;
     const float *lr;  // [], eta: on the device, so that the replay of a graph reads it anew
     bool project;
-    const float *skip = nullptr;  // [] or null; where it is not 0, bank and velocity stay as they are
+    const float *skip = nullptr;  // [] or null; if it is not 0, bank and velocity stay as they are
 };
 int64_t bank_step_workspace(int64_t rows);  // bytes
 void bank_step(const StepParams &params, const Target &target);

@@ -9,13 +9,12 @@
 #include <vector>
 
 #include "bank.h"
-#include "optim/optim.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 #ifdef CACO_EMULATE
-void bind_emulation(py::module_ &m);  // emulation/bind.cpp
+void bind_emulation(py::module_ &m);  // tests/emulation/bind.cpp
 #endif
 
 namespace {
@@ -150,46 +149,6 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         "row_weight"_a, "positive_row"_a, "positive_place"_a, "positive_weight"_a, "workspace"_a, "rows"_a,
         "bank_rows"_a, "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a,
         "skip"_a);
-
-    m.attr("chunk_elements") = caco::kChunkElements;
-    m.def(
-        "tensor_table_bytes", [](int64_t tensors) { return (tensors + 1) * int64_t(sizeof(caco::TensorRecord)); },
-        "tensors"_a);
-    m.def(
-        "write_tensor_table",
-        [](const caco::Target &target, const std::vector<int64_t> &counts,
-           const std::vector<std::vector<uint64_t>> &lists, Address table) {
-            if (lists.size() > caco::kMaxLists) throw py::value_error("write_tensor_table: too many lists");
-            std::vector<uint64_t> addresses;
-            for (const auto &list : lists) {
-                if (list.size() != counts.size()) throw py::value_error("write_tensor_table: lists differ in length");
-                addresses.insert(addresses.end(), list.begin(), list.end());
-            }
-            caco::write_tensor_table({counts.data(), addresses.data(), static_cast<int>(counts.size()),
-                                      static_cast<int>(lists.size()), at<caco::TensorRecord>(table)},
-                                     target);
-        },
-        "target"_a, py::kw_only(), "counts"_a, "lists"_a, "table"_a);
-    m.def(
-        "ema_update",
-        [](const caco::Target &target, Address table, int tensors, int64_t chunks, Address skip, Address weight) {
-            caco::ema_update(
-                {at<caco::TensorRecord>(table), tensors, chunks, at<float>(skip), at<float>(weight)}, target);
-        },
-        "target"_a, py::kw_only(), "table"_a, "tensors"_a, "chunks"_a, "skip"_a, "weight"_a);
-    m.def("lars_step_workspace", &caco::lars_step_workspace, "trusted"_a, "trusted_chunks"_a);
-    m.def(
-        "lars_step",
-        [](const caco::Target &target, Address table, int tensors, int trusted, int64_t chunks, int64_t trusted_chunks,
-           Address grad_scale, Address skip, Address workspace, Address lr, float momentum, float weight_decay,
-           float trust) {
-            caco::lars_step(
-                {at<caco::TensorRecord>(table), tensors, trusted, chunks, trusted_chunks, at<float>(grad_scale),
-                 at<float>(skip), at<void>(workspace), at<float>(lr), momentum, weight_decay, trust},
-                target);
-        },
-        "target"_a, py::kw_only(), "table"_a, "tensors"_a, "trusted"_a, "chunks"_a, "trusted_chunks"_a, "grad_scale"_a,
-        "skip"_a, "workspace"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "trust"_a);
 
 #ifdef CACO_EMULATE
     bind_emulation(m);

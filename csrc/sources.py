@@ -1,53 +1,42 @@
-"""What the CUDA module is built from: one list for setup.py, the emulated build of the tests and the checks."""
+"""The sources of the CUDA module: one list for setup.py, the emulated build of the tests, and the checks."""
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePath
 
 ROOT = Path(__file__).resolve().parent
 
 BINDINGS = "bindings.cpp"
 KERNELS = (
-    "bank.cu",
-    "stages.cu",
-    "optim/tensor_table.cu",
-    "optim/ema_update.cu",
-    "optim/lars_step.cu",
-    "sm70/bank_attend.cu",
-    "sm70/bank_select.cu",
-    "sm70/bank_step.cu",
-    "sm80/bank_attend.cu",
-    "sm80/bank_select.cu",
-    "sm80/bank_step.cu",
-    "sm90/bank_attend.cu",
-    "sm90/bank_select.cu",
-    "sm90/bank_step.cu",
+    "dispatch.cu",
+    "operand.cu",
+    "bank_attend/merge.cu",
+    "bank_attend/sm70_sm80.cu",
+    "bank_attend/sm90.cu",
+    "bank_select/settle.cu",
+    "bank_select/sm70_sm80.cu",
+    "bank_select/sm90.cu",
+    "bank_step/row_terms.cu",
+    "bank_step/sm70_sm80.cu",
+    "bank_step/sm90.cu",
 )
-# Machine code for sm_XY also runs on later minor numbers: 70 serves 72 and 75, 80 serves 86 and 89, 100 serves 103, 120
-# serves 121. That for sm_90a runs on sm_90 only. nvcc 13 does not know 70.
+# Machine code for sm_XY also runs on later minor numbers: 70 serves 72 and 75, 80 serves 86 and 89, 100 serves 103, and
+# 120 serves 121. Machine code for sm_90a runs on sm_90 only. nvcc 13 does not know 70.
 ARCHES = ("70", "80", "90a", "100", "120")
-# Which of the architectures the kernels of a source are for; on others they are empty. The rest are for all.
+# The architectures that a source is for, by its file name. A source that is not named here is for all of them.
 SERVED = {
-    "bank.cu": lambda arch: False,
-    "sm70/": lambda arch: compute_capability(arch) < 80,
-    "sm80/": lambda arch: compute_capability(arch) >= 80,
-    "sm90/": lambda arch: arch == "90a",
+    "dispatch.cu": (),  # code of the host alone
+    "sm90.cu": ("90a",),  # elsewhere its kernels are empty
 }
 
 
-def compute_capability(arch: str) -> int:
-    return int(arch.rstrip("a"))
-
-
 def arches_of(source: str, arches: list[str]) -> list[str]:
-    """Those of `arches` that a source is worth compiling for; one at least, for its launchers."""
-    for start, serves in SERVED.items():
-        if source.startswith(start):
-            return [arch for arch in arches if serves(arch)] or arches[:1]
-    return arches
+    """The members of `arches` that a source is compiled for. There is at least one, for the launchers in the source."""
+    served = SERVED.get(PurePath(source).name, arches)
+    return [arch for arch in arches if arch in served] or arches[:1]
 
 
 def content_hash() -> str:
-    """A hash of every source of the kernels, emulation included: names what was built, run or measured."""
+    """A hash over every source of the kernels, which names what was built, run or measured."""
     digest = hashlib.sha256()
     for path in sorted(ROOT.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):

@@ -9,8 +9,8 @@ import torch
 
 from caco_fast.ops import backends
 from tests.csrc import cases
-from tests.csrc import emulated as emulated_build
 from tests.csrc.cases import PATHS
+from tests.emulation import build as emulated_build
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,17 @@
-"""Proves the kernels on the GPU of this machine, within ten minutes, and says which proofs the sources still lack.
+"""Proves the kernels on the GPU of this machine within ten minutes, and says which proofs are still pending.
 
-    python tools/check/gpu.py                        all stages; writes benchmarks/results/gpu_check_<gpu>.json and,
-                                                     beside it, what its benchmarks and prove_switches found
-    python tools/check/gpu.py --only primitives      some stages; the others' results stay, if they are of these sources
-    python tools/check/gpu.py --status               are the present sources proved, and where; needs no GPU
-    python tools/check/gpu.py --collect-wheels DIR   fetch the Python packages that a bare machine lacks
-    python tools/check/gpu.py --wheels DIR           use those that this Python lacks
+    python tools/check/gpu.py                     all stages; writes benchmarks/results/gpu_check_<gpu>.json and, next
+                                                  to it, what its benchmarks and tools/check/switches.py have found
+    python tools/check/gpu.py --only primitives   some stages; results of the others stay if they are of these sources
+    python tools/check/gpu.py --status            whether the present sources are proved, and where; needs no GPU
 
-The machine needs torch with CUDA, numpy, nvcc, g++ and compute-sanitizer; torchvision and pillow for what is no part of
-the proof; no network. Every stage runs in processes of its own under its own time limit, and one that fails does not
-stop the others. The status is 0 if all stages passed, 1 if not, 2 if there is nothing to run on. On a machine without
-git name the commit: --commit SHA.
+The machine needs torch with CUDA, the packages of `pip install .[dev]`, nvcc, g++ and compute-sanitizer; no network.
+Every stage runs in processes of its own under its own time limit, and a stage that fails does not stop the others. The
+exit status is 0 if all stages passed, 1 if not, and 2 if there is nothing to run on. On a machine without git, name the
+commit by --commit SHA.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import re
@@ -37,16 +34,10 @@ from caco_fast.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu_check"
-SITE = WORK / "site"
 TOTAL_SECONDS = 570
 TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
 OUTPUT_LINES = 40
-BENCHMARKS = ("bench_bank", "bench_optim", "bench_train", "prove_switches")
-# What the build, the tests and caco_fast.data import beside torch, torchvision and numpy.
-PACKAGES = ("setuptools", "pybind11", "ninja", "pytest", "iniconfig", "pluggy", "packaging", "pygments", "pyyaml")
-PACKAGES += ("omegaconf", "timm", "rich", "markdown-it-py", "mdurl")
-WHEEL_TARGET = "--only-binary=:all: --python-version 3.12 --implementation cp".split()
-WHEEL_TARGET += [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_17", "2014")]
+BENCHMARKS = ("bench_ops", "bench_train", "prove_switches")
 
 
 @dataclass(frozen=True)
@@ -57,16 +48,16 @@ class Stage:
     claim: str  # what holds if it passes
     limit_s: int
     commands: tuple[tuple[str, ...], ...]
-    wanted: str = ""  # expression that the output must contain besides a status of 0
+    expected: str = ""  # expression that the output must contain, besides an exit status of 0
     environment: dict[str, str] = field(default_factory=dict)
-    proof: bool = True  # else worth knowing, but no part of what makes the kernels proved
+    proof: bool = True  # False: worth knowing, but not needed for the kernels to be proved
 
 
 def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.executable) -> list[Stage]:
-    """The stages for a GPU of this architecture ("90"), what matters most first."""
+    """The stages for a GPU of this architecture ("90"), the most important one first."""
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     some = r"\d+ passed"
-    # By file: others in the same folders may import what a bare machine lacks.
+    # By file: other files in these folders may import packages that such a machine lacks.
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     of_kernels = [name for name in map(relative, marked) if name.startswith(TESTS_OF_KERNELS)]
     elsewhere = [name for name in map(relative, marked) if name not in of_kernels]
@@ -96,20 +87,13 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "times, memory and shares of the card's ceilings are measured",
             120,
             (
-                (python, "tools/bench/bank.py", "--device", "cuda", "--seconds", "100")
-                + ("--output", str(WORK / "bench_bank_cuda.json")),
+                (python, "tools/bench/ops.py", "all", "--device", "cuda", "--seconds", "100")
+                + ("--output", str(WORK / "bench_ops_cuda.json")),
             ),
             proof=False,
         ),
         sanitized("memcheck", "no access out of bounds", r"ERROR SUMMARY: 0 errors"),
         sanitized("racecheck", "no race in shared memory", r"RACECHECK SUMMARY: 0 hazards"),
-        Stage(
-            "optimiser benchmark",
-            "times of EMA and LARS: torch's foreach, the kernels, torch.compile",
-            100,
-            ((python, "tools/bench/optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
-            proof=False,
-        ),
         Stage(
             "step benchmark",
             "pairs/s and the split of whole steps: CaCo, MoCo v2, CaCo as released",
@@ -140,14 +124,14 @@ def relative(path: Path) -> str:
 
 
 def commands_of_primitives(path: str, architecture: str, nvcc: str) -> tuple[tuple[str, ...], ...]:
-    """Build the path's program of primitives for both, let the emulated one write its results, the device compare."""
-    source = str(ROOT / "tests" / "csrc" / f"primitives_check_{path}.cu")
+    """Build the program of the path's primitives twice; the emulated one writes its results, the device compares."""
+    source = str(ROOT / "tests" / "emulation" / f"primitives_check_{path}.cu")
     emulated, device, written = (str(WORK / f"primitives_{path}_{kind}") for kind in ("emulated", "device", "results"))
     common = ("-std=c++20", "-O2", f"-I{sources.ROOT}")
     # Hopper's own instructions need the target 90a.
     target = "90a" if architecture == "90" else architecture
     return (
-        ("g++", *common, "-pthread", "-DCACO_EMULATE", "-x", "c++", source, "-o", emulated),
+        ("g++", *common, f"-I{ROOT / 'tests'}", "-pthread", "-DCACO_EMULATE", "-x", "c++", source, "-o", emulated),
         (nvcc, *common, f"-gencode=arch=compute_{target},code=sm_{target}", source, "-o", device),
         (emulated, written),
         (device, written, "compare"),
@@ -164,12 +148,11 @@ def kernel_filter(sanitizer: str) -> str:
 
 
 def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
-    """Run a stage within `seconds`; never raises for what the stage does. Its whole output goes to build/gpu_check."""
+    """Run a stage within `seconds`. A failure is a result, not an exception. The output goes to build/gpu_check."""
     WORK.mkdir(parents=True, exist_ok=True)
     log = WORK / f"{stage.name.replace(' ', '_')}.log"
-    path = os.pathsep.join(str(folder) for folder in (ROOT, SITE, os.environ.get("PYTHONPATH", "")) if str(folder))
-    programs = os.pathsep.join((str(SITE / "bin"), os.environ.get("PATH", "")))
-    environment = {**os.environ, "PATH": programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
     start, status = time.monotonic(), "passed"
     with log.open("w") as output:
         for command in stage.commands:
@@ -178,8 +161,8 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
             if status != "passed":
                 break
     text = log.read_text(errors="replace")
-    if status == "passed" and not re.search(stage.wanted, text):
-        status = f"failed: the output lacks {stage.wanted!r}"
+    if status == "passed" and not re.search(stage.expected, text):
+        status = f"failed: the output lacks {stage.expected!r}"
     lines = text.strip().splitlines()
     return {
         "status": status,
@@ -201,14 +184,14 @@ def run_command(command: tuple[str, ...], output: Any, environment: dict[str, st
     try:
         code = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: with all that it started
+        os.killpg(process.pid, signal.SIGKILL)  # a session of its own: this ends its children too
         process.wait()
         return "timed out"
     return "passed" if code == 0 else f"failed: {Path(command[0]).name} ended with status {code}"
 
 
 def run_stages(chosen: list[Stage], total_seconds: float) -> dict[str, dict[str, Any]]:
-    """Results by stage name; each stage gets its limit, or what is left of the total."""
+    """Run the stages; return results by stage name. Each stage gets its limit, or the rest of the total."""
     end, results = time.monotonic() + total_seconds, {}
     for stage in chosen:
         left = end - time.monotonic()
@@ -225,7 +208,7 @@ def run_stages(chosen: list[Stage], total_seconds: float) -> dict[str, dict[str,
 
 
 def describe_gpu() -> dict[str, Any]:
-    """GPU, driver and compilers; UserError in one line where there is no GPU or no compiler."""
+    """Return GPU, driver and compilers. Raise a UserError of one line if there is no GPU or no compiler."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -256,38 +239,8 @@ def slug(gpu: str) -> str:
     return re.sub(r"\W+", "_", gpu.lower()).strip("_")
 
 
-def install_wheels(folder: Path) -> None:
-    """Those whose package this Python lacks into build/gpu_check/site: a second version of one that it has would not
-    suit its other packages, such as pytest's plugins."""
-    if not folder.is_dir():
-        raise UserError(f"--wheels {folder}: no such folder; make one with --collect-wheels where there is a network")
-    for wheel in sorted(folder.glob("*.whl")):
-        try:
-            importlib.metadata.distribution(wheel.name.split("-")[0])
-            continue
-        except importlib.metadata.PackageNotFoundError:
-            pass
-        options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(SITE))
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", *options, str(wheel)], capture_output=True, text=True
-        )
-        if done.returncode:
-            print(f"warning: {wheel.name} is not installed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-
-
-def collect_wheels(folder: Path) -> None:
-    """Wheels of PACKAGES for Python 3.12 on Linux x86-64."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, *WHEEL_TARGET, "-d", str(folder), *PACKAGES], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--collect-wheels {folder}: pip download failed: {done.stderr.strip().splitlines()[-1]}")
-    wheels = list(folder.glob("*.whl"))
-    print(f"{len(wheels)} wheels, {sum(path.stat().st_size for path in wheels) / 2**20:.1f} MiB, in {folder}")
-
-
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every gpu_check_*.json of the folder."""
+    """Return every gpu_check_*.json of the folder."""
     records = []
     for path in sorted(folder.glob("gpu_check_*.json")):
         try:
@@ -300,8 +253,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def status(records: list[dict[str, Any]], present: str, kernel_paths: list[str]) -> tuple[list[str], bool]:
-    """Lines on what the sources with hash `present` are proved by, and whether every kernel path is proved."""
-    wanted = {stage.name: stage for stage in stages("0", "nvcc", "")}
+    """Return lines that name the proofs of the sources with hash `present`, and whether every path is proved."""
+    needed = {stage.name: stage for stage in stages("0", "nvcc", "")}
     lines, proved_paths = [f"csrc/ has the content hash {present}"], set()
     for record in records:
         settings, results = record["settings"], record["results"]["stages"]
@@ -309,28 +262,28 @@ def status(records: list[dict[str, Any]], present: str, kernel_paths: list[str])
         if settings["csrc_hash"] != present:
             lines.append(f"of other sources ({settings['csrc_hash']}): {where}; proves nothing about the present ones")
             continue
-        pending = {name: results.get(name, {}).get("status", "not run") for name in wanted}
+        pending = {name: results.get(name, {}).get("status", "not run") for name in needed}
         pending = {name: found for name, found in pending.items() if found != "passed"}
-        lacking = [name for name in pending if wanted[name].proof]
+        lacking = [name for name in pending if needed[name].proof]
         lines.append(f"{'proved in part' if lacking else 'PROVED'} on {where}: {', '.join(settings['paths'])}")
-        lines += [f"  pending: {name} ({found}): {wanted[name].claim}" for name, found in pending.items()]
+        lines += [f"  pending: {name} ({found}): {needed[name].claim}" for name, found in pending.items()]
         if not lacking:
             proved_paths.update(settings["paths"])
     for path in kernel_paths:
         if path not in proved_paths:
             lines.append(f"pending: {path}: has run under emulation only, or not all of its proofs hold on a GPU")
     if not proved_paths:
-        lines += [f"  {stage.name}: {stage.claim}" for stage in wanted.values()]
+        lines += [f"  {stage.name}: {stage.claim}" for stage in needed.values()]
     return lines, set(kernel_paths) <= proved_paths
 
 
 def kernel_paths() -> list[str]:
-    """Names of the kernel paths, one folder of csrc/ each."""
-    return sorted(folder.name for folder in sources.ROOT.glob("sm*") if folder.is_dir())
+    """Return the names of the kernel paths. Each has its tiles in a file of csrc/tiles/."""
+    return sorted(path.stem for path in (sources.ROOT / "tiles").glob("sm*.cuh"))
 
 
 def paths_run(capability: str, present: list[str]) -> list[str]:
-    """Those that a check on a GPU of this compute capability runs; tests/gpu runs every one."""
+    """Return the paths of `present` that a GPU of this compute capability runs; tests/gpu runs every one of them."""
     number = int(capability)
     runs = {"sm70": 70 <= number < 80, "sm80": number >= 80, "sm90": number == 90}
     return [path for path in present if runs.get(path)]
@@ -338,13 +291,11 @@ def paths_run(capability: str, present: list[str]) -> list[str]:
 
 def check(options: argparse.Namespace) -> int:
     start = time.monotonic()
-    if options.wheels:
-        install_wheels(options.wheels)
     gpu = describe_gpu()
     todo = stages(gpu["capability"], gpu.pop("nvcc_path"), find_tool("compute-sanitizer") or "compute-sanitizer")
     if unknown := set(options.only) - {stage.name for stage in todo}:
         names = ", ".join(stage.name for stage in todo)
-        raise UserError(f"--only: found {sorted(unknown)[0]!r}, wanted one of: {names}")
+        raise UserError(f"--only: found {sorted(unknown)[0]!r}, expected one of: {names}")
     todo = [stage for stage in todo if not options.only or stage.name in options.only]
     output = options.output or RESULTS / f"gpu_check_{slug(gpu['gpu'])}.json"
     present = sources.content_hash()
@@ -373,17 +324,12 @@ def check(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--status", action="store_true", help="say what is proved, run nothing")
+    parser.add_argument("--status", action="store_true", help="print what is proved and run nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="run these stages only")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="use wheels of what is not installed")
-    parser.add_argument("--collect-wheels", type=Path, metavar="DIR", help="download those wheels, run nothing")
     parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/gpu_check_<gpu>.json")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for wheels and all stages together")
-    parser.add_argument("--commit", help="of these sources, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time limit of all stages together")
+    parser.add_argument("--commit", help="commit of these sources, if git cannot tell")
     options = parser.parse_args(arguments)
-    if options.collect_wheels:
-        collect_wheels(options.collect_wheels)
-        return 0
     if options.status:
         lines, proved = status(read_results(RESULTS), sources.content_hash(), kernel_paths())
         print("\n".join(lines))
