@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import sources  # noqa: E402
 
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xptxas -warn-spills,-warn-lmem-usage"
+OBJECTS = "build/kernels"
 CXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall"
 
 
@@ -53,8 +54,8 @@ def define(name: str, value: str) -> str:
     return shlex.quote(f'-D{name}="{value}"').replace("$", "$$")
 
 
-def ninja_rules(nvcc: str, module: Path) -> str:
-    """The build in ninja's language: one object per source, linked by nvcc."""
+def ninja_rules(nvcc: str, module: str) -> str:
+    """The build in ninja's language, from the repository's root: one object for each source, linked by nvcc."""
     try:
         import pybind11  # here, so that an installation without nvcc does not need it
     except ImportError:
@@ -63,7 +64,7 @@ def ninja_rules(nvcc: str, module: Path) -> str:
     arches = wanted_arches(nvcc)
     release = output_of(nvcc, "--version").split("release ")[1].split(",")[0]
     of_arches = define("CACO_ARCHES", ";".join(arches))
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    includes = shlex.join([f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"])
     bindings = f"{includes} -DCACO_MODULE=_C {define('CACO_SOURCE_HASH', sources.content_hash())} " + define(
         "CACO_COMPILER", f"nvcc {release}"
     )
@@ -72,6 +73,7 @@ def ninja_rules(nvcc: str, module: Path) -> str:
         wanted = sources.arches_of(source, arches)
         return "  gencode = " + " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted)
 
+    nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)]
     lines = [
         "rule cuda",
         f"  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} -MD -MF $out.d -c $in -o $out",
@@ -83,9 +85,9 @@ def ninja_rules(nvcc: str, module: Path) -> str:
         "  deps = gcc",
         "rule link",
         f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
-        *(f"build {name}.o: cuda {sources.ROOT / name}\n{gencode(name)}" for name in sources.KERNELS),
-        f"build {sources.BINDINGS}.o: cxx {sources.ROOT / sources.BINDINGS}",
-        f"build {module}: link " + " ".join(f"{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)),
+        *(f"build {OBJECTS}/{name}.o: cuda csrc/{name}\n{gencode(name)}" for name in sources.KERNELS),
+        f"build {OBJECTS}/{sources.BINDINGS}.o: cxx csrc/{sources.BINDINGS}",
+        f"build {module.replace(' ', '$ ')}: link {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -94,19 +96,16 @@ class BuildKernels(build_ext):
     """Writes the ninja file and runs ninja, which rebuilds only what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder = ROOT / "build" / "kernels"
+        folder = ROOT / OBJECTS
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         module.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_rules(find_nvcc(), module))
-        try:
-            from ninja import BIN_DIR
-        except ImportError:
-            BIN_DIR = None
-        ninja = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+        (folder / "build.ninja").write_text(ninja_rules(find_nvcc(), os.path.relpath(module, ROOT)))
+        places = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+        ninja = shutil.which("ninja", path=os.pathsep.join(places))
         if ninja is None:
             raise SystemExit("error: ninja not found; pip install ninja")
-        if subprocess.run([ninja, "-C", str(folder)]).returncode:
+        if subprocess.run([ninja, "-C", str(ROOT), "-f", f"{OBJECTS}/build.ninja"]).returncode:
             raise SystemExit("error: the CUDA module was not built; nvcc's messages are above")
 
 
@@ -123,4 +122,6 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels}, options={"build_ext": {"inplace": True}})
+# `python setup.py build_ext` builds in place; a wheel takes the module from a folder of its own.
+in_place = "build_ext" in sys.argv
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels}, options={"build_ext": {"inplace": in_place}})

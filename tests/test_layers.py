@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "caco_fast"
 
 # Lowest first. Parts of the ground layer may use each other; in all others each stands alone.
-GROUND = ("apex", "errors", "settings", "host", "distributed", "provenance", "benchmarking")
+GROUND = ("apex", "errors", "settings", "host", "distributed", "provenance", "benchmarking", "configs")
 LAYERS = (
     GROUND,
     ("ops",),
@@ -23,6 +23,7 @@ LAYERS = (
     ("engine",),
     ("config",),
     ("training",),
+    ("cli", "api"),
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
