@@ -24,6 +24,7 @@ LAYERS = (
     ("config",),
     ("training",),
     ("cli", "api"),
+    ("__main__",),
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
