@@ -1,4 +1,4 @@
-"""Builds the CUDA module caco_fast._C where nvcc is found; everything else about the package is in pyproject.toml.
+"""Builds the CUDA module caco_fast._C if nvcc is found; everything else about the package is in pyproject.toml.
 
     python setup.py build_ext        in place, incremental, by ninja
 
@@ -41,14 +41,14 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def wanted_arches(nvcc: str) -> list[str]:
+def chosen_arches(nvcc: str) -> list[str]:
     known = output_of(nvcc, "--list-gpu-arch").replace("compute_", "").split()
     # nvcc lists no compute_90a, but has it wherever it has compute_90.
     named = os.environ.get("CACO_ARCHES", "").replace(",", ";")
     arches = named.split(";") if named else sources.ARCHES
     unknown = [arch for arch in arches if arch.removesuffix("a") not in known]
     if named and unknown:
-        raise SystemExit(f"error: CACO_ARCHES: found {unknown[0]!r}, wanted some of {' '.join(known)}, or 90a")
+        raise SystemExit(f"error: CACO_ARCHES: found {unknown[0]!r}, expected some of {' '.join(known)}, or 90a")
     return [arch for arch in arches if arch not in unknown]
 
 
@@ -63,7 +63,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
     except ImportError:
         raise SystemExit("error: pybind11 not found; pip install pybind11 ninja") from None
 
-    arches = wanted_arches(nvcc)
+    arches = chosen_arches(nvcc)
     compiler = "nvcc " + output_of(nvcc, "--version").split("release ")[1].split(",")[0]
     of_arches = define("CACO_ARCHES", ";".join(arches))
     includes = shlex.join([f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"])
@@ -104,12 +104,12 @@ class BuildKernels(build_ext):
 def extensions() -> list[Extension]:
     choice = os.environ.get("CACO_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"error: CACO_CUDA: found {choice!r}, wanted auto, 0 or 1")
+        raise SystemExit(f"error: CACO_CUDA: found {choice!r}, expected auto, 0 or 1")
     if choice != "0" and find_nvcc():
         return [Extension("caco_fast._C", [f"csrc/{name}" for name in (sources.BINDINGS, *sources.KERNELS)])]
     reason = "CACO_CUDA=0" if choice == "0" else "nvcc not found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
     if choice == "1":
-        raise SystemExit(f"error: CACO_CUDA=1 wants the CUDA module, but {reason}")
+        raise SystemExit(f"error: CACO_CUDA=1 requires the CUDA module, but {reason}")
     print(f"caco_fast: the CUDA backend is left out: {reason}", file=sys.stderr)
     return []
 

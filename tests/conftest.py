@@ -20,7 +20,8 @@ SLOW = frozenset(
     test_ten_thousand test_torchvision_loader test_views
     test_checkpoint test_compiling test_dependability test_growth test_no_waiting test_one_voice test_ranks
     test_reproducible test_resume_on_other_ranks test_scaling test_step_graph test_training test_bench_train
-    test_bench_bank test_gpu_check test_golden test_readme test_torture test_train_cli
+    test_bench_bank test_faulty_images test_gpu_check test_golden test_rank_0_writes test_readme test_torture
+    test_train_cli
     """.split()
 )
 # A test that uses one of these compiles the emulated kernels first.

@@ -186,7 +186,7 @@ def build_ext(**environment: str) -> subprocess.CompletedProcess[str]:
     "choice, returncode, line",
     [
         ("0", 0, "caco_fast: the CUDA backend is left out: CACO_CUDA=0"),
-        ("2", 1, "error: CACO_CUDA: found '2', wanted auto, 0 or 1"),
+        ("2", 1, "error: CACO_CUDA: found '2', expected auto, 0 or 1"),
     ],
 )
 def test_setup_says_in_one_line_what_it_does_not_build(choice, returncode, line):
@@ -201,5 +201,5 @@ def test_setup_names_an_architecture_that_nvcc_does_not_know(arches, unknown):
         pytest.skip("nvcc not found")
     done = build_ext(CACO_ARCHES=arches)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: CACO_ARCHES: found {unknown!r}, wanted some of ")
+    assert done.stderr.startswith(f"error: CACO_ARCHES: found {unknown!r}, expected some of ")
     assert done.stderr.count("\n") == 1
