@@ -24,15 +24,20 @@ SLOW = frozenset(
     test_train_cli
     """.split()
 )
-# A test that uses one of these compiles the emulated kernels first.
-SLOW_FIXTURES = frozenset({"emulated", "cuda_ops"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         places = {item.path.stem, *(folder.name for folder in item.path.parents)}
-        if places & SLOW or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if places & SLOW or _emulates_kernels(item):
             item.add_marker(pytest.mark.slow)
+
+
+def _emulates_kernels(item: pytest.Item) -> bool:
+    """Whether a test compiles the emulated kernels first: by its fixture, or as its parameter `backend`, say sm80."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    fixtures = set(getattr(item, "fixturenames", ()))
+    return bool({"emulated", "cuda_ops"} & fixtures) or str(parameters.get("backend", "")).startswith("sm")
 
 
 @pytest.fixture(autouse=True)
