@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported, because it reads them once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+TESTS = Path(__file__).resolve().parent
 # Files and folders whose tests together take more than some seconds, by measured durations. A test of another file
 # marks itself with `pytest.mark.slow`.
 SLOW = frozenset(
@@ -28,8 +30,8 @@ SLOW = frozenset(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        places = {item.path.stem, *(folder.name for folder in item.path.parents)}
-        if places & SLOW or _emulates_kernels(item):
+        places = item.path.relative_to(TESTS).with_suffix("").parts
+        if SLOW.intersection(places) or _emulates_kernels(item):
             item.add_marker(pytest.mark.slow)
 
 
