@@ -1,28 +1,53 @@
 # make quickstart   set up, train CaCo on real images on the CPU, evaluate
-# make test         the same set-up, then all tests
+# make check        format, lint, types, and the quick tests: under two minutes once it is set up
+# make test         set up, build, and run all tests: under ten minutes on two quiet cores
+# make dist         a source distribution and a wheel in dist/
 # make clean        remove the environment, the build and the quickstart's run
 #
-# VENV (.venv), PYTHON (python3) and TORCH (the pinned pair below) can be set on the command line.
+# VENV (.venv), PYTHON (python3), TORCH (the pinned pair below) and WORKERS (2 test processes) can be set on the command
+# line.
 
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 RUN ?= runs/quickstart
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+# One file runs in one process, because its tests share what they build.
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test setup build clean
+.PHONY: quickstart check lint types quick test dist setup build clean
 
 quickstart: build
-	@echo "[3/3] training on the embedded Fashion-MNIST subset, two to four minutes; a run in $(RUN) is gone on with"
-	$(PY) tools/train.py --config caco_fast/configs/quickstart.yaml --resume auto run.folder=$(RUN)
+	@echo "[3/3] training on the embedded Fashion-MNIST subset, two to four minutes; a run in $(RUN) continues"
+	$(PY) -m caco_fast train --config quickstart --resume auto run.folder=$(RUN)
+
+check: lint types quick
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | sort | \
+		xargs $(VENV)/bin/clang-format --fallback-style=none --dry-run --Werror
+
+types: setup
+	$(PY) -m mypy
+
+quick: setup
+	$(PYTEST) -q -m "not slow"
 
 test: build
 	@echo "[3/3] all tests"
-	$(PY) -m pytest
+	$(PYTEST)
 
-build: $(READY)
+dist: setup
+	$(PIP) -q build
+	$(PY) -m build --no-isolation
+
+build: setup
 	@echo "[2/3] python setup.py build_ext"
 	$(PY) setup.py -q build_ext
 
@@ -30,13 +55,13 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	@echo "[1/3] environment in $(VENV): torch is some 3 GB to fetch the first time"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is wanted, PYTHON=python3.12 names one")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: found Python %d.%d, expected 3.10 or newer; name one with PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -q --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --disable-pip-version-check $(TORCH)
-	$(PY) -m pip install --disable-pip-version-check -q ninja "pybind11>=2.13"
-	$(PY) -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[dev]"
+	$(PIP) -q --upgrade pip "setuptools>=77" wheel
+	$(PIP) $(TORCH)
+	$(PIP) -q ninja "pybind11>=2.13"
+	$(PIP) -q --no-build-isolation -e ".[dev]"
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build runs/quickstart *.egg-info caco_fast/*.so
+	rm -rf $(VENV) build dist runs/quickstart *.egg-info caco_fast/*.so

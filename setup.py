@@ -26,6 +26,9 @@ import sources  # noqa: E402
 
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Xptxas -warn-spills,-warn-lmem-usage"
 CXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall"
+# The end of a compiler's command in ninja; ninja learns from $out.d which headers an object depends on.
+COMPILE = "-MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+OBJECTS = "build/kernels"
 
 
 def find_nvcc() -> str | None:
@@ -53,39 +56,32 @@ def define(name: str, value: str) -> str:
     return shlex.quote(f'-D{name}="{value}"').replace("$", "$$")
 
 
-def ninja_rules(nvcc: str, module: Path) -> str:
-    """The build in ninja's language: one object per source, linked by nvcc."""
+def ninja_rules(nvcc: str, module: str) -> str:
+    """The build in ninja's language, from the repository's root: one object for each source, linked by nvcc."""
     try:
         import pybind11  # here, so that an installation without nvcc does not need it
     except ImportError:
         raise SystemExit("error: pybind11 not found; pip install pybind11 ninja") from None
 
     arches = chosen_arches(nvcc)
-    release = output_of(nvcc, "--version").split("release ")[1].split(",")[0]
+    compiler = "nvcc " + output_of(nvcc, "--version").split("release ")[1].split(",")[0]
     of_arches = define("CACO_ARCHES", ";".join(arches))
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    bindings = f"{includes} -DCACO_MODULE=_C {define('CACO_SOURCE_HASH', sources.content_hash())} " + define(
-        "CACO_COMPILER", f"nvcc {release}"
-    )
+    includes = shlex.join([f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"])
+    names = define("CACO_SOURCE_HASH", sources.content_hash()) + " " + define("CACO_COMPILER", compiler)
+    bindings = f"{includes} -DCACO_MODULE=_C {names}"
 
     def gencode(source: str) -> str:
         served = sources.arches_of(source, arches)
         return "  gencode = " + " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in served)
 
+    nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)]
     lines = [
-        "rule cuda",
-        f"  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule cxx",
-        f"  command = {os.environ.get('CXX', 'c++')} {CXX_FLAGS} {of_arches} {bindings} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
-        *(f"build {name}.o: cuda {sources.ROOT / name}\n{gencode(name)}" for name in sources.KERNELS),
-        f"build {sources.BINDINGS}.o: cxx {sources.ROOT / sources.BINDINGS}",
-        f"build {module}: link " + " ".join(f"{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)),
+        f"rule cuda\n  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} {COMPILE}",
+        f"rule cxx\n  command = {os.environ.get('CXX', 'c++')} {CXX_FLAGS} {of_arches} {bindings} {COMPILE}",
+        f"rule link\n  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
+        *(f"build {OBJECTS}/{name}.o: cuda csrc/{name}\n{gencode(name)}" for name in sources.KERNELS),
+        f"build {OBJECTS}/{sources.BINDINGS}.o: cxx csrc/{sources.BINDINGS}",
+        f"build {module.replace(' ', '$ ')}: link {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -94,19 +90,14 @@ class BuildKernels(build_ext):
     """Writes the ninja file and runs ninja, which rebuilds only what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder = ROOT / "build" / "kernels"
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        module.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_rules(find_nvcc(), module))
-        try:
-            from ninja import BIN_DIR
-        except ImportError:
-            BIN_DIR = None
-        ninja = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+        module, rules = Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / OBJECTS / "build.ninja"
+        for folder in (module.parent, rules.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        rules.write_text(ninja_rules(find_nvcc(), os.path.relpath(module, ROOT)))
+        ninja = shutil.which("ninja", path=sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", ""))
         if ninja is None:
             raise SystemExit("error: ninja not found; pip install ninja")
-        if subprocess.run([ninja, "-C", str(folder)]).returncode:
+        if subprocess.run([ninja, "-C", str(ROOT), "-f", str(rules)]).returncode:
             raise SystemExit("error: the CUDA module was not built; nvcc's messages are above")
 
 
@@ -123,4 +114,6 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels}, options={"build_ext": {"inplace": True}})
+# `python setup.py build_ext` builds in place; a wheel takes the module from a folder of its own.
+in_place = "build_ext" in sys.argv
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels}, options={"build_ext": {"inplace": in_place}})

@@ -23,6 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from caco_fast.configs import find_base, find_config
 from caco_fast.data import DataConfig, ViewConfig
 from caco_fast.engine.metrics import WandbConfig
 from caco_fast.engine.settings import CheckpointConfig, RunConfig, TrainerConfig
@@ -74,10 +75,11 @@ def _with_sections(methods: tuple[tuple[str, Registered], ...]) -> type[Config]:
     return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
 
-    A file may begin with `base: other.yaml`, found next to it, whose settings it then changes.
+    `path` is a file or the name of a shipped configuration. It may begin with `base: NAME`, a file next to it or a
+    shipped configuration, whose settings it changes.
 
     Raises:
         UserError: a missing or malformed file, an unknown key (the nearest valid one is named), a mistyped value.
@@ -151,17 +153,17 @@ def _rows(config: Any, indent: str) -> Iterator[tuple[str, str]]:
             yield f"{indent}{f.name}: {json.dumps(value)}", help
 
 
-def _with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _with_bases(path: Path | str) -> list[tuple[Path, dict[str, Any]]]:
     """The file and those it is based on, the first base first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
-    following: Path | None = path
+    following: Path | None = find_config(path)
     while following is not None:
         if any(following == seen for seen, _ in chain):
             raise UserError(f"--config {path}: {following} is its own base")
         given = _read_yaml(following)
         base = given.pop("base", None)
         chain.append((following, given))
-        following = following.parent / str(base) if base is not None else None
+        following = find_base(str(base), following) if base is not None else None
     return chain[::-1]
 
 

@@ -196,8 +196,8 @@ def device_named(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"found {name!r}, wanted a device such as cuda:1") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m caco_fast.selftest", description=__doc__.split("\n")[0])
+def main(arguments: list[str] | None = None, prog: str = "python -m caco_fast.selftest") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", type=device_named, help="the GPU to test, such as cuda:1")
     parser.add_argument("--small", action="store_true", help="small shapes only, for compute-sanitizer")
     options = parser.parse_args(arguments)

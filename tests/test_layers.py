@@ -12,7 +12,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "caco_fast"
 
 # Lowest first. Parts of the ground layer may use each other; in all others each stands alone.
-GROUND = ("apex", "storage", "errors", "settings", "host", "distributed", "provenance", "benchmarking")
+GROUND = (
+    "apex",
+    "benchmarking",
+    "configs",
+    "distributed",
+    "errors",
+    "host",
+    "provenance",
+    "settings",
+    "storage",
+)
 LAYERS = (
     GROUND,
     ("ops",),
@@ -22,7 +32,11 @@ LAYERS = (
     ("evaluate",),
     ("engine",),
     ("config",),
+    ("build",),
+    ("report",),
     ("training",),
+    ("cli", "api"),
+    ("__main__",),
 )
 # What `import caco_fast` reaches: its face loads bank and methods when their names are used.
 FACE = "methods"

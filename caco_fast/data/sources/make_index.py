@@ -221,11 +221,11 @@ def _inspect_file(path: bytes) -> _File:
     return _File(height, width, len(data), zlib.crc32(data), digest, findings)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the program and return its exit status. Errors of the user are printed."""
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        return index_folder(arguments)
+        return index_folder(arguments, prog)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -240,9 +240,9 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def index_folder(arguments: Sequence[str] | None = None) -> int:
+def index_folder(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check the folder, write the index and a report. UserError if the folder or the output can't be used."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     top, output = Path(options.folder).expanduser(), options.output
     output = Path(output).expanduser() if output else top / NAME
     _check_output(output)
@@ -267,8 +267,8 @@ def index_folder(arguments: Sequence[str] | None = None) -> int:
     return 1 if options.strict and excluded else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parse(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="directory that holds train/<class>/*.JPEG and, for evaluation, val/ or test/")
     parser.add_argument("--output", metavar="FILE.npz", help=f"the index; default {NAME} in the folder")
     parser.add_argument(

@@ -1,0 +1,97 @@
+"""`caco-fast train`: pre-trains an encoder.
+
+Under torchrun the process is one rank of a run; otherwise it is a run on one device. Exit status: 0 done, 2 the user
+can correct it, 75 another rank is gone, 128 + n stopped by signal n after a checkpoint (docs/dependability.md).
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from caco_fast.configs import find_config, listing
+from caco_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from caco_fast.config import Config
+
+# Before torch is imported. Spinning OpenMP threads take the cores from the loader and from other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    options = _parser(prog).parse_intermixed_args(arguments)
+    if options.list_configs:
+        print(listing())
+        return 0
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+
+    # After the arguments, so that --help and a mistyped option answer at once.
+    from caco_fast.config import describe, load_config
+
+    try:
+        file = find_config(options.config) if options.config else None
+        config = load_config(file, options.settings)
+    except UserError as error:
+        # Every rank reads the same settings; one rank of each machine reports what is wrong with them.
+        if local_rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.print_config:
+        if rank == "0":
+            print(describe(config))
+        return 0
+    name = file.stem if file else config.method
+    return _train(config, Path(config.run.folder or f"runs/{name}"), options.resume, rank)
+
+
+def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:
+    """Trains, and turns every way in which a run ends into one line and an exit status."""
+    from caco_fast.engine.ranks import Interrupted, RankLost, ReportedElsewhere
+    from caco_fast.training import train
+
+    try:
+        train(config, folder, resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if rank == "0":
+            print("interrupted; the last checkpoint is kept: continue with --resume auto", file=sys.stderr)
+        return 130
+    except RankLost as lost:
+        print(f"error: {lost}; the last checkpoint is intact: continue with --resume auto", file=sys.stderr)
+        return lost.exit_code
+    except ReportedElsewhere as silent:
+        return silent.exit_code
+    except Interrupted as stopped:
+        print(f"{stopped}; continue with --resume auto", file=sys.stderr)
+        return stopped.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Pre-train an encoder with CaCo or a related method.",
+        epilog="example: %(prog)s --config quickstart optimizer.lr=0.002 run.folder=runs/a",
+    )
+    parser.add_argument("--config", metavar="NAME|FILE", help="shipped configuration, or YAML file with settings")
+    parser.add_argument("--list-configs", action="store_true", help="show the shipped configurations, and stop")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|never|FILE",
+        help="auto: continue from the newest checkpoint of the run folder, or start if there is none; never (default): "
+        "start, and refuse a folder that holds a run; FILE: continue from this checkpoint",
+    )
+    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")
+    return parser

@@ -1,0 +1,58 @@
+"""The shipped configurations, and how `--config` and `base:` find one by its name or its path."""
+
+import difflib
+from pathlib import Path
+
+from caco_fast.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def shipped() -> dict[str, Path]:
+    """Every shipped configuration by its name, such as "quickstart"."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def listing() -> str:
+    """A line for each shipped configuration: its name, and what its first comment says."""
+    files = shipped()
+    width = max(map(len, files))
+    return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in files.items())
+
+
+def find_config(given: str | Path) -> Path:
+    """The file of a configuration that is given by its path or by its shipped name, with or without `.yaml`.
+
+    A file that exists has priority over a shipped one.
+
+    Raises:
+        UserError: there is neither; the line gives the nearest shipped name.
+    """
+    return _find(Path(given), Path(given), f"--config {given}")
+
+
+def find_base(base: str, file: Path) -> Path:
+    """The file of `base: NAME` in a configuration file: a path from the file's folder, or a shipped name.
+
+    Raises:
+        UserError: there is neither; the line gives the nearest shipped name.
+    """
+    return _find(Path(base), file.parent / base, f"--config {file}: base: {base}")
+
+
+def _find(given: Path, path: Path, key: str) -> Path:
+    # Only a bare name is looked up, because a path says where it expects the file.
+    name = str(given).removesuffix(".yaml")
+    files = shipped()
+    if not path.is_file() and name in files:
+        return files[name]
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(given.name.removesuffix(".yaml"), files, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"{key}: found no such file, expected a file or the name of a shipped configuration; the nearest name is {near}"
+    )
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text().splitlines()[0].removeprefix("#").strip()
