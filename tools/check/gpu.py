@@ -96,7 +96,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "times, memory and shares of the card's ceilings are measured",
             120,
             (
-                (python, "tools/bench/bank.py", "--device", "cuda", "--seconds", "100")
+                (python, "tools/bench/ops.py", "bank", "--device", "cuda", "--seconds", "80")
                 + ("--output", str(WORK / "bench_bank_cuda.json")),
             ),
             proof=False,
@@ -105,9 +105,12 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
         sanitized("racecheck", "no race in shared memory", r"RACECHECK SUMMARY: 0 hazards"),
         Stage(
             "optimiser benchmark",
-            "times of EMA and LARS: torch's foreach, the kernels, torch.compile",
+            "times of EMA and LARS: torch's foreach, a loop over tensors, torch.compile",
             100,
-            ((python, "tools/bench/optim.py", "--device", "cuda", "--output", str(WORK / "bench_optim_cuda.json")),),
+            (
+                (python, "tools/bench/ops.py", "ema_update", "lars_step", "--device", "cuda")
+                + ("--output", str(WORK / "bench_optim_cuda.json")),
+            ),
             proof=False,
         ),
         Stage(
