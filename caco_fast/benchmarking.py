@@ -1,5 +1,10 @@
-"""What every benchmark records beside its figures: machine, versions, commit, and how the figures were taken."""
+"""The shared part of the scripts in tools/ that measure: options, results as JSON, clocks.
 
+A result holds, besides its figures, the machine, the versions, the commit and the settings that they were taken with.
+The module is in the package because scripts of two folders import it.
+"""
+
+import argparse
 import functools
 import hashlib
 import json
@@ -7,10 +12,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,6 +24,45 @@ from caco_fast.errors import UserError
 from caco_fast.provenance import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Bench:
+    """The command line of a script that measures: its own options, --output, and --table to print a result again."""
+
+    def __init__(self, description: str | None, table: Callable[[dict[str, Any]], str], output: str) -> None:
+        """table: a result as Markdown. output: the name of the default result in benchmarks/results, for the help."""
+        self.table = table
+        form = argparse.RawDescriptionHelpFormatter
+        self.parser = argparse.ArgumentParser(description=description, formatter_class=form)
+        self.parser.add_argument("--output", type=Path, help=f"JSON file, default benchmarks/results/{output}")
+        self.parser.add_argument(
+            "--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else"
+        )
+
+    def parse(self, arguments: Sequence[str] | None = None, positive: Sequence[str] = ()) -> argparse.Namespace:
+        """The options. With --table the result is printed and the script ends. positive: options of 1 or more."""
+        options = self.parser.parse_intermixed_args(arguments)
+        if options.table:
+            print(self.table(read_result(options.table)))
+            sys.exit(0)
+        for name in positive:
+            if getattr(options, name) < 1:
+                self.parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected 1 or more")
+        return options
+
+    def show(self, path: Path) -> None:
+        """Print the table of a written result, and where the result is."""
+        print(f"{self.table(read_result(path))}\n\nwritten to {path}", flush=True)
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit with its status, or with status 2 and one line after a UserError."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def machine() -> dict[str, Any]:
@@ -28,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def content_hash() -> str:
-    """SHA-256 over names and bytes of the package's and the kernels' sources: what was measured, commit or not."""
+    """SHA-256 over names and bytes of all sources: this is what was measured."""
     digest = hashlib.sha256()
     kinds = {".py", ".cpp", ".cu", ".cuh", ".h"}
     for folder in ("caco_fast", "csrc", "tools"):
@@ -59,14 +103,14 @@ def write_result(path: str | Path, *, settings: dict[str, Any], results: Any) ->
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `write_result` wrote. UserError where there is no such file."""
+    """What `write_result` wrote. A missing file is a UserError."""
     if not path.is_file():
-        raise UserError(f"--table {path}: no such file, run this tool without --table to make one")
+        raise UserError(f"--table {path}: no such file; run this tool without --table to make one")
     return json.loads(path.read_text())
 
 
 def _script() -> str:
-    """The running script, as a path within the checkout where it lies in it."""
+    """The running script, as a path within the checkout if it is there."""
     script = Path(sys.argv[0]).resolve()
     return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 

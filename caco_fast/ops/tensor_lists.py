@@ -1,7 +1,7 @@
 """What the operations on lists of tensors share: their backends and checks.
 
 `reference` goes tensor by tensor and reads like the formula, `foreach` is torch's multi-tensor operations, `cuda` the
-kernels of csrc/optim. `auto` is foreach until a benchmark on a GPU (tools/bench/optim.py) shows the kernels faster.
+kernels of csrc/optim. `auto` is foreach until a benchmark on a GPU (tools/bench/ops.py) shows the kernels faster.
 """
 
 from collections.abc import Sequence

@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""What several ranks send for the bank in one step of CaCo, and what each of them holds and computes.
+"""Bytes that several ranks send for the bank in one step of CaCo, and what each rank holds and computes.
 
     python tools/bench/collectives.py [--ranks 8] [--batch 1024] [--bank-rows 65536 1048576]    # gloo, on the CPU
     python tools/bench/collectives.py --table benchmarks/results/bench_collectives.json         # the result as Markdown
 
-Every rank runs `CaCoLoss` on random unit queries and keys of its share of the batch, backward and the bank's step: all
-that the bank takes part in, and no encoder. Bytes are counted at each collective (`caco_fast.distributed.Traffic`), so
-they do not depend on the backend. Processor seconds are those of the slowest rank in one step, the first.
+Every rank runs `CaCoLoss`, its backward pass and the bank's step on random unit queries and keys of its share of the
+batch. This is all that the bank takes part in. There is no encoder. Bytes are counted at each collective
+(`caco_fast.distributed.Traffic`), so they do not depend on the backend. Processor seconds are those of the slowest rank
+in the first step.
 
 Legend: B images of the global batch, R = 2 B query rows, K bank rows, C channels, N ranks.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from multiprocessing import set_forkserver_preload
@@ -26,13 +25,14 @@ from torch.multiprocessing import start_processes
 from torch.nn.functional import normalize
 
 from caco_fast.bank import LearnableBank, ShardedBank
-from caco_fast.benchmarking import ROOT, read_result, write_result
+from caco_fast.benchmarking import RESULTS, Bench, run_script, write_result
 from caco_fast.distributed import barrier, count_traffic, rank, world_size
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
 
+RESULT = RESULTS / "bench_collectives.json"
 BANKS = {"sharded": ShardedBank, "replicated": LearnableBank}
-# A replicated bank of more rows would take all the memory of a small machine: every rank holds it.
+# Every rank holds a replicated bank, so more rows would take all the memory of a small machine.
 MOST_REPLICATED = 65536
 
 
@@ -73,9 +73,9 @@ def run_rank(number: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -
 
 
 def measure(ranks: int, *arguments: Any) -> dict[str, Any]:
-    """`measure_step` on so many processes: of each figure the largest over the ranks."""
+    """Run `measure_step` on several processes and return the largest of each figure over the ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a process that has the imports behind it, which cost more than the step.
+        # Ranks are forked from a process that has done the imports, which cost more than the step.
         set_forkserver_preload(["caco_fast.methods"])
         start_processes(run_rank, (ranks, folder, arguments), nprocs=ranks, start_method="forkserver")
         found = json.loads(Path(folder, "found.json").read_text())
@@ -105,19 +105,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=8, help="N, processes on this machine")
-    parser.add_argument("--batch", type=int, default=1024, help="B, images of the global batch")
-    parser.add_argument("--bank-rows", type=int, nargs="+", default=[65536, 2**20], help="K")
-    parser.add_argument("--channels", type=int, default=256, help="C")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "bench_collectives.json")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
-    options = parser.parse_args()
-    if options.table:
-        print(table(read_result(options.table)))
-        return
-    if options.ranks < 1 or options.batch < 1 or options.batch % options.ranks:
-        raise UserError(f"--batch {options.batch}: can't be shared evenly by {options.ranks} ranks")
+    bench = Bench(__doc__, table, RESULT.name)
+    bench.parser.add_argument("--ranks", type=int, default=8, help="N, processes on this machine")
+    bench.parser.add_argument("--batch", type=int, default=1024, help="B, images of the global batch")
+    bench.parser.add_argument("--bank-rows", type=int, nargs="+", default=[65536, 2**20], help="K")
+    bench.parser.add_argument("--channels", type=int, default=256, help="C")
+    options = bench.parse(positive=("ranks", "batch", "channels"))
+    if options.batch % options.ranks:
+        raise UserError(f"--batch: found {options.batch}, expected a multiple of --ranks {options.ranks}")
     cases = [("sharded", rows, "float32") for rows in options.bank_rows]
     cases += [("sharded", options.bank_rows[0], "bfloat16")]
     cases += [("replicated", rows, "float32") for rows in options.bank_rows if rows <= MOST_REPLICATED]
@@ -129,13 +124,9 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("ranks", "batch", "bank_rows", "channels")}
     settings["payload"] = "bytes of the whole tensor that is gathered, reduced or scattered, each counted once"
     settings["sent"] = "per rank, by a ring: (N - 1) / N of the payload, twice that for an all-reduce"
-    path = write_result(options.output, settings=settings, results=results)
-    print(f"\n{table(read_result(path))}\n\nwritten to {path}")
+    print()
+    bench.show(write_result(options.output or RESULT, settings=settings, results=results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -28,7 +28,7 @@ from typing import Any
 # Spinning OpenMP threads starve the loader, and everything else, on a machine whose cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import bank_gpu
+import timing
 import torch
 from peers import PHASES, Phases, ReleasedStep, TrainerStep
 from PIL import Image
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         variants = [variant for variant in options.variants or DEFAULTS if variant not in left_out]
         ceiling = None
         if device.type == "cuda" and has_floor(config):
-            ceiling = bank_gpu.ceilings(bank_gpu.Timer(str(device)), str(device))["copy_gb_per_s"]
+            ceiling = timing.ceilings(timing.Timer(str(device)), str(device))["copy_gb_per_s"]
         for batch in options.batch or [config.trainer.batch_size]:
             if time.monotonic() - start > options.seconds:
                 break

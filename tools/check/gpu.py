@@ -87,7 +87,7 @@ def stages(architecture: str, nvcc: str, sanitizer: str, python: str = sys.execu
             "times, memory and shares of the card's ceilings are measured",
             120,
             (
-                (python, "tools/bench/ops.py", "all", "--device", "cuda", "--seconds", "100")
+                (python, "tools/bench/ops.py", "bank", "--device", "cuda", "--seconds", "80")
                 + ("--output", str(WORK / "bench_ops_cuda.json")),
             ),
             proof=False,

@@ -1,0 +1,316 @@
+"""tools/bench/ops.py: its figures are of the work that it names, and it prints none on a red gate or for wrong work."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from caco_fast.errors import UserError
+from caco_fast.models import BackboneConfig, ProjectorConfig, build_encoder_pair
+from tests.tool import load_tool
+
+ops = load_tool("bench/ops")
+ops_worker, ops_work, ops_report = (sys.modules[name] for name in ("ops_worker", "ops_work", "ops_report"))
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = ops_worker.Task(("bank",), ((16, 64, 16),), "cpu", ("float32", "bfloat16"), rounds=2, seconds=60, threads=1)
+LISTS = replace(TASK, operations=("ema_update", "lars_step"), sizes=None)
+
+
+@pytest.fixture
+def few_tensors(monkeypatch: pytest.MonkeyPatch) -> int:
+    """One tensor of each kind in place of an encoder's: its number of elements."""
+    shapes = [torch.Size(shape) for shape in ((8, 3, 3, 3), (16, 8), (16,))]
+    monkeypatch.setattr(ops_work, "encoder_shapes", lambda: shapes)
+    return sum(shape.numel() for shape in shapes)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Any:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / "bench" / "ops.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+
+
+def measured(task: Any, limits: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    return [ops_report.figures(row, limits or {}) for row in ops_worker.rows(task)]
+
+
+def record_of(rows: list[dict[str, Any]], limits: dict[str, float], gpu: str | None = None) -> dict[str, Any]:
+    settings = {"gpu": gpu, "device": "cpu", "threads": 1, "base": None}
+    results = {"ceilings": limits, "rows": rows}
+    return {"settings": settings, "machine": {"cpu": "some CPU"}, "versions": {"torch": "2"}, "results": results}
+
+
+# The whole script
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_it_writes_times_and_memory_of_every_variant(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "bench.json"
+    rows, bank_rows = 256, 16384
+    monkeypatch.setattr(ops, "gate", lambda operations: ({}, None))
+    sizes = ["--sizes", f"{rows},{bank_rows},32", "--rounds", "2", "--threads", "1"]
+    assert ops.main(["bank", *sizes, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    found = {row["variant"]: row for row in record["results"]["rows"]}
+    assert list(found) == ["dense eager", "tiled float32", "tiled bfloat16"]
+    for row in found.values():
+        assert set(row["parts"]) == {"bank_attend", "bank_select", "bank_step"}
+        for times in (row["ms"], row["processor_ms"], *(part["ms"] for part in row["parts"].values())):
+            assert 0 < times["p20"] <= times["median"] <= times["p80"]
+    # The dense step holds the similarities and their softmax at the same time; the tiled one neither, and at this size
+    # its extra memory is mostly what the allocator keeps.
+    extra = {variant: row["extra_bytes"] for variant, row in found.items()}
+    assert extra["dense eager"] > 2 * 4 * rows * bank_rows
+    assert 0 < extra["tiled float32"] < extra["dense eager"] / 2
+    assert {"machine", "versions", "commit", "dirty", "content_sha256", "settings", "time"} <= set(record)
+    printed = capsys.readouterr().out
+    assert "| tiled bfloat16 |" in printed
+    with pytest.raises(SystemExit) as ended:
+        ops.main(["--table", str(output)])
+    assert ended.value.code == 0 and capsys.readouterr().out.strip() in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--table", "none.json"), "--table none.json: no such file"),
+        (("bank", "--sizes", "3,4"), "--sizes: found '3,4', expected R,K,C"),
+        pytest.param(
+            ("bank", "--device", "cuda"),
+            "--device cuda: torch finds no CUDA GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_run_is_one_clear_line(arguments, words):
+    answer = run(*arguments)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(f"error: {words}") and answer.stderr.count("\n") == 1
+
+
+def test_an_unknown_operation_is_named(capsys):
+    with pytest.raises(SystemExit):
+        ops.main(["bank_stop"])
+    assert "operations: found bank_stop, expected some of all, bank" in capsys.readouterr().err
+
+
+# The gate
+
+
+def in_a_tree(monkeypatch: pytest.MonkeyPatch, tree: Path, test: str) -> None:
+    (tree / "tests" / "ops").mkdir(parents=True)
+    (tree / "tests" / "ops" / "test_bank_step.py").write_text(f"def test_step():\n    assert {test}\n")
+    monkeypatch.setattr(ops, "ROOT", tree)
+
+
+def test_no_speed_is_printed_while_a_test_fails(monkeypatch, tmp_path, capsys):
+    in_a_tree(monkeypatch, tmp_path, "1 + 1 == 3")
+    monkeypatch.setattr(ops, "measure", lambda task: pytest.fail("it measures"))
+    assert ops.main(["bank_step", "--output", str(tmp_path / "bench.json")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: tests/ops/test_bank_step.py: tests fail, so no speed is printed: FAILED")
+
+
+def test_an_open_gate_says_what_was_tested(monkeypatch, tmp_path, capsys):
+    in_a_tree(monkeypatch, tmp_path, "1 + 1 == 2")
+    assert ops.main(["bank", "--gate-only"]) == 0
+    printed = capsys.readouterr()
+    assert "'bank_step': 'passed'" in printed.out and "'bank_select': 'no tests'" in printed.out
+    assert "test_bank_select.py: no such file; bank_select is timed without its tests" in printed.err
+
+
+# The worker, as far as the CPU allows
+
+
+def test_every_size_and_variant_has_rates_and_shares_of_the_ceilings(monkeypatch):
+    monkeypatch.setattr(ops_worker.Task, "variants", lambda *_: ["dense eager", "dense eager TF32", "tiled bfloat16"])
+    limits = ops_worker.ceilings(ops_worker.Timer("cpu"), "cpu")
+    sizes = ((64, 512, 32), (8, 100, 16))
+    rows = measured(replace(TASK, sizes=sizes), limits)
+    assert [tuple(row["size"].values()) for row in rows] == [size for size in sizes for _ in range(3)]
+    for row in rows:
+        r, k, c = row["size"].values()
+        median = row["ms"]["median"]
+        assert row["gflop_per_s"] == pytest.approx(10 * r * k * c / median / 1e6, abs=0.06)
+        traffic = (22 * k + 10 * r) * c / median / 1e6
+        assert row["gb_per_s"] == pytest.approx(traffic, abs=0.06)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / limits["copy_gb_per_s"], rel=1e-3, abs=1e-4)
+        assert set(row["parts"]["bank_step"]) == set(row) & set(row["parts"]["bank_step"])
+        if row["variant"] == "dense eager TF32":
+            assert row["difference"] == 0
+        if row["variant"] == "tiled bfloat16":
+            assert 0 < row["difference"] < 0.05
+    table = ops.table(record_of(rows, limits, "some GPU"))
+    assert len(table.splitlines()) == 4 + 6
+    assert "of cuBLAS" in table and "of cuBLAS" not in ops.table(record_of(rows, {}))
+
+
+@pytest.mark.parametrize("operation", ["bank_attend", "bank_select", "bank_step"])
+def test_a_part_is_timed_alone_and_compared_with_the_dense_one(operation):
+    dense, *others = measured(replace(TASK, operations=(operation,)))
+    assert "parts" not in dense and "difference" not in dense
+    assert others[0]["difference"] < 1e-5 and others[1]["difference"] < 0.05
+    # Rows in bf16 give other numbers, but at this size they select the same positives.
+    assert (others[1]["difference"] == 0) == (operation == "bank_select")
+
+
+def test_a_wrong_bank_variant_is_not_timed(monkeypatch):
+    right = ops_worker.make_work
+
+    def wrong(operation, variant, *arguments):
+        work = right(operation, variant, *arguments)
+        if variant == "tiled float32":
+            step, velocity = work.parts["bank_step"], work.result()[0]
+            work.parts["bank_step"] = lambda: (step(), velocity.mul_(1.2))
+        return work
+
+    monkeypatch.setattr(ops_worker, "make_work", wrong)
+    dense, first, second = measured(TASK)
+    assert "ms" in dense and "ms" in second
+    assert first["error"] == "wrong: its result differs by 0.2 of the norm of the peer's" and "ms" not in first
+    assert f"| {first['error']} |" in ops.table(record_of([dense, first, second], {}))
+
+
+def test_a_wrong_list_variant_is_not_timed(few_tensors, monkeypatch):
+    right = ops_work.lars_step_
+
+    def wrong(params, grads, velocities, **settings):
+        right(params, grads, velocities, **settings)
+        velocities[1][3] += 0.1
+
+    monkeypatch.setattr(ops_work, "lars_step_", wrong)
+    loop, foreach, flag = measured(replace(LISTS, operations=("lars_step",)))
+    assert "ms" in loop
+    assert foreach["error"].startswith("wrong: its result differs by ") and flag["error"].startswith("wrong: ")
+
+
+def test_an_exception_is_the_result_of_its_variant(monkeypatch):
+    right = ops_worker.make_work
+
+    def failing(operation, variant, *arguments):
+        if variant == "dense eager":
+            raise torch.OutOfMemoryError("of memory")
+        if variant == "tiled float32":
+            raise RuntimeError("backend is not there\nmore")
+        return right(operation, variant, *arguments)
+
+    monkeypatch.setattr(ops_worker, "make_work", failing)
+    dense, first, second = measured(TASK)
+    assert dense["error"] == "out of memory" and first["error"] == "RuntimeError: backend is not there"
+    assert "ms" in second
+
+
+def test_a_worker_that_crashes_is_a_row():
+    *_, last = ops.run_worker(replace(TASK, operations=("bank_stop",), sizes=((0, 0, 0),), threads=0))
+    assert last["variant"] == "the rest"
+    assert last["error"].startswith("the measuring process ended with status 1: ")
+
+
+def test_out_of_time_names_the_sizes_that_did_not_run():
+    rows = measured(replace(TASK, seconds=-1))
+    assert {row["error"] for row in rows} == {"not begun within -1 s"}
+    assert [row["size"] for row in rows] == [{"R": 16, "K": 64, "C": 16}] * 3
+
+
+def test_a_gpu_covers_these_sizes_and_variants():
+    task = replace(TASK, device="cuda", sizes=None)
+    sizes = [size for _, size in task.cases()]
+    assert len(sizes) == len(set(sizes)) == 5 * 3 * 2
+    assert sizes[0] == (2048, 65536, 256)
+    peers, kernels = ["dense eager", "dense eager TF32"], ["cuda float32", "cuda bfloat16"]
+    assert task.variants("bank", sizes[0]) == [*peers, "dense compiled TF32", "tiled bfloat16", *kernels]
+    assert task.variants("bank", (1024, 65536, 256)) == [*peers, "tiled bfloat16", *kernels]
+    assert task.variants("bank", sizes[-1]) == kernels
+    # Sizes that a user names are compared whatever they are.
+    assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[0] == "dense eager"
+
+
+def test_lists_have_times_rates_and_aten_calls_of_every_variant(few_tensors):
+    rows = measured(LISTS)
+    assert [row["variant"] for row in rows] == ["loop", "foreach", "foreach, flag"] * 2
+    for row in rows:
+        assert 0 < row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        traffic = {"ema_update": 12, "lars_step": 28}[row["operation"]] * few_tensors
+        assert row["gb_per_s"] == pytest.approx(traffic / row["ms"]["median"] / 1e6, abs=0.06)
+        assert row["size"] == {"tensors": 3, "elements": few_tensors} and row["difference"] < 1e-5
+    assert rows[0]["aten_calls"] == 2 * 3 and rows[1]["aten_calls"] == 1
+    assert ops.table(record_of(rows, {})).count("\n") == 3 + 5
+
+
+def test_lists_have_the_shapes_of_the_encoder():
+    with torch.device("meta"):
+        query = build_encoder_pair(BackboneConfig("resnet50"), ProjectorConfig(), 3).query
+    assert sorted(ops_work.encoder_shapes()) == sorted(p.shape for p in query.parameters())
+    inputs = ops_work.ListInputs([torch.Size((8, 3, 3, 3))], "cpu")
+    assert not inputs.params[0].is_contiguous()
+
+
+# The base
+
+
+def test_base_is_measured_in_turns_and_reported_as_a_ratio(monkeypatch):
+    base, trees = Path("base"), []
+    row = {"operation": "bank_step", "size": {"R": 1, "K": 2, "C": 3}, "variant": "tiled float32"}
+
+    def worker(task, tree):
+        trees.append(tree)
+        yield {**row, "samples": {"whole": [3.0 if tree == base else 1.5] * 3}}
+        yield (
+            {**row, "variant": "new", "samples": {"whole": [1.0]}}
+            if tree != base
+            else {
+                **row,
+                "variant": ops.THE_REST,
+                "error": "status 1",
+            }
+        )
+
+    monkeypatch.setattr(ops, "run_worker", worker)
+    *_, (_, (found, new)) = ops.compare(TASK, base)
+    assert trees[:4] == [ROOT, base, base, ROOT] and trees.count(base) == ops.TURNS
+    assert found["ms"]["median"] == 1.5 and found["base_ms"]["median"] == 3
+    assert found["times_base"] == {"median": 0.5, "p20": 0.5, "p80": 0.5}
+    assert new["base_error"] == "status 1" and "times_base" not in new
+    assert "| 0.5 (0.5-0.5) |" in ops.table(record_of([found, new], {}))
+
+
+def test_base_is_checked_out_and_removed_again(monkeypatch, tmp_path):
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("old")
+    git("add", "file")
+    git("commit", "-qm", "old")
+    (tmp_path / "file").write_text("new")
+    monkeypatch.setattr(ops, "ROOT", tmp_path)
+    with ops.checked_out("HEAD", build=False) as tree:
+        assert (tree / "file").read_text() == "old"
+    assert not tree.exists() and list((tmp_path / ".git" / "worktrees").glob("*")) == []
+    with (
+        pytest.raises(UserError, match="^--base nowhere: git worktree add failed: "),
+        ops.checked_out("nowhere", False),
+    ):
+        pass
+
+
+def test_an_older_package_needs_no_more_than_its_public_operations():
+    for name in ("ops_worker", "ops_work", "timing"):
+        source = (ROOT / "tools" / "bench" / f"{name}.py").read_text()
+        imported = [line for line in source.splitlines() if "caco_fast" in line and "import" in line.split()]
+        assert all(line.startswith("from caco_fast.ops import ") for line in imported), name

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Time and memory of the operations: the bank's step and its three parts, the EMA of the key encoder, the LARS step.
+
+    python tools/bench/ops.py bank_step                                 on the CPU, next to the dense released form
+    python tools/bench/ops.py all --device cuda --seconds 100          over many sizes, as shares of the card's ceilings
+    python tools/bench/ops.py bank_step --base main                     next to another commit, in the same run
+    python tools/bench/ops.py --table benchmarks/results/bench_bank_cpu.json      the result as Markdown
+
+An operation is bank_attend, bank_select, bank_step, `bank` for the three as one training step, ema_update, lars_step,
+or `all`. The tests of an operation (tests/ops/test_<operation>.py) run first. If one fails, no speed is printed and the
+exit status is 1. A variant whose result differs from that of the peer is not timed.
+
+The peer of the bank is a dense eager step with the passes of the released algorithm (ops_work.py). The peer of EMA and
+LARS is a loop over the tensors of ResNet-50 with CaCo's projector. GPU times are device events around work that was
+launched while the GPU slept, with a cold L2 cache. Extra memory is the peak above what the process held before. On the
+CPU it is resident memory in a process of its own.
+
+With --base, processes of both versions alternate. `x base` is the time of this version over that of the base.
+
+Legend: R query and key rows, K bank rows, C channels.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from ops_report import figures, table
+from ops_work import BANK_OPERATIONS, BANK_TEMPERATURE, LIST_OPERATIONS, PARTS, TEMPERATURE
+from ops_worker import COMPARED_SIZES, CPU_SIZES, Row, Size, Task
+
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, write_result
+from caco_fast.errors import UserError
+
+OPERATIONS = (*BANK_OPERATIONS, *LIST_OPERATIONS)
+WORKER = Path(__file__).with_name("ops_worker.py")
+# The emulated kernels take minutes, and are not what is timed here.
+QUICK = "not (emulated or sm70 or sm80 or sm90 or sm_)"
+TURNS = 5
+THE_REST = "the rest"  # what a worker had not measured when it crashed
+MISSING = {"error": "not measured"}
+# A step alone is not here: the allocator keeps what the parts before it took.
+MEMORY_IN_A_PROCESS = ("bank", "bank_attend", "bank_select")
+
+
+# The gate
+
+
+def gate(operations: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    """(what was tested, by operation; why no speed may be printed, or None)"""
+    tested, files = {}, []
+    for operation in dict.fromkeys(part for name in operations for part in (PARTS if name == "bank" else (name,))):
+        file = f"tests/ops/test_{operation}.py"
+        tested[operation] = "passed" if (ROOT / file).is_file() else "no tests"
+        if (ROOT / file).is_file():
+            files.append(file)
+        else:
+            print(f"{file}: no such file; {operation} is timed without its tests", file=sys.stderr)
+    if not files:
+        return tested, None
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode == 0:
+        return tested, None
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    why = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "no output")
+    return tested, f"{' '.join(files)}: tests fail, so no speed is printed: {why}"
+
+
+# Measuring
+
+
+def run_worker(task: Task, tree: Path = ROOT) -> Iterator[Row]:
+    """The rows of ops_worker.py with the package of a tree. The last row is its error if it ends by one."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    command = [sys.executable, str(WORKER), json.dumps(asdict(task))]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as worker:
+            yield from map(json.loads, worker.stdout or ())
+        if worker.returncode != 0:
+            errors.seek(0)
+            last = (errors.read().strip() or "no output").splitlines()[-1]
+            error = f"the measuring process ended with status {worker.returncode}: {last}"
+            yield {"operation": " ".join(task.operations), "size": {}, "variant": THE_REST, "error": error}
+
+
+def measure(task: Task) -> Iterator[tuple[dict[str, float], list[Row]]]:
+    """(the card's ceilings, the figures of all rows so far), after every row."""
+    limits: dict[str, float] = {}
+    results: list[Row] = []
+    for row in run_worker(task):
+        if "ceilings" in row:
+            limits = row["ceilings"]
+            continue
+        if not task.on_gpu and row["operation"] in MEMORY_IN_A_PROCESS and "error" not in row:
+            size = (row["size"]["R"], row["size"]["K"], row["size"]["C"])
+            alone = replace(task, operations=(row["operation"],), sizes=(size,), memory_of=row["variant"])
+            row |= {"extra_bytes": None} | next(run_worker(alone))
+        results.append(figures(row, limits))
+        yield limits, results
+
+
+def compare(task: Task, base: Path) -> Iterator[tuple[dict[str, float], list[Row]]]:
+    """The figures of all rows so far, with those of the base, after every turn. Each turn changes the order."""
+    limits: dict[str, float] = {}
+    found: dict[Path, dict[str, list[Row]]] = {ROOT: {}, base: {}}
+    task = replace(task, seconds=task.seconds / (2 * TURNS))
+    for turn in range(TURNS):
+        for tree in (ROOT, base) if turn % 2 == 0 else (base, ROOT):
+            for row in run_worker(task, tree):
+                if "ceilings" in row:
+                    limits = row["ceilings"]
+                    continue
+                key = json.dumps([row["operation"], row["size"], row["variant"]])
+                found[tree].setdefault(key, []).append(row)
+        # A row that the base lacks shows the error that ended the base's process.
+        ended = next((rows for rows in found[base].values() if rows[0]["variant"] == THE_REST), [MISSING])
+        yield limits, [paired(rows, found[base].get(key, ended), limits) for key, rows in found[ROOT].items()]
+
+
+def paired(here: list[Row], base: list[Row], limits: dict[str, float]) -> Row:
+    """One row of the turns of both versions."""
+    result, of_base = figures(merged(here), limits), figures(merged(base), limits)
+    if "error" in of_base:
+        return {**result, "base_error": of_base["error"]}
+    if "error" in result:
+        return result
+    ratios = [
+        statistics.median(ours["samples"]["whole"]) / statistics.median(theirs["samples"]["whole"])
+        for ours, theirs in zip(here, base)
+    ]
+    return {**result, "base_ms": of_base["ms"], "times_base": spread(ratios, 3)}
+
+
+def merged(rows: list[Row]) -> Row:
+    """The first row that has an error, or all samples together."""
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        return failed[0]
+    samples = {name: [value for row in rows for value in row["samples"][name]] for name in rows[0]["samples"]}
+    return {**rows[0], "samples": samples}
+
+
+@contextlib.contextmanager
+def checked_out(ref: str, build: bool) -> Iterator[Path]:
+    """A folder with another commit of this repository, its kernels built if they are to be timed."""
+
+    def run(*command: object, folder: Path = ROOT) -> None:
+        done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or "no output").splitlines()[-1]
+            raise UserError(f"--base {ref}: {' '.join(map(str, command[:3]))} failed: {last}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "base")
+        run("git", "worktree", "add", "--detach", tree, ref)
+        try:
+            if build:
+                run(sys.executable, "setup.py", "build_ext", folder=tree)
+            yield tree
+        finally:
+            run("git", "worktree", "remove", "--force", tree)
+
+
+# The command line
+
+
+def parse_sizes(texts: list[str]) -> tuple[Size, ...]:
+    sizes = []
+    for text in texts:
+        numbers = text.split(",")
+        if len(numbers) != 3 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+            raise UserError(f"--sizes: found {text!r}, expected R,K,C, such as 2048,65536,256")
+        sizes.append((int(numbers[0]), int(numbers[1]), int(numbers[2])))
+    return tuple(sizes)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    bench = Bench(__doc__, table, "bench_<operations>_<device>.json")
+    add = bench.parser.add_argument
+    add("operations", nargs="*", metavar="OP", help=f"operations: all, {', '.join(OPERATIONS)}")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    add("--base", metavar="REF", help="a commit to compare with, in the same run")
+    add("--sizes", nargs="+", metavar="R,K,C", help="sizes of bank operations; the default depends on the device")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
+    add("--rounds", type=int, default=20, help="most timed rounds of a variant")
+    add("--seconds", type=float, default=300, help="time after which no further size begins")
+    add("--gate-only", action="store_true", help="only run the tests of the operations")
+    options = bench.parse(arguments, positive=("threads", "rounds"))
+    unknown = [name for name in options.operations if name not in (*OPERATIONS, "all")]
+    if unknown or not options.operations:
+        found = ", ".join(unknown) or "none"
+        bench.parser.error(f"operations: found {found}, expected some of all, {', '.join(OPERATIONS)}")
+    options.bench = bench
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    everything = "all" in options.operations
+    operations = OPERATIONS if everything else tuple(dict.fromkeys(options.operations))
+    sizes = parse_sizes(options.sizes) if options.sizes else None
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: torch finds no CUDA GPU here; use --device cpu")
+    tested, red = gate(operations)
+    if red or options.gate_only:
+        print(f"error: {red}" if red else f"tests: {tested}", file=sys.stderr if red else sys.stdout)
+        return int(red is not None)
+    torch.set_num_threads(options.threads)  # for the machine's record
+    if options.base and sizes is None:
+        sizes = (COMPARED_SIZES if device.type == "cuda" else CPU_SIZES)[0:1]
+    named = "ops" if everything else "_".join(operations)
+    output = options.output or RESULTS / f"bench_{named}{'_to_base' * bool(options.base)}_{device.type}.json"
+    task = Task(
+        operations, sizes, options.device, tuple(options.dtype), options.rounds, options.seconds, options.threads
+    )
+    settings = {
+        **{name: value for name, value in asdict(task).items() if name != "memory_of"},
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "base": options.base,
+        "tests": tested,
+        "temperatures": [TEMPERATURE, BANK_TEMPERATURE],
+        "flop": "R K C times 4 (attend), 2 (select), 4 (step), counted for all variants",
+        "bytes": "each input read and each output written once",
+    }
+    with contextlib.ExitStack() as stack:
+        if options.base:
+            tree = stack.enter_context(checked_out(options.base, build=device.type == "cuda"))
+            found = compare(task, tree)
+        else:
+            found = measure(task)
+        for limits, rows in found:
+            write_result(output, settings=settings, results={"ceilings": limits, "rows": rows})
+    options.bench.show(output)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,231 @@
+"""The process that measures for `ops.py`: it reads a task as JSON from its argument and prints a row for each variant.
+
+It loads the package that PYTHONPATH names, and of it `caco_fast.ops` alone, so that `ops.py --base` can run it on an
+older version. A row holds samples in milliseconds, or the error that ended the variant. A variant whose first result
+differs from that of the peer is not timed.
+"""
+
+import contextlib
+import gc
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ops_work
+import torch
+from ops_work import BANK_OPERATIONS, DENSE, LIST_OPERATIONS, LOOP, BankInputs, ListInputs, Work
+from timing import RESET_PEAK, Timer, ceilings, peak_bytes, start_peak
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TF32, COMPILED, TILED_BF16 = "dense eager TF32", "dense compiled TF32", "tiled bfloat16"
+WARMUP, LEAST_ROUNDS, SECONDS_PER_VARIANT = 2, 7, 1.5
+# Relative to the norm of the peer's result. Operands in bf16 choose another positive for some keys. The lists are f32
+# against f64.
+MOST_DIFFERENCE = {**dict.fromkeys(BANK_OPERATIONS, 0.1), **dict.fromkeys(LIST_OPERATIONS, 1e-5)}
+
+Row = dict[str, Any]
+Size = tuple[int, int, int]  # R, K, C
+
+CPU_SIZES: list[Size] = [(512, 65536, 256)]
+# On a GPU the peers run at these sizes, at the first two with torch.compile. The other sizes show how kernels scale.
+COMPILED_SIZES: list[Size] = [(2048, 65536, 256), (512, 65536, 256)]
+COMPARED_SIZES: list[Size] = [*COMPILED_SIZES, *((rows, 65536, 256) for rows in (256, 1024, 8192)), (2048, 2**20, 256)]
+KERNEL_SIZES: list[Size] = [
+    (rows, bank_rows, channels)
+    for channels in (256, 128)
+    for bank_rows in (65536, 98304, 2**20)
+    for rows in (2048, 512, 256, 1024, 8192)
+    if (rows, bank_rows, channels) not in COMPARED_SIZES
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    operations: tuple[str, ...]
+    sizes: tuple[Size, ...] | None  # None: those of the device
+    device: str
+    dtypes: tuple[str, ...]
+    rounds: int
+    seconds: float
+    threads: int
+    memory_of: str | None = None  # only this variant's memory is measured
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def cases(self) -> list[tuple[str, Size | None]]:
+        sizes = self.sizes or ([*COMPARED_SIZES, *KERNEL_SIZES] if self.on_gpu else CPU_SIZES)
+        lists = [(operation, None) for operation in self.operations if operation in LIST_OPERATIONS]
+        return lists + [(op, size) for size in sizes for op in self.operations if op in BANK_OPERATIONS]
+
+    def variants(self, operation: str, size: Size | None) -> list[str]:
+        """The peer comes first."""
+        if operation in LIST_OPERATIONS:
+            return [LOOP, "foreach", "foreach, flag", *["foreach compiled"] * self.on_gpu]
+        if not self.on_gpu:
+            return [DENSE, *(f"tiled {dtype}" for dtype in self.dtypes)]
+        kernels = [f"cuda {dtype}" for dtype in self.dtypes]
+        if self.sizes is None and size not in COMPARED_SIZES:
+            return kernels
+        return [DENSE, TF32, *[COMPILED] * (size in COMPILED_SIZES), TILED_BF16, *kernels]
+
+
+def rows(task: Task) -> Iterator[Row]:
+    """The rows of all cases, each as soon as it is measured. On a GPU the first row has the ceilings."""
+    torch.set_num_threads(task.threads)
+    if task.on_gpu:
+        torch.cuda.set_device(task.device)
+    timer, end = Timer(task.device), time.monotonic() + task.seconds
+    if task.on_gpu:
+        yield {"ceilings": ceilings(timer, task.device)}
+    for operation, size in task.cases():
+        variants = task.variants(operation, size)
+        if time.monotonic() > end:
+            error = f"not begun within {task.seconds:g} s"
+            yield from ({**case(operation, size), "variant": variant, "error": error} for variant in variants)
+        else:
+            yield from case_rows(operation, size, variants, task, timer)
+
+
+def case(operation: str, size: Size | None) -> Row:
+    if size is None:
+        shapes = ops_work.encoder_shapes()
+        where = {"tensors": len(shapes), "elements": sum(shape.numel() for shape in shapes)}
+    else:
+        where = dict(zip("RKC", size))
+    return {"operation": operation, "size": where}
+
+
+def case_rows(operation: str, size: Size | None, variants: list[str], task: Task, timer: Timer) -> Iterator[Row]:
+    """On the CPU variants take turns, so that a disturbance meets all. On a GPU each runs alone, so memory counts."""
+    expected = lists_in_f64(operation, task.device) if size is None else None
+    for group in [[variant] for variant in variants] if task.on_gpu else [variants]:
+        works: dict[str, Work] = {}
+        found = [{**case(operation, size), "variant": variant} for variant in group]
+        for row in found:
+            with guarded(row):
+                work = works[row["variant"]] = make_work(operation, row["variant"], size, task.device)
+                expected = first_run(row, work, expected, task)
+        measure(found, works, task, timer)
+        yield from found
+        works, work = {}, None
+        gc.collect()
+        if task.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def make_work(operation: str, variant: str, size: Size | None, device: str) -> Work:
+    torch._dynamo.reset()
+    if size is None:
+        return ops_work.list_work(operation, variant, ListInputs(ops_work.encoder_shapes(), device))
+    return ops_work.bank_work(operation, variant, BankInputs(*size, device))
+
+
+def lists_in_f64(operation: str, device: str) -> list[Tensor]:
+    work = ops_work.list_work(operation, LOOP, ListInputs(ops_work.encoder_shapes(), device).double())
+    work.run()
+    return work.result()
+
+
+@contextlib.contextmanager
+def guarded(row: Row) -> Iterator[None]:
+    """The precision of products that a variant's name states; an exception becomes the row's result."""
+    torch.set_float32_matmul_precision("high" if "TF32" in row["variant"] else "highest")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row["error"] = "out of memory"
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def first_run(row: Row, work: Work, expected: list[Tensor] | None, task: Task) -> list[Tensor] | None:
+    """Note memory, aten calls and the difference to what is expected, which is the peer's result. Return the latter."""
+    device = torch.device(task.device)
+    calls = AtenCalls() if row["operation"] in LIST_OPERATIONS and "compiled" not in row["variant"] else None
+    before = start_peak(device)
+    with calls or contextlib.nullcontext():
+        work.run()
+    if task.on_gpu:
+        row["extra_bytes"] = peak_bytes(device) - before
+    if calls:
+        row["aten_calls"] = calls.counted.total()
+    if expected is None:
+        # Only the peer's result is a yardstick for others.
+        return [tensor.clone() for tensor in work.result()] if row["variant"] == DENSE else None
+    row["difference"] = max(
+        ((found - wanted).norm() / wanted.norm()).item() for found, wanted in zip(work.result(), expected, strict=True)
+    )
+    if not row["difference"] <= MOST_DIFFERENCE[row["operation"]]:
+        row["error"] = f"wrong: its result differs by {row['difference']:.3g} of the norm of the peer's"
+    return expected
+
+
+class AtenCalls(TorchDispatchMode):
+    """Count calls of torch's operators. On a GPU each launches a kernel, or several for a long list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(found: list[Row], works: dict[str, Work], task: Task, timer: Timer) -> None:
+    """Add samples to every row without an error."""
+    end = None
+    for turn in range(WARMUP + task.rounds):
+        timed = [row for row in found if "error" not in row]
+        if turn == WARMUP:
+            end = time.monotonic() + SECONDS_PER_VARIANT * len(timed)
+        if end and time.monotonic() > end and turn >= WARMUP + min(LEAST_ROUNDS, task.rounds):
+            return
+        for row in timed:
+            with guarded(row):
+                times = one_round(works[row["variant"]], timer)
+                if turn >= WARMUP:
+                    for name, value in times.items():
+                        row.setdefault("samples", {}).setdefault(name, []).append(value)
+
+
+def one_round(work: Work, timer: Timer) -> dict[str, float]:
+    """Milliseconds of the whole, of each of several parts, of launching, and of all the processor's threads."""
+    times = {name: timer([part]) for name, part in work.parts.items()} if len(work.parts) > 1 else {}
+    start = time.process_time()
+    times["whole"] = timer(list(work.parts.values()))
+    if timer.on_gpu:
+        return {**times, "host": timer.host_ms}
+    return {**times, "processor": 1000 * (time.process_time() - start)}
+
+
+def extra_memory(task: Task) -> Row:
+    """Peak bytes of one run of `memory_of`, above what this process held before it."""
+    torch.set_num_threads(task.threads)
+    (operation, size), *_ = task.cases()
+    variant, device = task.memory_of or "", torch.device(task.device)
+    if size is not None:
+        make_work(operation, variant, (8, 64, size[2]), task.device).run()  # Libraries load and set up here.
+    work = make_work(operation, variant, size, task.device)
+    before = start_peak(device)
+    work.run()
+    return {"extra_bytes": peak_bytes(device) - before if RESET_PEAK.exists() else None}
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.argv[1]))
+    for row in [extra_memory(task)] if task.memory_of else rows(task):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
