@@ -1,4 +1,4 @@
-"""CaCo: cooperative-adversarial contrastive learning (methods.md, section 1; the paper is cited by equation).
+"""CaCo: cooperative-adversarial contrastive learning (docs/method.md; the paper is cited by equation).
 
 Legend: B images on this rank, R query rows, M positives of a row, K bank rows, C embedding size.
 """

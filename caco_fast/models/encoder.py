@@ -114,8 +114,8 @@ class EncoderPair(nn.Module):
     def advance_key(self, skip: torch.Tensor | None = None) -> None:  # []
         """g <- m g + (1 - m) f, after the optimiser's step; not where the flag `skip` is not 0.
 
-        The EMA stands between the forwards of queries and keys (methods.md). The optimiser's step is the last to
-        change f before those queries, and g = f at the start, so that done here it gives the same keys; and a step
+        The EMA stands between the forwards of queries and keys (docs/method.md, EMA). The optimiser's step is the last
+        to change f before those queries, and g = f at the start, so that done here it gives the same keys; and a step
         that is skipped leaves f and g as they were, with nothing to take back.
         """
         key, query = list(self.key.parameters()), list(self.query.parameters())

@@ -23,7 +23,7 @@ class ScheduleConfig:
 class Schedule:
     """Values of a run of `epochs` epochs of `steps_per_epoch` steps.
 
-    At step s of the run, e = s / steps_per_epoch (methods.md, recipe of section 1):
+    At step s of the run, e = s / steps_per_epoch (docs/method.md, Schedule):
 
         warmup(s)       = min(1, (s + 1) / warm-up steps)
         lr(s)           = lr * warmup(s) during the warm-up, then a cosine from lr to final_ratio lr

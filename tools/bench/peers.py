@@ -179,7 +179,7 @@ class ReleasedStep:
 
     @torch.no_grad()
     def _update_bank(self, queries: list[Tensor], similarities: list[Tensor], positives: list[Tensor]) -> None:
-        """methods.md, section 1: coefficients [B, K], gradient [K, C], momentum, step."""
+        """docs/method.md, CaCo: bank step: coefficients [B, K], gradient [K, C], momentum, step."""
         length = self.bank.norm(dim=1, keepdim=True)
         unit, temperature = self.bank / length, self.settings.bank_temperature
         gradient = torch.zeros_like(self.bank)
