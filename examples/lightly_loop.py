@@ -1,7 +1,7 @@
 """CaCo in the style of lightly's examples: python examples/lightly_loop.py (needs: pip install lightly)
 
-The criterion takes the place of lightly's `NTXentLoss`, and the bank that of its memory bank. The images are CIFAR-10's,
-which torchvision downloads into data/.
+The criterion takes the place of lightly's `NTXentLoss`, and the bank that of its memory bank. The images are those of
+CIFAR-10, which torchvision downloads into data/.
 
 Legend: B images of a batch, C = 128 channels of an embedding.
 """
