@@ -1,4 +1,4 @@
-"""README and docs: named files and links exist, the list of configurations is complete, and tables match the results."""
+"""README and docs: named files and links exist, all configurations are listed, and tables match the results."""
 
 import importlib.util
 import json
