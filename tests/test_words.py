@@ -1,7 +1,7 @@
 """Plain English, as far as a program can check it: openings of docstrings, private words, and long sentences.
 
-The test reads README, CONTRIBUTING and the pages of docs/ and csrc/, and docstrings and comments of Python files. In the
-package, the tools and the examples it also reads every string of several words: these are the help and error lines.
+The test reads README, CONTRIBUTING, the pages of docs/ and csrc/, and the docstrings and comments of Python files. In
+the package, the tools and the examples it also reads every string of several words: these are help and error lines.
 """
 
 import ast
