@@ -65,7 +65,7 @@ def test_every_config_loads_and_comes_back_from_its_own_text(path: Path) -> None
     ],
 )
 def test_published_recipe(name: str, settings: dict[str, Any]) -> None:
-    """methods.md, recipe of section 1; no default of the code may change it unseen."""
+    """docs/method.md, CaCo: recipe; no default of the code may change it unseen."""
     found = settings_of(load_config(next(path for path in CONFIGS if path.stem == name)))
     wanted = {
         **settings,

@@ -1,76 +1,44 @@
-"""The README's examples run as they stand there, and its tables are those of the results."""
+"""README and docs: named files and links exist, all configurations are listed, and tables match the results."""
 
 import importlib.util
 import json
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
-import torch
-from torch import nn
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = dict(re.findall(r"<!-- example: ([^>]+) -->\n```python\n(.*?)```", README, re.S))
 
 
-def test_the_own_loop_learns(capsys):
-    exec(compile(EXAMPLES["own loop"], "README: own loop", "exec"), {})
-    lines = capsys.readouterr().out.strip().splitlines()
-    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
-    positive = [float(line.split("positive ")[1]) for line in lines]
-    assert len(losses) == 39
-    # From the bank being full on: it fits the encoder's queries better and better.
-    assert sum(losses[-5:]) < sum(losses[4:9])
-    assert sum(positive[-5:]) > sum(positive[4:9])
-
-
-def stand_ins() -> dict[str, types.ModuleType]:
-    """What the example takes from lightly, for machines without it."""
-
-    def update_momentum(model: nn.Module, momentum_model: nn.Module, m: float) -> None:
-        for ours, theirs in zip(momentum_model.parameters(), model.parameters()):
-            ours.data.lerp_(theirs.data, 1 - m)
-
-    class MoCoProjectionHead(nn.Sequential):
-        def __init__(self, width: int, hidden: int, dim: int) -> None:
-            super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-
-    names = {
-        "lightly.models.modules": {"MoCoProjectionHead": MoCoProjectionHead},
-        "lightly.models.utils": {
-            "deactivate_requires_grad": lambda model: model.requires_grad_(False),
-            "update_momentum": update_momentum,
-        },
-        "lightly.utils.scheduler": {"cosine_schedule": lambda step, steps, start, end: end},
-    }
-    modules = {name: types.ModuleType(name) for name in ("lightly", "lightly.models", "lightly.utils", *names)}
-    for name, contents in names.items():
-        vars(modules[name]).update(contents)
-    return modules
-
-
-def test_the_lightly_loop_runs(monkeypatch):
-    try:
-        import lightly  # noqa: F401
-    except ImportError:
-        for name, module in stand_ins().items():
-            monkeypatch.setitem(sys.modules, name, module)
-    batches = [((torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32)), torch.zeros(8)) for _ in range(2)]
-    names = {"dataloader": batches}
-    exec(compile(EXAMPLES["lightly style"], "README: lightly style", "exec"), names)
-    assert torch.isfinite(names["loss"]) and names["bank"].velocity.any()
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 165
 
 
 def test_every_named_file_exists():
-    named = re.findall(r"`((?:caco_fast/configs/|tools/|docs/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
-    named += re.findall(r"\]\(([\w./-]+)\)", README) + [
-        f"caco_fast/configs/{name}" for name in re.findall(r"^\| `(\w+\.yaml)` \|", README, re.M)
-    ]
+    named = re.findall(r"`((?:caco_fast/|tools/|docs/|examples/|benchmarks/)[\w./-]+\.(?:py|yaml|json|md))`", README)
+    named += [link for link in re.findall(r"\]\(([\w./-]+)\)", README) if not link.startswith("#")]
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_somewhere(page: Path):
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#?([\w-]*)\)", text):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name}: {target}#{anchor}"
+
+
+def test_the_listed_configurations_are_those_in_the_package():
+    listed = re.findall(r"^\| `(\w+)` \|", README, re.M)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "caco_fast" / "configs").glob("*.yaml"))
 
 
 def test_the_tables_are_those_of_the_results():

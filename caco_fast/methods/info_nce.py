@@ -12,7 +12,7 @@ def info_nce(
     lse_rows: torch.Tensor,  # [R], `bank_attend` of the queries over bank or queue at this temperature
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ]  (methods.md, section 3; MoCo, eq. 1).
+    """mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ]  (docs/method.md, InfoNCE and MoCo).
 
     Returns:
         The loss and the mean probability of the key, both 0-d; the second without gradient.

@@ -1,4 +1,4 @@
-"""CaCo as methods.md writes it, pair by pair and dense; it shares nothing with the package.
+"""CaCo as docs/method.md writes it, pair by pair and dense; it shares nothing with the package.
 
 Legend: B images, K bank rows, C channels, V views.
 """

@@ -53,7 +53,7 @@ def gradient_by_loops(
     positives: list[list[int]],
     positive_weight: Matrix,
 ) -> Tensor:
-    """g [K, C], term by term as methods.md writes it."""
+    """g [K, C], term by term as docs/method.md writes it."""
     s = similarities(queries, bank)
     q, lse = queries.tolist(), attend(queries, bank, temperature)[0].tolist()
     gradient = []

@@ -59,12 +59,13 @@ def table(record: dict) -> str:
     start, end = summary["positive_probability_start"], summary["positive_probability_end"]
     lines += [
         "",
-        f"{summary['train_seconds']:.0f} s of training on a {machine['cpu_cores']}-core {machine['cpu']}, "
-        f"10,000 images without labels, one seed; an accuracy's standard error is 0.9. "
-        f"{summary['initialisation_steps']} of the {summary['steps']} steps fill the bank as a queue of keys; CaCo's "
-        f"own run at {summary['pairs_per_second']:,.0f} pairs/s. Mean probability of the chosen positive: {start:.3f} "
-        f"in the first ten of them, {end:.3f} in the last; the 512 queries of a step then spread over "
-        f"{summary['positive_perplexity_end']:.0f} of the 2,048 rows.",
+        f"{summary['train_seconds']:.0f} s of training on a {machine['cpu_cores']}-core {machine['cpu']} with 10,000 "
+        "unlabelled images and one seed. The standard error of an accuracy is 0.9. "
+        f"The first {summary['initialisation_steps']} of the {summary['steps']} steps fill the bank with keys, and the "
+        f"others run at {summary['pairs_per_second']:,.0f} image pairs/s. "
+        f"From then on the mean probability of the chosen positive rises from {start:.3f} to {end:.3f}. "
+        "The 512 queries of a step then find their positives in "
+        f"{summary['positive_perplexity_end']:.0f} of the 2,048 bank rows.",
     ]
     return "\n".join(lines)
 
