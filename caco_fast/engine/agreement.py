@@ -38,7 +38,7 @@ def require_equal_ranks(encoders: EncoderPair, method: Method, when: str, latest
     """
     if not is_distributed():
         return
-    parts = {
+    parts: dict[str, list[Tensor]] = {
         "query encoder": list(encoders.query.parameters()),
         "key encoder": list(encoders.key.parameters()) if encoders.key is not None else [],
         "method": list(_replicated(method)),

@@ -102,9 +102,9 @@ class TrainStep:
         self.interval.steps += 1
 
     def _launch(self, views: Sequence[Tensor], rates: Rates) -> None:
-        onto = dict(device=self.device, memory_format=torch.channels_last, non_blocking=True)
         with self.aside():
-            self.compute([view.to(**onto) for view in views], rates)
+            moved = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in views]
+            self.compute(moved, rates)
 
     def compute(self, views: Sequence[Tensor], rates: Rates) -> None:
         """What the device does in a step, which is all that a CUDA graph repeats."""

@@ -74,8 +74,9 @@ class CapturedStep(TrainStep):
         # torch's fused optimisers read the lr in f32. The others are in f64, so that what is computed from them, such
         # as 1 - momentum, is what the host would compute.
         dtypes = (torch.float32, torch.float64, torch.float64)
-        self._rates = Rates(*(torch.zeros((), dtype=dtype, device=self.device) for dtype in dtypes))
+        self._rates = [torch.zeros((), dtype=dtype, device=self.device) for dtype in dtypes]
         self._views: list[Tensor] = []
+        self._replay: Callable[[], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -99,17 +100,18 @@ class CapturedStep(TrainStep):
         if self._left > 0:
             self._left -= 1
             with self.aside():
-                self.compute(self._views, self._rates)
+                self.compute(self._views, Rates(*self._rates))
             return
         if self._replay is None:
-            self._replay = self._capture.capture(lambda: self.compute(self._views, self._rates))
+            self._replay = self._capture.capture(lambda: self.compute(self._views, Rates(*self._rates)))
         self._replay()
 
     def _take(self, views: Sequence[Tensor], rates: Rates) -> None:
         """Copy views and rates into the tensors that the captured step reads."""
         if not self._views:
-            like = dict(device=self.device, memory_format=torch.channels_last)
-            self._views = [torch.empty_like(view, **like) for view in views]
+            self._views = [
+                torch.empty_like(view, device=self.device, memory_format=torch.channels_last) for view in views
+            ]
         for kept, view in zip(self._views, views, strict=True):
             kept.copy_(view, non_blocking=True)
         for kept, rate in zip(self._rates, rates):

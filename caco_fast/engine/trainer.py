@@ -3,7 +3,6 @@
 Legend: a step is one optimiser step on `batch_size` images over all ranks.
 """
 
-import contextlib
 import itertools
 import logging
 import time
@@ -190,8 +189,12 @@ class Trainer:
         count = end - first
         if self.config.max_steps:
             count = min(count, self.config.max_steps - self.position.total_steps)
-        with contextlib.closing(self.loader.batches(epoch, first)) as batches:
+        batches = self.loader.batches(epoch, first)
+        try:
             yield from itertools.islice(batches, count)
+        finally:
+            # Ends the loader's work on the batches that are not taken.
+            batches.close()
 
     def _values(self) -> dict[str, float]:
         """Means of the steps since the last log line, over all ranks, once this rank's loss is known to be finite."""
@@ -217,13 +220,14 @@ class Trainer:
     def _log(self, values: dict[str, float], rates: Rates, epoch: int) -> None:
         """One line on the console and in metrics.jsonl."""
         interval, scaler = self.step.interval, self.step.scaler
+        lr, key_momentum, warmup = map(float, rates)
         shown = {name: values[name] for name in ("loss", *self.method.shown) if name in values}
-        self.progress.step({**shown, "lr": rates.lr})
+        self.progress.step({**shown, "lr": lr})
         if self.training:
-            values |= self.method.rates(rates.warmup)
+            values |= self.method.rates(warmup)
         values |= {
-            "lr": rates.lr,
-            "key_momentum": rates.key_momentum,
+            "lr": lr,
+            "key_momentum": key_momentum,
             "pairs_per_second": interval.steps * self.config.batch_size / interval.seconds,
             "bad_images": len(self.loader.bad_images),
         }
@@ -367,7 +371,7 @@ class Trainer:
         self._saved = (position.total_steps, position.epochs_ended)
 
     def _load_parts(self, state: dict[str, Any], name: str) -> None:
-        parts = {
+        parts: dict[str, Any] = {
             "encoders": self.encoders,
             "method": self.method,
             "optimizer": self.step.optimizer,

@@ -85,7 +85,7 @@ class Method(nn.Module, ABC):
         dim: C. sections: the settings of every method by its name; a method that wraps another one builds it by
         `build_method(name, dim, sections)`.
         """
-        return cls(config, dim)  # type: ignore[call-arg]
+        return cls(config, dim)
 
     @abstractmethod
     def check_views(self, sizes: Sequence[int]) -> None:

@@ -87,8 +87,8 @@ class CaCoLoss(nn.Module):
         if not small:
             pairs = pairs[:, :1]
         # Filled on the device: a tensor made from a list would make the host wait.
-        like_bank = dict(dtype=self.bank.bank.dtype, device=q_a.device)
-        weights = torch.cat([torch.full((batch,), share / batch, **like_bank) for share in shares])
+        dtype, device = self.bank.bank.dtype, q_a.device
+        weights = torch.cat([torch.full((batch,), share / batch, dtype=dtype, device=device) for share in shares])
         return self._objective(torch.cat(queries), pairs, weights, record)
 
     @torch.no_grad()

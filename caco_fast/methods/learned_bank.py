@@ -77,7 +77,7 @@ class LearnedBankMethod(Method):
     A subclass gives `bank` and the training; this class gives the initialisation before it and the bank's step.
     """
 
-    config: LearnedBankConfig
+    next_row: Tensor  # []
 
     def __init__(self, config: LearnedBankConfig) -> None:
         super().__init__()

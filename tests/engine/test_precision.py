@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from caco_fast.config import from_yaml
+from caco_fast.config import load_config
 from caco_fast.engine.precision import settled_precision
 from caco_fast.errors import UserError
 from caco_fast.host import computes_in_bf16
@@ -53,7 +53,7 @@ def test_a_run_records_what_it_ran_in_and_a_named_precision_is_not_changed(tmp_p
     images = write_images(tmp_path / "images")
     run = config(images, "trainer.precision=auto", "trainer.max_steps=1", "evaluation.every_epochs=0")
     train(run, tmp_path / "run")
-    recorded = from_yaml((tmp_path / "run" / "config.yaml").read_text()).trainer.precision
+    recorded = load_config(tmp_path / "run" / "config.yaml").trainer.precision
     assert recorded == ("bf16" if computes_in_bf16() else "f32")
     with pytest.raises(UserError, match="bf17.*want one of auto, f32"):
         train(config(images, "trainer.precision=bf17"), tmp_path / "other")

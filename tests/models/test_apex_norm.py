@@ -189,7 +189,7 @@ def test_ranks_of_two_machines_are_refused(monkeypatch) -> None:
 
 def test_it_is_off_unless_asked_for_and_the_setting_is_checked() -> None:
     assert BackboneConfig().apex == "off" and BackboneConfig(apex="True").apex == "on"
-    with pytest.raises(UserError, match="backbone.apex: found 'maybe', want auto, on or off"):
+    with pytest.raises(UserError, match="backbone.apex: found 'maybe', expected auto, on or off"):
         BackboneConfig(apex="maybe")
 
 

@@ -63,7 +63,7 @@ def test_the_projector_fits_the_backbones_output(name: str) -> None:
         ({"name": "resnet18", "options": {"num_classes": 3}}, "backbone.options: resnet18 does not take them:"),
         (
             {"name": "resnet18", "stem": "tiny"},
-            "backbone.stem: found 'tiny', want one of imagenet, small, small_stride2",
+            "backbone.stem: found 'tiny', expected one of imagenet, small, small_stride2",
         ),
         (
             {"name": "mobilenetv3_small_050", "stem": "small"},

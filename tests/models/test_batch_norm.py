@@ -225,7 +225,10 @@ def test_bf16_activations_have_f32_statistics() -> None:
 
 def test_a_batch_that_the_segments_do_not_divide_is_refused() -> None:
     layer = segment_batch_norm(make("rows"))
-    with segmented(layer, 2), pytest.raises(ValueError, match=r"want \[segments \* B, channels, ...\], found \[3, 3\]"):
+    with (
+        segmented(layer, 2),
+        pytest.raises(ValueError, match=r"found \[3, 3\] in 2 segments, expected \[segments \* B, channels, ...\]"),
+    ):
         layer(torch.randn(3, CHANNELS, dtype=torch.float64))
 
 

@@ -36,5 +36,5 @@ def test_one_layer_is_linear() -> None:
 
 @pytest.mark.parametrize("field", ["layers", "hidden", "dim"])
 def test_sizes_below_1_are_refused(field: str) -> None:
-    with pytest.raises(UserError, match="projector: layers, hidden and dim must be at least 1, found"):
+    with pytest.raises(UserError, match=f"projector.{field}: found 0, expected at least 1"):
         build_projector(ProjectorConfig(**{field: 0}), features=16)

@@ -102,9 +102,9 @@ def test_it_serves_sgd_alone(as_on_a_gpu: list[nn.Parameter]) -> None:
 
 @pytest.mark.parametrize("given, read", [("True", "on"), ("false", "off"), ("auto", "auto")])
 def test_yamls_truth_values_are_on_and_off(given: str, read: str) -> None:
-    assert OptimizerConfig(apex=given).apex == read
+    assert OptimizerConfig(name="sgd", apex=given).apex == read
 
 
 def test_another_value_is_refused() -> None:
-    with pytest.raises(UserError, match="optimizer.apex: found 'yes please', want auto, on or off"):
+    with pytest.raises(UserError, match="optimizer.apex: found 'yes please', expected auto, on or off"):
         OptimizerConfig(apex="yes please")

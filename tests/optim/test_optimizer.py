@@ -32,21 +32,16 @@ def test_peak_lr_grows_with_the_batch_unless_switched_off() -> None:
 @pytest.mark.parametrize(
     "settings, line",
     [
-        ({"name": "adam"}, "optimizer.name: found 'adam', want one of lars, sgd, adamw"),
-        ({"lr": 0.0}, "optimizer.lr: must be positive, found 0.0"),
-        ({"lr": float("nan")}, "optimizer.lr: must be positive, found nan"),
-        ({"momentum": 1.0}, "found 1.0, 1.5e-06 and 0.001"),
-        ({"weight_decay": -1.0}, "found 0.9, -1.0 and 0.001"),
-        ({"backend": "gpu"}, "optimizer.backend: found backend 'gpu', wanted one of auto, reference, foreach, cuda"),
+        ({"name": "adam"}, "optimizer.name: found 'adam', expected one of lars, sgd, adamw"),
+        ({"lr": 0.0}, "optimizer.lr: found 0.0, expected a number above 0"),
+        ({"lr": float("nan")}, "optimizer.lr: found nan, expected a number above 0"),
+        ({"momentum": 1.0}, "optimizer.momentum: found 1.0, expected a number in [0, 1)"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay: found -1.0, expected 0 or more"),
+        ({"trust": 0.0}, "optimizer.trust: found 0.0, expected a number above 0"),
+        ({"apex": "on", "name": "lars"}, "optimizer.apex: Apex serves sgd here, not lars; set it to off or auto"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
-        build_optimizer(OptimizerConfig(**settings), [torch.zeros(2, requires_grad=True)], batch_size=256)
+        OptimizerConfig(**settings)
     assert line in str(error.value)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_that_are_not_there_are_named_before_the_first_step() -> None:
-    with pytest.raises(UserError, match="optimizer.backend: backend='cuda'.*use backend='auto'"):
-        build_optimizer(OptimizerConfig(backend="cuda"), [torch.zeros(2, requires_grad=True)], batch_size=256)

@@ -8,7 +8,7 @@ Legend: N images in the training set, B images of this rank in one step, V views
 import logging
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -94,7 +94,7 @@ class TrainLoader(ABC):
         """
         self._bad.exchange()
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         """The batches first_step, first_step + 1, ... of an epoch; earlier batches are neither read nor decoded.
 
         `epoch` may be negative: the bank's initialisation uses orders of its own (-1, -2, ...).
