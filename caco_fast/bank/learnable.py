@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caco_fast.bank.memory import check_loaded_shape, enough_memory, overlap, random_unit_rows
+from caco_fast.bank.operand import OperandCopy
 from caco_fast.bank.pending import PendingRows, Rows, gather_rows
 from caco_fast.distributed import all_gather_rows
 from caco_fast.errors import UserError
@@ -66,16 +67,17 @@ class LearnableBank(nn.Module):
         if norm not in NORMS:
             raise UserError(f"LearnableBank: norm: found {norm!r}, wanted 'implicit' or 'project'")
         self.size = size
-        # Of the K rows those that this rank keeps: bank and velocity hold no others.
+        # The rows of all K that this rank keeps: bank and velocity hold no others.
         self.own = self._own_rows(size)
         with enough_memory("the bank with its velocity", len(self.own), dim, copies=2):
             bank = random_unit_rows(size, dim, generator, self.own)
             self.register_buffer("bank", bank)
             self.register_buffer("velocity", torch.zeros_like(bank))
-        # Rows that a step left out since they were not finite; on the device, so that counting them waits for nothing.
+        # Rows that a step left out because they were not finite; on the device, so that the host does not wait for it.
         self.register_buffer("skipped_rows", torch.zeros((), dtype=torch.int64, device=bank.device), persistent=False)
         self.momentum, self.norm, self.backend = momentum, norm, backend
         self.pending = PendingRows(max_records)
+        self.operand = OperandCopy(backend)
 
     def _own_rows(self, size: int) -> range:
         return range(size)
@@ -88,11 +90,12 @@ class LearnableBank(nn.Module):
         self, queries: Tensor, temperature: float | tuple[float, float]
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
         """`ops.bank_attend` on this bank: lse [R] (a pair for two temperatures) and mean_row [R, C]."""
-        return bank_attend(queries, self.bank, temperature, self.backend)
+        operand = self.operand.for_attend(self.bank, queries)
+        return bank_attend(queries, self.bank, temperature, self.backend, operand=operand)
 
     def select(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """`ops.bank_select` on this bank: index [R] of the most similar row and its similarity [R]."""
-        return bank_select(keys, self.bank, self.backend)
+        return bank_select(keys, self.bank, self.backend, operand=self.operand.for_select(self.bank))
 
     def rows(self, index: Tensor) -> Tensor:
         """Unit rows u at these indices, as constants. [...] -> [..., C]"""
@@ -163,6 +166,7 @@ class LearnableBank(nn.Module):
         rows = self._of_all_ranks(rows)
         finite = rows.queries.isfinite().all(dim=1) & rows.lse.isfinite() & rows.row_weight.isfinite()  # [R]
         self.skipped_rows += (~finite).sum() if skip is None else (~finite).sum() * (skip == 0)
+        operand = self.operand.for_attend(self.bank, rows.queries)
         bank_step_(
             self.bank,
             self.velocity,
@@ -177,7 +181,12 @@ class LearnableBank(nn.Module):
             norm=self.norm,
             skip=skip,
             backend=self.backend,
+            operand=operand,
         )
+        if operand is not None:
+            self.operand.written(self.bank)
+        else:
+            self.operand.refresh(self.bank)
 
     def _of_all_ranks(self, rows: Rows) -> Rows:
         """What was recorded, as the step of this rank's bank rows takes it."""
@@ -214,13 +223,16 @@ class LearnableBank(nn.Module):
     def _write(self, start: int, unit: Tensor, skip: Tensor | None) -> None:  # [n, C], []
         """Put unit rows at rest at bank rows start..start+n-1, as far as this rank keeps them."""
         here, there = overlap(self.own, range(start, start + unit.shape[0]))
+        current = self.operand.is_current(self.bank)
         for rows, new in ((self.bank, unit[there]), (self.velocity, torch.zeros_like(unit[there]))):
             rows[here] = new if skip is None else torch.where(skip != 0, rows[here], new)
+        self.operand.refresh(self.bank, here if current else None)
 
     @torch.no_grad()
     def normalise(self) -> None:
         """Rescale every row to unit length, in place. The velocity is kept."""
         self.bank.copy_(unit_rows(self.bank)[0])
+        self.operand.refresh(self.bank)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = {}
@@ -229,6 +241,7 @@ class LearnableBank(nn.Module):
             if isinstance(state_dict.get(key), Tensor):
                 own[key] = state_dict[key][self.own.start : self.own.stop]
         super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
+        self.operand.refresh(self.bank)
 
     def extra_repr(self) -> str:
         settings = f"momentum={self.momentum}, norm={self.norm!r}, backend={self.backend!r}"

@@ -32,7 +32,7 @@ from caco_fast.distributed import (
     world_size,
 )
 from caco_fast.errors import UserError
-from caco_fast.ops import bank_attend, bank_select
+from caco_fast.ops import bank_attend
 from caco_fast.ops.tiling import unit_rows
 
 
@@ -72,13 +72,14 @@ class ShardedBank(LearnableBank):
 
     def _attend(self, queries: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:  # [N R, C]
         """For the queries of all ranks: lse [1 or 2, N R] over the whole bank, and this shard's part of mean_row."""
-        part, mean_row = bank_attend(queries, self.bank, temperatures, self.backend)
-        part = torch.stack(part if len(temperatures) == 2 else (part,))
+        operand = self.operand.for_attend(self.bank, queries)
+        part, mean_row = bank_attend(queries, self.bank, temperatures, self.backend, operand=operand)
+        part = torch.stack(part if isinstance(part, tuple) else (part,))
         lse = all_reduce_logsumexp(part)
         return lse, mean_row * (part[0] - lse[0]).exp().unsqueeze(1)
 
     def select(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        index, similarity = bank_select(self._gather(keys), self.bank, self.backend)
+        index, similarity = super().select(self._gather(keys))
         index, similarity = most_similar(index + self.own.start, similarity)
         return index[own_slice(keys)], similarity[own_slice(keys)]
 

@@ -72,7 +72,7 @@ def build_optimizer(
     # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
     fused = True if scaled or captured else None
     if config.name == "lars":
-        return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.backend)
+        return LARS(params, lr, config.momentum, config.weight_decay, config.trust)
     if config.name == "sgd":
         apex = "off" if captured else config.apex
         if (of_apex := fused_sgd(apex, params, lr, config.momentum, config.weight_decay)) is not None:

@@ -22,7 +22,7 @@ from bank_steps import BANK_TEMPERATURE, DENSE, PARTS, TEMPERATURE, Inputs, dens
 
 from caco_fast.benchmarking import spread, write_result
 from caco_fast.errors import UserError
-from caco_fast.ops.backends import cuda_backend
+from caco_fast.ops.dispatch import cuda_backend
 
 TF32, COMPILED = "dense eager TF32", "dense compiled TF32"
 BASELINES = (DENSE, TF32, COMPILED, "tiled bfloat16")

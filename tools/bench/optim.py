@@ -27,7 +27,7 @@ from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write
 from caco_fast.errors import UserError
 from caco_fast.models import BackboneConfig, ProjectorConfig, build_encoder_pair
 from caco_fast.ops import ema_update_, lars_step_
-from caco_fast.ops.backends import cuda_backend
+from caco_fast.ops.dispatch import cuda_backend
 
 PARTS = ("ema", "ema, flag", "lars", "lars, flag")
 # Bytes that each parameter takes at least: EMA reads 8 and writes 4; LARS reads 8 for the norms, then 12, and writes 8.
