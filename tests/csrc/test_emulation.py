@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc import emulated as emulated_build
-from tests.csrc.cases import PATHS
+from tests.ops.backends import PATHS
 
 HERE = Path(__file__).parent
 SCHEDULES = [f"{seed} {greedy} {lazy}" for seed, greedy, lazy in itertools.product((0, 5), (0, 1), (0, 1))]
