@@ -60,10 +60,7 @@ def test_attend_decides_its_dtype_and_select_reads_it(cuda_ops, emulated):
     bank.select(queries)
     assert bank.operand.rows is None
     only_fp16 = not cuda_ops.target_for(queries.device).takes_bfloat16
-    for _ in range(2):
-        assert launches(emulated, bank, queries.half()) == (
-            WITHOUT_COPY if bank.operand._made_of is None else WITH_COPY
-        )
+    assert [launches(emulated, bank, queries.half()) for _ in range(2)] == [WITHOUT_COPY, WITH_COPY]
     assert bank.operand.rows.dtype == torch.float16
     assert launches(emulated, bank, queries) == (WITH_COPY if only_fp16 else WITHOUT_COPY)
     emulated.take_counters()
