@@ -49,7 +49,7 @@ class KeyQueue(nn.Module):
         """
         size, dim = self.queue.shape
         if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"KeyQueue.enqueue: keys: found shape {list(keys.shape)}, wanted [R, {dim}]")
+            raise ValueError(f"KeyQueue.enqueue: keys: found shape {list(keys.shape)}, expected [R, {dim}]")
         keys = all_gather_rows(keys)
         count = keys.shape[0]
         kept = keys[-size:] if count > size else keys

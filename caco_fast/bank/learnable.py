@@ -63,9 +63,9 @@ class LearnableBank(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise UserError(f"LearnableBank: momentum: found {momentum}, wanted a number in [0, 1)")
+            raise UserError(f"LearnableBank: momentum: found {momentum}, expected a number in [0, 1)")
         if norm not in NORMS:
-            raise UserError(f"LearnableBank: norm: found {norm!r}, wanted 'implicit' or 'project'")
+            raise UserError(f"LearnableBank: norm: found {norm!r}, expected 'implicit' or 'project'")
         self.size = size
         # The rows of all K that this rank keeps: bank and velocity hold no others.
         self.own = self._own_rows(size)
@@ -146,7 +146,7 @@ class LearnableBank(nn.Module):
         """
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             found = list(queries.shape)
-            raise ValueError(f"LearnableBank.record: queries: found shape {found}, wanted [R, {self.dim}]")
+            raise ValueError(f"LearnableBank.record: queries: found shape {found}, expected [R, {self.dim}]")
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class LearnableBank(nn.Module):
         """One bank step with all recorded rows of all ranks, which are consumed.
 
         lr: eta, a number or on the device, []. scale: multiplies the row weights, 1 / n for gradients accumulated over
-        n batches. skip: a flag on the device, such as GradScaler's found_inf: where it is not 0 the rows are consumed,
+        n batches. skip: a flag on the device, such as GradScaler's found_inf: if it is not 0, the rows are consumed,
         and nothing else changes.
         Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
         `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
@@ -189,7 +189,7 @@ class LearnableBank(nn.Module):
             self.operand.refresh(self.bank)
 
     def _of_all_ranks(self, rows: Rows) -> Rows:
-        """What was recorded, as the step of this rank's bank rows takes it."""
+        """The recorded rows, as the step of this rank's bank rows takes them."""
         return gather_rows(rows)
 
     def discard(self) -> int:
@@ -202,14 +202,14 @@ class LearnableBank(nn.Module):
     ) -> int:  # [R, C], []
         """Write the keys of all ranks, as unit rows at rest, from row `start` on; every rank brings as many.
 
-        Keys beyond the last row are dropped, or with `wrap` go on at row 0. Returns the row after the last one written:
-        `size` when the bank is full (with `wrap` a number below `size`). Where the flag `skip` is not 0 no row changes.
+        Keys beyond the last row are dropped, or with `wrap` continue at row 0. Returns the row after the last one:
+        `size` when the bank is full (with `wrap` a number below `size`). If the flag `skip` is not 0, no row changes.
         Source: CaCo, initialisation of the bank.
         """
         if keys.dim() != 2 or keys.shape[1] != self.dim:
-            raise ValueError(f"LearnableBank.fill: keys: found shape {list(keys.shape)}, wanted [R, {self.dim}]")
+            raise ValueError(f"LearnableBank.fill: keys: found shape {list(keys.shape)}, expected [R, {self.dim}]")
         if not 0 <= start <= self.size:
-            raise ValueError(f"LearnableBank.fill: start: found {start}, wanted a row in [0, {self.size}]")
+            raise ValueError(f"LearnableBank.fill: start: found {start}, expected a row in [0, {self.size}]")
         unit, _ = unit_rows(all_gather_rows(keys).to(self.bank.dtype))
         end = start + unit.shape[0]
         if wrap:

@@ -145,8 +145,8 @@ def test_a_captured_graph_replays_steps_of_the_same_bits(device, norm):
     assert same(results, expected)
     # Outside of the graph the bank that it changed unseen is read as it is now.
     found = bank_attend(captured.queries, captured.bank, 0.1, "cuda")
-    wanted = bank_attend(captured.queries, captured.bank.clone(), 0.1, "cuda")
-    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    expected = bank_attend(captured.queries, captured.bank.clone(), 0.1, "cuda")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_torch_compile_gives_loss_and_gradient_in_one_graph(device):
@@ -244,7 +244,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found_and_stepped(device):
     rows, channels, bank_rows = 64, 256, 2**23 + 2**16 + 5
     free, _ = torch.cuda.mem_get_info(device)
     if free < 4 * bank_rows * channels * 4:
-        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory free, wanted {bank_rows * channels * 16 / 2**30:.0f}")
+        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory free, expected {bank_rows * channels * 16 / 2**30:.0f}")
     generator = torch.Generator(device).manual_seed(0)
     bank = torch.randn(bank_rows, channels, device=device, generator=generator)
     places = torch.arange(bank_rows - rows, bank_rows, device=device)
