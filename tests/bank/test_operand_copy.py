@@ -114,8 +114,8 @@ FOREIGN_WRITES = {
     "set_": lambda bank: rows_of(bank).set_(torch.rand(SIZE, DIM)),
     "new data": swap_data,
     "a step of the operation": lambda bank: bank_step_(
-        rows_of(bank), torch.ones(SIZE, DIM), unit_rows(2, DIM), torch.full((2,), 10.0), temperature=0.1, lr=0.5, momentum=0.9,
-        row_weight=torch.ones(2), backend="cuda",
+        rows_of(bank), torch.ones(SIZE, DIM), unit_rows(2, DIM), torch.full((2,), 10.0), temperature=0.1,
+        lr=0.5, momentum=0.9, row_weight=torch.ones(2), backend="cuda",
     ),
 }  # fmt: skip
 
