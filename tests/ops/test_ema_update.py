@@ -55,7 +55,7 @@ def test_a_compiled_function_needs_no_graph_break():
     others = copies(averages)
     torch.compile(ema_update_, fullgraph=True, backend="aot_eager")(averages, values, 0.3)
     ema_update_(others, values, 0.3)
-    assert_same(averages, others)
+    assert_same(averages, others, 5e-7)  # a compiler decomposes lerp, with other roundings
 
 
 @pytest.mark.parametrize(
