@@ -1,11 +1,13 @@
-// The Python module caco_fast._C: the launchers of bank.h with addresses as integers. The only file that knows Python.
+// The Python module caco_fast._C: the parameter structs and launchers of bank.h. The only file that knows Python.
 //
 // Tensors arrive as data_ptr() and streams as cuda_stream, so the module needs no torch, neither to build nor to load.
+// A new field of an operation is one line in bank.h, one here and one in caco_fast/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "bank.h"
@@ -14,7 +16,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 #ifdef CACO_EMULATE
-void bind_emulation(py::module_ &m);  // tests/emulation/bind.cpp
+void bind_emulation(py::module_ &m);  // emulation/bind.cpp
 #endif
 
 namespace {
@@ -36,7 +38,59 @@ std::vector<std::string> compiled_arches() {
 caco::OperandType operand_type(const std::string &name) {
     if (name == "bfloat16") return caco::OperandType::kBfloat16;
     if (name == "float16") return caco::OperandType::kFloat16;
-    throw py::value_error("caco_fast._C: operand type: found '" + name + "', wanted 'bfloat16' or 'float16'");
+    throw py::value_error("caco_fast._C: operand type: found '" + name + "', expected 'bfloat16' or 'float16'");
+}
+
+// A parameter struct as a Python class that begins as zeros. Its attributes are set by name; `fields` lists them.
+template <class Params>
+class Struct {
+   public:
+    Struct(py::module_ &m, const char *name) : binding_(m, name, py::module_local()) {
+        binding_.def(py::init([] { return Params{}; }));
+    }
+    ~Struct() { binding_.attr("fields") = names_; }
+
+    template <class T>
+    Struct &field(const char *name, T Params::*member) {
+        if constexpr (std::is_pointer_v<T>) {
+            return set(name, [member](Params &params, Address address) {
+                params.*member = reinterpret_cast<T>(address);
+            });
+        } else if constexpr (std::is_same_v<T, caco::OperandType>) {
+            return set(name, [member](Params &params, const std::string &type) {
+                params.*member = operand_type(type);
+            });
+        } else {
+            return set(name, [member](Params &params, T value) { params.*member = value; });
+        }
+    }
+
+    template <class Setter>
+    Struct &set(const char *name, Setter setter) {
+        binding_.def_property(name, nullptr, py::cpp_function(setter, py::is_setter()));
+        names_.append(name);
+        return *this;
+    }
+
+   private:
+    py::class_<Params> binding_;
+    py::list names_;
+};
+
+void set_temperatures(caco::AttendParams &params, const std::vector<float> &values) {
+    if (values.size() != 1 && values.size() != 2) {
+        const std::string found = std::to_string(values.size());
+        throw py::value_error("bank_attend: temperatures: found " + found + ", expected 1 or 2");
+    }
+    params.temperatures = static_cast<int>(values.size());
+    params.temperature[0] = values.front();
+    params.temperature[1] = values.back();
+}
+
+template <class Params>
+void def_launcher(py::module_ &m, const char *name, void (*launcher)(const Params &, const caco::Target &)) {
+    m.def(name, [launcher](const caco::Target &target, const Params &params) { launcher(params, target); }, "target"_a,
+          "params"_a);
 }
 
 }  // namespace
@@ -68,87 +122,68 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         .def_property_readonly("takes_bfloat16",
                                [](const caco::Target &target) { return caco::takes_bfloat16(target.path); });
 
-    m.def(
-        "bank_operand",
-        [](const caco::Target &target, Address rows, Address operand, int64_t count, int channels,
-           const std::string &type, bool normalise) {
-            caco::bank_operand({at<float>(rows), at<void>(operand), count, channels, operand_type(type), normalise},
-                               target);
-        },
-        "target"_a, py::kw_only(), "rows"_a, "operand"_a, "count"_a, "channels"_a, "type"_a, "normalise"_a);
+    Struct<caco::OperandParams>(m, "OperandParams")
+        .field("rows", &caco::OperandParams::rows)
+        .field("operand", &caco::OperandParams::operand)
+        .field("count", &caco::OperandParams::count)
+        .field("channels", &caco::OperandParams::channels)
+        .field("type", &caco::OperandParams::type)
+        .field("normalise", &caco::OperandParams::normalise);
+    def_launcher(m, "bank_operand", &caco::bank_operand);
 
+    Struct<caco::AttendParams>(m, "AttendParams")
+        .field("queries", &caco::AttendParams::queries)
+        .field("bank", &caco::AttendParams::bank)
+        .field("lse", &caco::AttendParams::lse)
+        .field("mean_row", &caco::AttendParams::mean_row)
+        .field("workspace", &caco::AttendParams::workspace)
+        .field("rows", &caco::AttendParams::rows)
+        .field("bank_rows", &caco::AttendParams::bank_rows)
+        .field("channels", &caco::AttendParams::channels)
+        .field("type", &caco::AttendParams::type)
+        .set("temperatures", &set_temperatures);
     m.def("bank_attend_workspace", &caco::bank_attend_workspace, "rows"_a, "bank_rows"_a, "channels"_a, "target"_a);
-    m.def(
-        "bank_attend",
-        [](const caco::Target &target, Address queries, Address bank, Address lse, Address mean_row, Address workspace,
-           int64_t rows, int64_t bank_rows, int channels, const std::string &type,
-           const std::vector<float> &temperatures) {
-            const int count = static_cast<int>(temperatures.size());
-            if (count != 1 && count != 2) throw py::value_error("bank_attend: wanted one or two temperatures");
-            caco::bank_attend({at<void>(queries),
-                               at<void>(bank),
-                               at<float>(lse),
-                               at<float>(mean_row),
-                               at<void>(workspace),
-                               rows,
-                               bank_rows,
-                               channels,
-                               operand_type(type),
-                               count,
-                               {temperatures.front(), temperatures.back()}},
-                              target);
-        },
-        "target"_a, py::kw_only(), "queries"_a, "bank"_a, "lse"_a, "mean_row"_a, "workspace"_a, "rows"_a, "bank_rows"_a,
-        "channels"_a, "type"_a, "temperatures"_a);
+    def_launcher(m, "bank_attend", &caco::bank_attend);
 
+    Struct<caco::SelectParams>(m, "SelectParams")
+        .field("keys", &caco::SelectParams::keys)
+        .field("bank", &caco::SelectParams::bank)
+        .field("exact_keys", &caco::SelectParams::exact_keys)
+        .field("exact_bank", &caco::SelectParams::exact_bank)
+        .field("index", &caco::SelectParams::index)
+        .field("similarity", &caco::SelectParams::similarity)
+        .field("workspace", &caco::SelectParams::workspace)
+        .field("rows", &caco::SelectParams::rows)
+        .field("bank_rows", &caco::SelectParams::bank_rows)
+        .field("channels", &caco::SelectParams::channels)
+        .field("type", &caco::SelectParams::type);
     m.def("bank_select_workspace", &caco::bank_select_workspace, "rows"_a, "bank_rows"_a, "channels"_a, "target"_a);
-    m.def(
-        "bank_select",
-        [](const caco::Target &target, Address keys, Address bank, Address exact_keys, Address exact_bank,
-           Address index, Address similarity, Address workspace, int64_t rows, int64_t bank_rows, int channels,
-           const std::string &type) {
-            caco::bank_select(
-                {at<void>(keys), at<void>(bank), at<float>(exact_keys), at<float>(exact_bank), at<int64_t>(index),
-                 at<float>(similarity), at<void>(workspace), rows, bank_rows, channels, operand_type(type)},
-                target);
-        },
-        "target"_a, py::kw_only(), "keys"_a, "bank"_a, "exact_keys"_a, "exact_bank"_a, "index"_a, "similarity"_a,
-        "workspace"_a, "rows"_a, "bank_rows"_a, "channels"_a, "type"_a);
+    def_launcher(m, "bank_select", &caco::bank_select);
 
+    Struct<caco::StepParams>(m, "StepParams")
+        .field("bank", &caco::StepParams::bank)
+        .field("velocity", &caco::StepParams::velocity)
+        .field("bank_operand", &caco::StepParams::bank_operand)
+        .field("queries", &caco::StepParams::queries)
+        .field("exact_queries", &caco::StepParams::exact_queries)
+        .field("lse", &caco::StepParams::lse)
+        .field("row_weight", &caco::StepParams::row_weight)
+        .field("positive_row", &caco::StepParams::positive_row)
+        .field("positive_place", &caco::StepParams::positive_place)
+        .field("positive_weight", &caco::StepParams::positive_weight)
+        .field("workspace", &caco::StepParams::workspace)
+        .field("rows", &caco::StepParams::rows)
+        .field("bank_rows", &caco::StepParams::bank_rows)
+        .field("channels", &caco::StepParams::channels)
+        .field("positives", &caco::StepParams::positives)
+        .field("type", &caco::StepParams::type)
+        .field("temperature", &caco::StepParams::temperature)
+        .field("lr", &caco::StepParams::lr)
+        .field("momentum", &caco::StepParams::momentum)
+        .field("project", &caco::StepParams::project)
+        .field("skip", &caco::StepParams::skip);
     m.def("bank_step_workspace", &caco::bank_step_workspace, "rows"_a);
-    m.def(
-        "bank_step",
-        [](const caco::Target &target, Address bank, Address velocity, Address bank_operand, Address queries,
-           Address exact_queries, Address lse, Address row_weight, Address positive_row, Address positive_place,
-           Address positive_weight, Address workspace, int64_t rows, int64_t bank_rows, int channels, int positives,
-           const std::string &type, float temperature, Address lr, float momentum, bool project, Address skip) {
-            caco::bank_step({at<float>(bank),
-                             at<float>(velocity),
-                             at<void>(bank_operand),
-                             at<void>(queries),
-                             at<float>(exact_queries),
-                             at<float>(lse),
-                             at<float>(row_weight),
-                             at<int64_t>(positive_row),
-                             at<int64_t>(positive_place),
-                             at<float>(positive_weight),
-                             at<void>(workspace),
-                             rows,
-                             bank_rows,
-                             channels,
-                             positives,
-                             operand_type(type),
-                             temperature,
-                             momentum,
-                             at<float>(lr),
-                             project,
-                             at<float>(skip)},
-                            target);
-        },
-        "target"_a, py::kw_only(), "bank"_a, "velocity"_a, "bank_operand"_a, "queries"_a, "exact_queries"_a, "lse"_a,
-        "row_weight"_a, "positive_row"_a, "positive_place"_a, "positive_weight"_a, "workspace"_a, "rows"_a,
-        "bank_rows"_a, "channels"_a, "positives"_a, "type"_a, "temperature"_a, "lr"_a, "momentum"_a, "project"_a,
-        "skip"_a);
+    def_launcher(m, "bank_step", &caco::bank_step);
 
 #ifdef CACO_EMULATE
     bind_emulation(m);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
+from caco_fast.bank.operand import OperandCopy
 from caco_fast.distributed import all_gather_rows
 from caco_fast.ops import bank_attend
 
@@ -16,8 +17,8 @@ from caco_fast.ops import bank_attend
 class KeyQueue(nn.Module):
     """The latest `size` keys of the global batches, in a ring; rows are random unit vectors until they are replaced.
 
-    size: K, any number, divisible by nothing. dim: C. generator: draws the first rows; on several ranks give the same
-    seed to all. state_dict: `queue` [K, C] and `pointer` (int64, the row that is replaced next).
+    size: K, any number of rows. dim: C. backend: of `attend`. generator: draws the first rows; give the same seed to
+    all ranks. state_dict: `queue` [K, C] and `pointer` (int64, the row that is replaced next).
     Source: MoCo (arXiv 1911.05722), section 3.2.
     """
 
@@ -31,19 +32,25 @@ class KeyQueue(nn.Module):
             queue = random_unit_rows(size, dim, generator)
         self.register_buffer("queue", queue)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=queue.device))
+        self.backend = backend
+        self.operand = OperandCopy(backend)
 
-    def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return bank_attend(queries, self.queue, temperature, self.backend)
+    def attend(
+        self, queries: Tensor, temperature: float | tuple[float, float]
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+        """`ops.bank_attend` on the keys: lse [R] (a pair for two temperatures) and mean_row [R, C]."""
+        operand = self.operand.for_attend(self.queue, queries)
+        return bank_attend(queries, self.queue, temperature, self.backend, operand=operand)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, skip: Tensor | None = None) -> None:  # [R, C], []
         """Replace the oldest rows by the keys of all ranks, in rank order; every rank brings as many.
 
-        Of more keys than the queue has rows only the latest stay. Where the flag `skip` is not 0 nothing changes.
+        If there are more keys than rows, the latest stay. If the flag `skip` is not 0, nothing changes.
         """
         size, dim = self.queue.shape
         if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"KeyQueue.enqueue: keys: found shape {list(keys.shape)}, wanted [R, {dim}]")
+            raise ValueError(f"KeyQueue.enqueue: keys: found shape {list(keys.shape)}, expected [R, {dim}]")
         keys = all_gather_rows(keys)
         count = keys.shape[0]
         kept = keys[-size:] if count > size else keys
@@ -52,12 +59,15 @@ class KeyQueue(nn.Module):
         rows, kept = (self.pointer + rows) % size, kept.to(self.queue.dtype)
         if skip is not None:
             kept, count = torch.where(skip != 0, self.queue[rows], kept), count * (skip == 0)
+        current = self.operand.is_current(self.queue)
         self.queue[rows] = kept
+        self.operand.refresh(self.queue, rows if current else None)
         self.pointer.add_(count).remainder_(size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         check_loaded_shape(state_dict, prefix + "queue", self.queue.shape, "KeyQueue")
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.operand.refresh(self.queue)
 
     def extra_repr(self) -> str:
         return f"size={self.queue.shape[0]}, dim={self.queue.shape[1]}"

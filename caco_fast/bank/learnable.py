@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from caco_fast.bank.memory import check_loaded_shape, enough_memory, overlap, random_unit_rows
+from caco_fast.bank.operand import OperandCopy
 from caco_fast.bank.pending import PendingRows, Rows, gather_rows
 from caco_fast.distributed import all_gather_rows
 from caco_fast.errors import UserError
@@ -62,20 +63,21 @@ class LearnableBank(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise UserError(f"LearnableBank: momentum: found {momentum}, wanted a number in [0, 1)")
+            raise UserError(f"LearnableBank: momentum: found {momentum}, expected a number in [0, 1)")
         if norm not in NORMS:
-            raise UserError(f"LearnableBank: norm: found {norm!r}, wanted 'implicit' or 'project'")
+            raise UserError(f"LearnableBank: norm: found {norm!r}, expected 'implicit' or 'project'")
         self.size = size
-        # Of the K rows those that this rank keeps: bank and velocity hold no others.
+        # The rows of all K that this rank keeps: bank and velocity hold no others.
         self.own = self._own_rows(size)
         with enough_memory("the bank with its velocity", len(self.own), dim, copies=2):
             bank = random_unit_rows(size, dim, generator, self.own)
             self.register_buffer("bank", bank)
             self.register_buffer("velocity", torch.zeros_like(bank))
-        # Rows that a step left out since they were not finite; on the device, so that counting them waits for nothing.
+        # Rows that a step left out because they were not finite; on the device, so that the host does not wait for it.
         self.register_buffer("skipped_rows", torch.zeros((), dtype=torch.int64, device=bank.device), persistent=False)
         self.momentum, self.norm, self.backend = momentum, norm, backend
         self.pending = PendingRows(max_records)
+        self.operand = OperandCopy(backend)
 
     def _own_rows(self, size: int) -> range:
         return range(size)
@@ -88,11 +90,12 @@ class LearnableBank(nn.Module):
         self, queries: Tensor, temperature: float | tuple[float, float]
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
         """`ops.bank_attend` on this bank: lse [R] (a pair for two temperatures) and mean_row [R, C]."""
-        return bank_attend(queries, self.bank, temperature, self.backend)
+        operand = self.operand.for_attend(self.bank, queries)
+        return bank_attend(queries, self.bank, temperature, self.backend, operand=operand)
 
     def select(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """`ops.bank_select` on this bank: index [R] of the most similar row and its similarity [R]."""
-        return bank_select(keys, self.bank, self.backend)
+        return bank_select(keys, self.bank, self.backend, operand=self.operand.for_select(self.bank))
 
     def rows(self, index: Tensor) -> Tensor:
         """Unit rows u at these indices, as constants. [...] -> [..., C]"""
@@ -143,7 +146,7 @@ class LearnableBank(nn.Module):
         """
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             found = list(queries.shape)
-            raise ValueError(f"LearnableBank.record: queries: found shape {found}, wanted [R, {self.dim}]")
+            raise ValueError(f"LearnableBank.record: queries: found shape {found}, expected [R, {self.dim}]")
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
     @torch.no_grad()
@@ -151,7 +154,7 @@ class LearnableBank(nn.Module):
         """One bank step with all recorded rows of all ranks, which are consumed.
 
         lr: eta, a number or on the device, []. scale: multiplies the row weights, 1 / n for gradients accumulated over
-        n batches. skip: a flag on the device, such as GradScaler's found_inf: where it is not 0 the rows are consumed,
+        n batches. skip: a flag on the device, such as GradScaler's found_inf: if it is not 0, the rows are consumed,
         and nothing else changes.
         Every rank must have recorded as many rows with the same M. A row that is not finite is left out and counted in
         `skipped_rows`, for one of them would turn the whole bank into NaN; nothing is raised, since that would make the
@@ -163,6 +166,7 @@ class LearnableBank(nn.Module):
         rows = self._of_all_ranks(rows)
         finite = rows.queries.isfinite().all(dim=1) & rows.lse.isfinite() & rows.row_weight.isfinite()  # [R]
         self.skipped_rows += (~finite).sum() if skip is None else (~finite).sum() * (skip == 0)
+        operand = self.operand.for_attend(self.bank, rows.queries)
         bank_step_(
             self.bank,
             self.velocity,
@@ -177,10 +181,15 @@ class LearnableBank(nn.Module):
             norm=self.norm,
             skip=skip,
             backend=self.backend,
+            operand=operand,
         )
+        if operand is not None:
+            self.operand.written(self.bank)
+        else:
+            self.operand.refresh(self.bank)
 
     def _of_all_ranks(self, rows: Rows) -> Rows:
-        """What was recorded, as the step of this rank's bank rows takes it."""
+        """The recorded rows, as the step of this rank's bank rows takes them."""
         return gather_rows(rows)
 
     def discard(self) -> int:
@@ -193,14 +202,14 @@ class LearnableBank(nn.Module):
     ) -> int:  # [R, C], []
         """Write the keys of all ranks, as unit rows at rest, from row `start` on; every rank brings as many.
 
-        Keys beyond the last row are dropped, or with `wrap` go on at row 0. Returns the row after the last one written:
-        `size` when the bank is full (with `wrap` a number below `size`). Where the flag `skip` is not 0 no row changes.
+        Keys beyond the last row are dropped, or with `wrap` continue at row 0. Returns the row after the last one:
+        `size` when the bank is full (with `wrap` a number below `size`). If the flag `skip` is not 0, no row changes.
         Source: CaCo, initialisation of the bank.
         """
         if keys.dim() != 2 or keys.shape[1] != self.dim:
-            raise ValueError(f"LearnableBank.fill: keys: found shape {list(keys.shape)}, wanted [R, {self.dim}]")
+            raise ValueError(f"LearnableBank.fill: keys: found shape {list(keys.shape)}, expected [R, {self.dim}]")
         if not 0 <= start <= self.size:
-            raise ValueError(f"LearnableBank.fill: start: found {start}, wanted a row in [0, {self.size}]")
+            raise ValueError(f"LearnableBank.fill: start: found {start}, expected a row in [0, {self.size}]")
         unit, _ = unit_rows(all_gather_rows(keys).to(self.bank.dtype))
         end = start + unit.shape[0]
         if wrap:
@@ -214,13 +223,16 @@ class LearnableBank(nn.Module):
     def _write(self, start: int, unit: Tensor, skip: Tensor | None) -> None:  # [n, C], []
         """Put unit rows at rest at bank rows start..start+n-1, as far as this rank keeps them."""
         here, there = overlap(self.own, range(start, start + unit.shape[0]))
+        current = self.operand.is_current(self.bank)
         for rows, new in ((self.bank, unit[there]), (self.velocity, torch.zeros_like(unit[there]))):
             rows[here] = new if skip is None else torch.where(skip != 0, rows[here], new)
+        self.operand.refresh(self.bank, here if current else None)
 
     @torch.no_grad()
     def normalise(self) -> None:
         """Rescale every row to unit length, in place. The velocity is kept."""
         self.bank.copy_(unit_rows(self.bank)[0])
+        self.operand.refresh(self.bank)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         own = {}
@@ -229,6 +241,7 @@ class LearnableBank(nn.Module):
             if isinstance(state_dict.get(key), Tensor):
                 own[key] = state_dict[key][self.own.start : self.own.stop]
         super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
+        self.operand.refresh(self.bank)
 
     def extra_repr(self) -> str:
         settings = f"momentum={self.momentum}, norm={self.norm!r}, backend={self.backend!r}"

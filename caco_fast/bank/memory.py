@@ -48,13 +48,13 @@ def overlap(first: range, second: range) -> tuple[slice, slice]:
 def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]:
     """Where `copies` f32 tensors [K, C] are made: a UserError that names the bytes if they do not fit."""
     if size < 1 or dim < 1:
-        raise UserError(f"{what}: found size {size} and dim {dim}, wanted at least 1 each")
-    wanted = copies * size * dim * 4
-    message = f"{what} of {size:,} x {dim:,} wants {wanted:,} bytes, more than the memory"
+        raise UserError(f"{what}: found size {size} and dim {dim}, expected at least 1 each")
+    expected = copies * size * dim * 4
+    message = f"{what} of {size:,} x {dim:,} needs {expected:,} bytes, more than the memory"
     advice = "choose a smaller bank size or dim"
     # Linux grants memory that is not there and ends the process when it is touched, so ask first.
     free = available_bytes() if torch.get_default_device().type == "cpu" else None
-    if free is not None and wanted > free:
+    if free is not None and expected > free:
         raise UserError(f"{message} that is free ({free:,} bytes): {advice}")
     try:
         yield
@@ -64,11 +64,11 @@ def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]
         raise
 
 
-def check_loaded_shape(state: Mapping[str, Any], key: str, wanted: tuple[int, int], what: str) -> None:
+def check_loaded_shape(state: Mapping[str, Any], key: str, expected: tuple[int, int], what: str) -> None:
     """Refuse a saved bank of another size."""
     saved = state.get(key)
-    if isinstance(saved, Tensor) and saved.shape != wanted:
+    if isinstance(saved, Tensor) and saved.shape != expected:
         raise UserError(
-            f"{what}: the saved {key!r} has shape {list(saved.shape)}, wanted {list(wanted)}: "
+            f"{what}: the saved {key!r} has shape {list(saved.shape)}, expected {list(expected)}: "
             "set size and dim as they were when it was saved"
         )

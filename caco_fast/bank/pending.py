@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
 
 def gather_rows(rows: Rows) -> Rows:
-    """Those of all ranks, in rank order; every rank brings as many, with the same M."""
+    """The rows of all ranks, in rank order; every rank brings as many, with the same M."""
     return Rows(*(None if value is None else all_gather_rows(value) for value in rows))
 
 
@@ -31,7 +31,7 @@ class PendingRows:
 
     def __init__(self, max_records: int) -> None:
         if max_records < 1:
-            raise UserError(f"LearnableBank: max_records: found {max_records}, wanted at least 1")
+            raise UserError(f"LearnableBank: max_records: found {max_records}, expected at least 1")
         self.max_records = max_records
         self.records: list[Rows] = []
         self.temperature = 0.0
@@ -41,13 +41,13 @@ class PendingRows:
         for name, value in zip(rows._fields, rows, strict=True):
             if value is not None and (value.dim() == 0 or value.shape[0] != count):
                 found = list(value.shape)
-                raise ValueError(f"LearnableBank.record: {name}: found shape {found}, wanted {count} rows as queries")
+                raise ValueError(f"LearnableBank.record: {name}: found shape {found}, expected {count} rows as queries")
         if rows.positives is not None and rows.positives.dim() != 2:
             found = list(rows.positives.shape)
-            raise ValueError(f"LearnableBank.record: positives: found shape {found}, wanted [R, M]")
+            raise ValueError(f"LearnableBank.record: positives: found shape {found}, expected [R, M]")
         if self.records and temperature != self.temperature:
-            wanted = f"{self.temperature} as in the records before"
-            raise ValueError(f"LearnableBank.record: temperature: found {temperature}, wanted {wanted}")
+            expected = f"{self.temperature} as in the records before"
+            raise ValueError(f"LearnableBank.record: temperature: found {temperature}, expected {expected}")
         if len(self.records) >= self.max_records:
             raise UserError(
                 f"{len(self.records)} records wait for a bank step, more than max_records allows: call bank.step(lr) "

@@ -9,7 +9,7 @@ Merging the shards r, each with its lse_ir and softmax mean O_ir over its own ro
 
     lse_i = log sum_r exp(lse_ir),   O_i = sum_r exp(lse_ir - lse_i) O_ir
 
-and as the positive row u_pi stands on one rank only, O_i - u_pi, the gradient of the loss, is a sum over ranks too.
+and as the positive row u_pi is on one rank only, O_i - u_pi, the gradient of the loss, is a sum over ranks too.
 
 Legend: N ranks, R query rows on this rank, K bank rows of which k on this rank, C channels, M positives per row.
 """
@@ -32,7 +32,8 @@ from caco_fast.distributed import (
     world_size,
 )
 from caco_fast.errors import UserError
-from caco_fast.ops import bank_attend, bank_select
+from caco_fast.ops import bank_attend
+from caco_fast.ops.packed import pack, unpack
 from caco_fast.ops.tiling import unit_rows
 
 
@@ -72,13 +73,14 @@ class ShardedBank(LearnableBank):
 
     def _attend(self, queries: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:  # [N R, C]
         """For the queries of all ranks: lse [1 or 2, N R] over the whole bank, and this shard's part of mean_row."""
-        part, mean_row = bank_attend(queries, self.bank, temperatures, self.backend)
-        part = torch.stack(part if len(temperatures) == 2 else (part,))
+        operand = self.operand.for_attend(self.bank, queries)
+        part, mean_row = bank_attend(queries, self.bank, temperatures, self.backend, operand=operand)
+        part = torch.stack(part if isinstance(part, tuple) else (part,))
         lse = all_reduce_logsumexp(part)
         return lse, mean_row * (part[0] - lse[0]).exp().unsqueeze(1)
 
     def select(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        index, similarity = bank_select(self._gather(keys), self.bank, self.backend)
+        index, similarity = super().select(self._gather(keys))
         index, similarity = most_similar(index + self.own.start, similarity)
         return index[own_slice(keys)], similarity[own_slice(keys)]
 
@@ -93,7 +95,7 @@ class ShardedBank(LearnableBank):
         return unit.view(*index.shape, self.dim) * kept.unsqueeze(-1)
 
     def _local(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices into this rank's rows, and whether the row is here; where it is not, the index is any one of ours."""
+        """Indices into this rank's rows, and whether the row is here; if it is not, the index is any one of ours."""
         local = index - self.own.start
         # Spread over all rows, since the step's kernel is slow where thousands of positives meet on one row.
         return local.remainder(len(self.own)), (local >= 0) & (local < len(self.own))
@@ -108,7 +110,7 @@ class ShardedBank(LearnableBank):
         operands: torch.dtype = torch.float32,
         row_weight: Tensor | None = None,
     ) -> Contrast:
-        """As the replicated bank's, except that the similarities to positives are those of the queries as operands."""
+        """The contrast of a replicated bank, but similarities to positives are those of the queries as operands."""
         gathered = self._gather(queries.to(operands))  # [N R, C]
         everyone, weights = all_gather_rows(positives), all_gather_rows(positive_weight)  # [N R, M]
         lse, mean_row = self._attend(gathered, (temperature, bank_temperature))
@@ -177,32 +179,23 @@ def shards(size: int) -> list[range]:
     ranks = world_size()
     if size < ranks:
         raise UserError(
-            f"the bank: found {size} rows for {ranks} ranks, wanted at least one on each: take a larger bank, fewer "
+            f"the bank: found {size} rows for {ranks} ranks, expected at least one on each: take a larger bank, fewer "
             "ranks, or caco.bank_parallel=replicated"
         )
     return [range(size * r // ranks, size * (r + 1) // ranks) for r in range(ranks)]
 
 
 def own_slice(rows: Tensor) -> slice:
-    """Where this rank's rows stand in what was gathered."""
+    """The place of this rank's rows among the gathered ones."""
     return slice(rank() * rows.shape[0], (rank() + 1) * rows.shape[0])
 
 
-# Below the index in a packed maximum, so that of equal similarities the lowest index wins.
-LOW_BITS = 2**32 - 1
-
-
 def most_similar(index: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every rank's candidates [N R] the most similar, ties to the lowest index: one maximum over the ranks."""
+    """The most similar of every rank's candidates [N R], ties to the lowest index: one maximum over the ranks."""
     if similarity.dtype != torch.float32:
         # An f64 similarity leaves no room for the index.
         best = all_reduce_max(similarity.clone())
         candidate = torch.where(similarity == best, -index, torch.iinfo(torch.int64).min)
         return -all_reduce_max(candidate), best
-    # As signed integers, floats are in order but for the negative ones, whose order is reversed.
-    bits = (similarity + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    packed = all_reduce_max((ordered.long() << 32) | (LOW_BITS - index))
-    ordered = (packed >> 32).int()
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return LOW_BITS - (packed & LOW_BITS), bits.view(torch.float32)
+    best, index = unpack(all_reduce_max(pack(similarity, index)))
+    return index, best

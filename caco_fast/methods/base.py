@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from caco_fast.errors import UserError
 from caco_fast.models import EncoderPair
-from caco_fast.ops.backends import BACKENDS
+from caco_fast.ops.dispatch import BACKENDS
 from caco_fast.ops.rates import Rate
 
 

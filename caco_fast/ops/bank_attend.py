@@ -5,13 +5,22 @@
 
 so a contrastive loss and its gradient need no second pass: d lse_i / d q_i = mean_row_i / t.
 
-Legend: R query rows, K bank rows, C channels; a tile is r query rows by k bank rows.
+Kernels  csrc/bank_attend/
+Tests    tests/ops/test_bank_attend.py
+Time     python tools/bench/ops.py bank_attend
+Keep     the errors within tests/ops/tolerances.py; the same bits from launch to launch; no [R, K] in memory; a running
+         maximum, so that queries of any length and any temperature are right; the host never waits for the device
+Free     tile shapes, the split of the bank over blocks and its merge, the order of sums, the dtype of products
+
+Legend: R query rows, K bank rows, C channels, P padded channels; a tile is r query rows by k bank rows.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from caco_fast.ops import backends, checks
+from caco_fast.ops import dispatch
 from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, unit_rows
 
 OP = "bank_attend"
@@ -22,6 +31,8 @@ def bank_attend(
     bank: Tensor,  # [K, C]
     temperature: float | tuple[float, float],
     backend: str = "auto",
+    *,
+    operand: Tensor | None = None,  # [K, P]
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:  # lse [R], mean_row [R, C]
     """Log-sum-exp of the similarities to all bank rows, and the softmax-weighted mean of the unit bank rows.
 
@@ -29,28 +40,31 @@ def bank_attend(
     bank: f32, rows of any length but zero; a constant: no gradient flows into it.
     temperature: above 0. With a pair, lse is a pair too; mean_row and the gradient belong to the first, and the second
         lse carries no gradient. Both share one product of similarities.
+    operand: the bank's unit rows as the kernels read them, if the caller keeps them equal to the bank (a
+        `LearnableBank` does); products then run in its dtype. Other backends do not read it.
 
     Returns f32 (f64 for f64). lse is differentiable once in queries; mean_row is not differentiable.
     Raises ValueError or TypeError for a bad argument, RuntimeError if the named backend is not there.
     Source: CaCo, eq. 3 and 8.
     """
-    checks.check_backend(OP, backend)
-    checks.check_rows_and_bank(OP, "queries", queries, bank)
+    dispatch.check_backend(OP, backend)
+    dispatch.check_rows_and_bank(OP, "queries", queries, bank)
+    dispatch.check_operand(OP, operand, bank)
     temperatures = [float(t) for t in temperature] if isinstance(temperature, (tuple, list)) else [float(temperature)]
     if len(temperatures) not in (1, 2):
-        raise ValueError(f"{OP}: temperature: found {len(temperatures)} values, wanted one or two")
+        raise ValueError(f"{OP}: temperature: found {len(temperatures)} values, expected one or two")
     for value in temperatures:
-        checks.check_temperature(OP, value)
+        dispatch.check_temperature(OP, value)
     shared = len(temperatures) == 2 and temperatures[0] == temperatures[1]
-    wanted = temperatures[:1] if shared else temperatures
-    lse, other_lse, mean_row = torch.ops.caco_fast.bank_attend(queries, bank, wanted, backend)
+    different = temperatures[:1] if shared else temperatures
+    lse, other_lse, mean_row = torch.ops.caco_fast.bank_attend(queries, bank, different, operand, backend)
     if len(temperatures) == 1:
         return lse, mean_row
     return (lse, lse.detach() if shared else other_lse), mean_row
 
 
 def attend_reference(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """As the formula, dense."""
+    """The formula, dense."""
     rows = queries.to(bank.dtype)  # [R, C]
     unit, _ = unit_rows(bank)  # [K, C]
     similarity = rows @ unit.T  # [R, K]
@@ -91,44 +105,75 @@ def attend_tiled(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tu
     return lse[0], lse[1] if len(lse) == 2 else lse[0].new_empty(0), mean_row
 
 
+def attend_cuda(
+    queries: Tensor, bank: Tensor, temperatures: list[float], operand: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels: Any = dispatch.cuda_backend()
+    kernels.check_bank(OP, bank)
+    (rows, channels), bank_rows = queries.shape, bank.shape[0]
+    lse = bank.new_empty((len(temperatures), rows))
+    mean_row = bank.new_empty((rows, channels))
+    if rows > 0:
+        target = kernels.target_for(bank.device)
+        operand = kernels.operand_for(queries, bank, operand, target)
+        size = kernels._C.bank_attend_workspace(rows, bank_rows, channels, target)
+        kernels.launch(
+            "bank_attend",
+            target,
+            queries=kernels.row_operand(queries, operand.dtype, target),
+            bank=operand,
+            lse=lse,
+            mean_row=mean_row,
+            workspace=kernels.workspace(size, bank),
+            rows=rows,
+            bank_rows=bank_rows,
+            channels=channels,
+            type=operand.dtype,
+            temperatures=temperatures,
+        )
+    return lse[0], lse[1].clone() if len(temperatures) == 2 else bank.new_empty(0), mean_row
+
+
 @torch.library.custom_op("caco_fast::bank_attend", mutates_args=())
 def _bank_attend(
-    queries: Tensor, bank: Tensor, temperatures: list[float], backend: str
+    queries: Tensor, bank: Tensor, temperatures: list[float], operand: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse [R], lse at the second temperature [R] or [0], mean_row [R, C])"""
-    chosen = backends.resolve(OP, backend, bank.device, bank.dtype)
+    chosen = dispatch.resolve(OP, backend, bank.device, bank.dtype)
     # Autocast would turn the f32 products into bf16 ones.
     with torch.autocast(bank.device.type, enabled=False):
         if chosen == "cuda":
-            return backends.cuda_backend().attend(queries, bank, temperatures)
+            return attend_cuda(queries, bank, temperatures, operand)
         if chosen == "tiled":
             return attend_tiled(queries, bank, temperatures)
         return attend_reference(queries, bank, temperatures)
 
 
 @_bank_attend.register_fake
-def _(queries: Tensor, bank: Tensor, temperatures: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    queries: Tensor, bank: Tensor, temperatures: list[float], operand: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels = queries.shape
     second = rows if len(temperatures) == 2 else 0
     return bank.new_empty(rows), bank.new_empty(second), bank.new_empty((rows, channels))
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    queries, _, temperatures, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    queries, _, temperatures, _, _ = inputs
     _, other_lse, mean_row = output
     ctx.mark_non_differentiable(other_lse, mean_row)
     ctx.save_for_backward(mean_row)
     ctx.temperature, ctx.dtype = temperatures[0], queries.dtype
 
 
-def _backward(ctx, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
     if torch.is_grad_enabled():
         raise NotImplementedError(
-            f"{OP}: found create_graph=True, wanted a first derivative: lse is differentiable once"
+            f"{OP}: found create_graph=True, expected a first derivative: lse is differentiable once"
         )
     (mean_row,) = ctx.saved_tensors  # [R, C]
     grad_queries = mean_row * (grad_lse / ctx.temperature).unsqueeze(1)
-    return grad_queries.to(ctx.dtype), None, None, None
+    return grad_queries.to(ctx.dtype), None, None, None, None
 
 
 _bank_attend.register_autograd(_backward, setup_context=_setup_context)

@@ -9,14 +9,26 @@ With s_ij = q_i . u_j, u_j = w_j / |w_j|, p_ij = exp(s_ij / t - lse_i), row weig
 All of the right-hand side is from before the step. As s_ij = q_i . u_j, the tangent needs one sum only:
 sum_i a_i c_ij (q_i - s_ij u_j) = G_j - (G_j . u_j) u_j with G_j = sum_i a_i c_ij q_i.
 
-Legend: R query rows, K bank rows, C channels, M positives per row; a tile is k bank rows by r query rows.
+Kernels  csrc/bank_step/
+Tests    tests/ops/test_bank_step.py
+Time     python tools/bench/ops.py bank_step
+Keep     the errors within tests/ops/tolerances.py; the same bits from launch to launch, also if many rows share a
+         positive; neither [R, K] nor a [K, C] gradient in memory; `skip` and `lr` read on the device; the operand that
+         it writes is that of the bank as it then is; the host never waits for the device
+Free     tile shapes, the order of tiles, the order of sums, the dtype of products, how positives are sorted
+
+Legend: R query rows, K bank rows, C channels, P padded channels, M positives per row; a tile is k bank rows by r query
+rows.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from caco_fast.ops import backends, checks
-from caco_fast.ops.rates import Rate, check_rate
+from caco_fast.ops import dispatch
+from caco_fast.ops.rates import Rate, check_rate, on_device
 from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, unit_rows
 
 OP = "bank_step_"
@@ -37,46 +49,34 @@ def bank_step_(
     norm: str = "implicit",
     skip: Tensor | None = None,  # []
     backend: str = "auto",
+    operand: Tensor | None = None,  # [K, P]
 ) -> None:
     """Move the bank rows and their velocity; positives descend the contrastive loss and negatives ascend it.
 
     lse: `bank_attend` of the same queries and bank at `temperature`, the bank temperature t_m.
-    lr: a tensor on the device, [], is not looked at.
+    lr: eta; the value of a tensor [] on the device is not read by the host.
     row_weight: 1 / B for each of the rows of a batch of B images. positive_weight: sums to 1 over M; None means 1 / M.
     positives: None or M = 0 for AdCo (negatives only), M = 1 for CaCo. An index out of range is an IndexError on the
-        CPU; on an accelerator it is not looked at, the device's own check reports it.
+        CPU. On an accelerator the host does not read them, and the kernels ignore such an index.
     norm: "implicit" keeps the rows' lengths as they come, "project" rescales every row to unit length after the step.
-    skip: an f32 flag on the device, such as GradScaler's found_inf; where it is not 0 bank and velocity stay as they
-        are.
+    skip: an f32 flag on the device, such as GradScaler's found_inf; if it is not 0, bank and velocity stay as they are.
+    operand: the copy of the bank's unit rows that its owner passes to `bank_attend`; it is written anew from the bank
+        after the step. The kernels' products run in its dtype.
 
     Raises ValueError, TypeError or IndexError for a bad argument, RuntimeError if the named backend is not there.
     Source: CaCo, eq. 7-10 and section IV-C; AdCo for M = 0.
     """
-    checks.check_backend(OP, backend)
-    checks.check_rows_and_bank(OP, "queries", queries, bank)
+    dispatch.check_backend(OP, backend)
+    dispatch.check_rows_and_bank(OP, "queries", queries, bank)
+    check_like_bank(velocity, bank)
     rows = queries.shape[0]
-    checks.check_like(OP, "velocity", velocity, tuple(bank.shape), "[K, C] as the bank", bank)
-    if velocity.dtype != bank.dtype:
-        raise TypeError(f"{OP}: velocity: found {velocity.dtype}, wanted {bank.dtype} as the bank")
-    checks.check_like(OP, "lse", lse, (rows,), "[R]", bank)
-    checks.check_like(OP, "row_weight", row_weight, (rows,), "[R]", bank)
-    checks.check_temperature(OP, temperature)
-    checks.check_step_settings(OP, 0.0 if isinstance(lr, Tensor) else lr, momentum, norm)
-    if isinstance(lr, Tensor):
-        check_rate(OP, "lr", lr, bank.device)
-    checks.check_flag(OP, "skip", skip, bank.device)
-    if positives is not None:
-        checks.check_positives(OP, positives, rows, bank)
-        if positives.shape[1] == 0:
-            positives = positive_weight = None
-        elif positive_weight is None:
-            positive_weight = row_weight.new_full(positives.shape, 1 / positives.shape[1])
-        else:
-            checks.check_like(OP, "positive_weight", positive_weight, tuple(positives.shape), "[R, M]", bank)
-    elif positive_weight is not None and positive_weight.numel() > 0:
-        raise ValueError(f"{OP}: positive_weight: found {checks.shape(positive_weight)} without positives, wanted both")
-    else:
-        positive_weight = None
+    dispatch.check_like(OP, "lse", lse, (rows,), "[R]", bank)
+    dispatch.check_like(OP, "row_weight", row_weight, (rows,), "[R]", bank)
+    dispatch.check_temperature(OP, temperature)
+    check_settings(lr, momentum, norm, bank.device)
+    dispatch.check_flag(OP, "skip", skip, bank.device)
+    dispatch.check_operand(OP, operand, bank)
+    positives, positive_weight = checked_positives(positives, positive_weight, row_weight, bank)
     with torch.no_grad():
         torch.ops.caco_fast.bank_step_(
             bank,
@@ -84,16 +84,68 @@ def bank_step_(
             queries.detach(),
             lse.detach(),
             float(temperature),
-            0.0 if isinstance(lr, Tensor) else float(lr),
-            lr if isinstance(lr, Tensor) else None,
+            on_device(lr, bank),
             float(momentum),
             row_weight.detach(),
             positives,
             positive_weight,
             norm,
             skip,
+            operand,
             backend,
         )
+
+
+def check_like_bank(velocity: Tensor, bank: Tensor) -> None:
+    dispatch.check_like(OP, "velocity", velocity, tuple(bank.shape), "[K, C] as the bank", bank)
+    if velocity.dtype != bank.dtype:
+        raise TypeError(f"{OP}: velocity: found {velocity.dtype}, expected {bank.dtype} as the bank")
+
+
+def check_settings(lr: Rate, momentum: float, norm: str, device: torch.device) -> None:
+    if isinstance(lr, Tensor):
+        check_rate(OP, "lr", lr, device)
+    elif not math.isfinite(lr) or lr < 0:
+        raise ValueError(f"{OP}: lr: found {lr}, expected a finite number, 0 or more")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{OP}: momentum: found {momentum}, expected a number in [0, 1)")
+    if norm not in ("implicit", "project"):
+        raise ValueError(f"{OP}: norm: found {norm!r}, expected 'implicit' or 'project'")
+
+
+def checked_positives(
+    positives: Tensor | None, positive_weight: Tensor | None, row_weight: Tensor, bank: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positives [R, M] with their weights [R, M], which are 1 / M by default; (None, None) for M = 0."""
+    if positives is None:
+        if positive_weight is not None and positive_weight.numel() > 0:
+            found = dispatch.shape(positive_weight)
+            raise ValueError(f"{OP}: positive_weight: found {found} without positives, expected both")
+        return None, None
+    dispatch.check_tensor(OP, "positives", positives)
+    rows = row_weight.shape[0]
+    if positives.dim() != 2 or positives.shape[0] != rows:
+        found = dispatch.shape(positives)
+        raise ValueError(f"{OP}: positives: found shape {found}, expected [R, M] with R = {rows}")
+    if positives.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{OP}: positives: found {positives.dtype}, expected torch.int64")
+    dispatch.check_device(OP, "positives", positives, bank)
+    if positives.shape[1] == 0:
+        return None, None
+    if positive_weight is None:
+        return positives, row_weight.new_full(positives.shape, 1 / positives.shape[1])
+    dispatch.check_like(OP, "positive_weight", positive_weight, tuple(positives.shape), "[R, M]", bank)
+    return positives, positive_weight
+
+
+def check_positive_range(positives: Tensor, bank_rows: int) -> None:
+    """Refuse an index out of range, on the CPU only: reading values of an accelerator would make the host wait."""
+    if positives.device.type != "cpu" or positives.numel() == 0:
+        return
+    low, high = (int(bound) for bound in positives.aminmax())
+    if low < 0 or high >= bank_rows:
+        found = low if low < 0 else high
+        raise IndexError(f"{OP}: positives: found {found}, expected a bank row in [0, {bank_rows - 1}]")
 
 
 def step_reference_(
@@ -102,20 +154,20 @@ def step_reference_(
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: Rate,
+    lr: Tensor,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
 ) -> None:
-    """As the formula, dense."""
+    """The formula, dense."""
     queries = queries.to(bank.dtype)
     unit, inverse_norm = unit_rows(bank)  # [K, C], [K, 1]
     similarity = queries @ unit.T  # [R, K]
     p = torch.exp(similarity / temperature - lse.to(bank.dtype).unsqueeze(1))  # [R, K]
     chosen = torch.zeros_like(p)  # [R, K]: sum_m o_im [j = pi_im]
-    if positives is not None:
+    if positives is not None and positive_weight is not None:
         chosen.scatter_add_(1, positives.long(), positive_weight.to(bank.dtype))
     pull = row_weight.to(bank.dtype).unsqueeze(1) * (p + chosen * (1 - 2 * p))  # [R, K]: a_i c_ij
     tangent = pull.T @ queries - (pull * similarity).sum(dim=0).unsqueeze(1) * unit  # [K, C]
@@ -132,7 +184,7 @@ def step_tiled_(
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: Rate,
+    lr: Tensor,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
@@ -141,11 +193,11 @@ def step_tiled_(
 ) -> None:
     """Plain torch over tiles of bank rows; neither [R, K] nor a [K, C] gradient is ever held.
 
-    c_ij differs from p_ij for the R M pairs of a row and its positives only, so these are added to the velocity apart.
+    c_ij differs from p_ij for the R M pairs of a row and its positives only, so these are added to the velocity first.
     """
     lse, row_weight = lse.to(bank.dtype), row_weight.to(bank.dtype)
     velocity.mul_(momentum)
-    if positives is not None:
+    if positives is not None and positive_weight is not None:
         add_positives_(bank, velocity, queries, lse, temperature, row_weight, positives.long(), positive_weight)
 
     dtype = operand_dtype(queries)
@@ -171,10 +223,7 @@ def step_tiled_(
         along = torch.linalg.vecdot(pulled, unit).unsqueeze(1)  # [k, 1]
         pulled.addcmul_(unit, along, value=-1)
         speed.addcmul_(pulled, inverse_norm * largest_weight, value=-1 / temperature)
-        if isinstance(lr, Tensor):
-            rows.addcmul_(speed, lr.to(rows.dtype), value=-1)
-        else:
-            rows.sub_(speed, alpha=lr)
+        rows.addcmul_(speed, lr, value=-1)
         if norm == "project":
             rows.copy_(unit_rows(rows)[0])
 
@@ -189,7 +238,7 @@ def add_positives_(
     positives: Tensor,  # [R, M]
     positive_weight: Tensor,  # [R, M]
 ) -> None:
-    """Add to the velocity what the positives' part of c, sum_m o_im [j = pi_im] (1 - 2 p_ij), gives."""
+    """Add the gradient of the positives' part of c, sum_m o_im [j = pi_im] (1 - 2 p_ij), to the velocity."""
     many = positives.shape[1]
     index = positives.flatten()  # [R M]
     unit, inverse_norm = unit_rows(bank[index])  # [R M, C], [R M, 1]
@@ -206,40 +255,102 @@ def add_positives_(
         velocity.index_put_((index,), gradient, accumulate=True)
 
 
-@torch.library.custom_op("caco_fast::bank_step_", mutates_args=("bank", "velocity"))
-def _bank_step_(
+def step_cuda_(
     bank: Tensor,
     velocity: Tensor,
     queries: Tensor,
     lse: Tensor,
     temperature: float,
-    lr: float,
-    device_lr: Tensor | None,
+    lr: Tensor,
     momentum: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
     norm: str,
     skip: Tensor | None,
+    operand: Tensor | None,
+) -> None:
+    """`step_tiled_` on the compiled kernels, with `skip`; positives outside of the bank are ignored."""
+    kernels: Any = dispatch.cuda_backend()
+    kernels.check_bank(OP, bank)
+    (rows, channels), bank_rows = queries.shape, bank.shape[0]
+    many = 0 if positives is None or rows == 0 else positives.shape[1]
+    if many > kernels._C.max_positives:
+        raise ValueError(f"{OP}: positives: found M = {many}, expected at most {kernels._C.max_positives}")
+    target = kernels.target_for(bank.device)
+    dtype = kernels.operand_dtype(queries, target) if operand is None else operand.dtype
+    if operand is not None:
+        kernels.check_layout(operand, bank)
+    exact_bank, exact_velocity = bank.contiguous(), velocity.contiguous()
+    sorted_rows = places = weights = None
+    if many > 0 and positives is not None and positive_weight is not None:
+        sorted_rows, places = positives.flatten().long().sort(stable=True)  # the order of the rows i within a bank row
+        weights = positive_weight.float().contiguous()
+    kernels.launch(
+        "bank_step",
+        target,
+        bank=exact_bank,
+        velocity=exact_velocity,
+        bank_operand=operand,
+        queries=kernels.row_operand(queries, dtype, target),
+        exact_queries=queries.float().contiguous(),
+        lse=lse.float().contiguous(),
+        row_weight=row_weight.float().contiguous(),
+        positive_row=sorted_rows,
+        positive_place=places,
+        positive_weight=weights,
+        workspace=kernels.workspace(kernels._C.bank_step_workspace(rows), bank),
+        rows=rows,
+        bank_rows=bank_rows,
+        channels=channels,
+        positives=many,
+        type=dtype,
+        temperature=temperature,
+        lr=lr,
+        momentum=momentum,
+        project=norm == "project",
+        skip=skip,
+    )
+    if exact_bank is not bank:
+        bank.copy_(exact_bank)
+    if exact_velocity is not velocity:
+        velocity.copy_(exact_velocity)
+
+
+@torch.library.custom_op("caco_fast::bank_step_", mutates_args=("bank", "velocity", "operand"))
+def _bank_step_(
+    bank: Tensor,
+    velocity: Tensor,
+    queries: Tensor,
+    lse: Tensor,
+    temperature: float,
+    lr: Tensor,
+    momentum: float,
+    row_weight: Tensor,
+    positives: Tensor | None,
+    positive_weight: Tensor | None,
+    norm: str,
+    skip: Tensor | None,
+    operand: Tensor | None,
     backend: str,
 ) -> None:
-    # A rate on the device stands in place of the float.
-    rate = lr if device_lr is None else device_lr
     if positives is not None:
-        checks.check_positive_range(OP, positives, bank.shape[0])
-    chosen = backends.resolve(OP, backend, bank.device, bank.dtype)
-    settings = (queries, lse, temperature, rate, momentum, row_weight, positives, positive_weight, norm)
+        check_positive_range(positives, bank.shape[0])
+    chosen = dispatch.resolve(OP, backend, bank.device, bank.dtype)
+    settings = (queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm)
     # Autocast would turn the f32 products into bf16 ones.
     with torch.autocast(bank.device.type, enabled=False):
         if chosen == "cuda":
-            backends.cuda_backend().step_(bank, velocity, *settings, skip)
+            step_cuda_(bank, velocity, *settings, skip, operand)
             return
-        # Whether to skip is decided on the device, where the host does not wait for it.
+        # Whether to skip is decided on the device: the host does not wait for it.
         kept = None if skip is None else (bank.clone(), velocity.clone())
         step = step_reference_ if chosen == "reference" else step_tiled_
         step(bank, velocity, *settings)
         for changed, before in zip((bank, velocity), kept or ()):
             changed.copy_(torch.where(skip != 0, before, changed))
+        if operand is not None:
+            operand.zero_()[:, : bank.shape[1]].copy_(unit_rows(bank)[0])
 
 
 _bank_step_.register_fake(lambda *arguments: None)

@@ -4,9 +4,16 @@ For a parameter w with gradient g, velocity v, loss scale s:
 
     d = g / s
     d <- d + weight_decay w             \
-    d <- trust |w| / |d| d               > two or more dimensions only; unscaled where either norm is 0
+    d <- trust |w| / |d| d               > two or more dimensions only; unscaled if either norm is 0
     v <- momentum v + d                 /
     w <- w - lr v
+
+Kernels  none: torch's multi-tensor operations
+Tests    tests/ops/test_lars_step.py
+Time     python tools/bench/ops.py lars_step
+Keep     fewer than 80 launches for ResNet-50 with its projector; norms of unscaled gradients; `skip`, `grad_scale` and
+         an lr on the device read there; gradients as they were; no change if skipped, whatever the gradients hold
+Free     which foreach operations do it, the order of roundings
 """
 
 from collections.abc import Sequence
@@ -15,14 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from caco_fast.ops import checks, cuda_optim, tensor_lists
-from caco_fast.ops.rates import Rate, check_rate, on_device
+from caco_fast.ops import dispatch, tensor_lists
+from caco_fast.ops.rates import Rate, check_rate
 
 OP = "lars_step_"
 
 
 class LarsSettings(NamedTuple):
-    """As `lars_step_` takes them."""
+    """The settings of `lars_step_`."""
 
     lr: Rate
     momentum: float
@@ -48,43 +55,36 @@ def lars_step_(
 ) -> None:
     """Move parameters and velocities; gradients stay as they are.
 
-    grads, velocities: as params in shape and dtype. backend "cuda" wants f32, dense in memory, and a gradient and
-        velocity in the memory format of their parameter (channels_last is fine).
-    lr: a tensor on the device, [], is not looked at.
+    grads, velocities: like params in shape, dtype and device.
+    lr: the value of a tensor [] on the device is not read by the host.
     grad_scale: s, on the device, by which the gradients are still multiplied; None: they are not.
-    skip: a flag on the device, such as GradScaler's found_inf; where it is not 0 nothing changes, whatever is in the
-        gradients.
+    skip: a flag on the device, such as GradScaler's found_inf; if it is not 0, nothing changes, whatever the gradients
+        hold.
 
-    Raises ValueError or TypeError for a bad argument, RuntimeError if the named backend is not there.
+    Raises ValueError or TypeError for a bad argument.
     Source: You et al., arXiv 1708.03888, as contrastive pre-training uses it.
     """
-    lists = {"params": params, "grads": grads, "velocities": velocities}
-    tensor_lists.check_lengths(OP, lists)
+    tensor_lists.check_lengths(OP, {"params": params, "grads": grads, "velocities": velocities})
     for name, value in dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust).items():
         if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{OP}: {name}: found {value}, wanted 0 or more")
+            raise ValueError(f"{OP}: {name}: found {value}, expected 0 or more")
     if not params:
         return
     device = params[0].device
     if isinstance(lr, Tensor):
         check_rate(OP, "lr", lr, device)
-    checks.check_flag(OP, "grad_scale", grad_scale, device)
-    checks.check_flag(OP, "skip", skip, device)
-    chosen = tensor_lists.resolve(OP, backend, device)
+    dispatch.check_flag(OP, "grad_scale", grad_scale, device)
+    dispatch.check_flag(OP, "skip", skip, device)
     settings = LarsSettings(lr, float(momentum), float(weight_decay), float(trust), grad_scale, skip)
-    if chosen == "cuda":
-        tensor_lists.check_for_kernels(OP, lists)
-        settings = settings._replace(lr=on_device(lr, device))
-        torch.ops.caco_fast.lars_step_(list(params), list(grads), list(velocities), *settings)
-    else:
-        step = lars_step_reference_ if chosen == "reference" else lars_step_foreach_
-        step(params, grads, velocities, settings)
+    chosen = tensor_lists.resolve(OP, backend, device)
+    step = lars_step_reference_ if chosen == "reference" else lars_step_foreach_
+    step(params, grads, velocities, settings)
 
 
 def lars_step_reference_(
     params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
 ) -> None:
-    """As the formula."""
+    """The formula, tensor by tensor."""
     lr, momentum, weight_decay, trust, grad_scale, skip = settings
     for w, g, v in zip(params, grads, velocities, strict=True):
         d = g if grad_scale is None else g / grad_scale
@@ -101,51 +101,84 @@ def lars_step_reference_(
 
 def trust_ratio(weight_norm: Tensor, grad_norm: Tensor, trust: float) -> Tensor:
     known = (weight_norm > 0) & (grad_norm > 0)
-    return torch.where(known, trust * weight_norm / grad_norm, torch.ones_like(weight_norm))
+    return torch.where(known, trust * weight_norm / grad_norm, 1.0)
 
 
 def lars_step_foreach_(
     params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
 ) -> None:
-    lr, momentum, weight_decay, trust, grad_scale, skip = settings
-    if grad_scale is not None:
-        grads = torch._foreach_mul(grads, grad_scale.reciprocal())
-    if skip is not None:
-        # A product with 0 would keep what is not finite.
-        grads = [torch.where(skip != 0, 0.0, g) for g in grads]
-        lr, momentum = torch.where(skip != 0, 0.0, lr), torch.where(skip != 0, 1.0, momentum)
-    for trusted in (True, False):
-        chosen = [at for at, w in enumerate(params) if (w.ndim > 1) == trusted]
-        if not chosen:
-            continue
-        w, d, v = ([tensors[at] for at in chosen] for tensors in (params, grads, velocities))
-        if trusted:
-            d = torch._foreach_add(d, w, alpha=weight_decay)
-            ratios = [trust_ratio(*norms, trust) for norms in zip(torch._foreach_norm(w), torch._foreach_norm(d))]
-            torch._foreach_mul_(d, ratios if skip is None else [torch.where(skip != 0, 0.0, r) for r in ratios])
-        torch._foreach_mul_(v, momentum)
-        torch._foreach_add_(v, d)
-        if isinstance(lr, Tensor):
-            torch._foreach_sub_(w, torch._foreach_mul(v, lr.to(w[0].dtype)))
-        else:
-            torch._foreach_add_(w, v, alpha=-lr)
+    directions = scaled_directions(params, grads, settings)
+    if settings.skip is not None:
+        step_unless_skipped_(params, directions, velocities, settings)
+        return
+    torch._foreach_mul_(velocities, settings.momentum)
+    torch._foreach_add_(velocities, directions)
+    lr = settings.lr
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(velocities, lr.to(params[0].dtype)))
+    else:
+        torch._foreach_add_(params, velocities, alpha=-lr)
 
 
-# For the kernels alone: a compiler sees through the operations of torch, and should.
-@torch.library.custom_op("caco_fast::lars_step_", mutates_args=("params", "velocities"))
-def _lars_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    velocities: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    trust: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
+def scaled_directions(params: Sequence[Tensor], grads: Sequence[Tensor], settings: LarsSettings) -> list[Tensor]:
+    """d of every parameter; those of one dimension may be the gradients themselves."""
+    if settings.grad_scale is not None:
+        grads = torch._foreach_mul(grads, settings.grad_scale.reciprocal())
+    directions = list(grads)
+    trusted = [at for at, w in enumerate(params) if w.ndim > 1]
+    if trusted:
+        w = [params[at] for at in trusted]
+        d = torch._foreach_add([grads[at] for at in trusted], w, alpha=settings.weight_decay)
+        # All ratios at once: one by one they would take seven launches a tensor.
+        norms = torch.stack(torch._foreach_norm(w) + torch._foreach_norm(d)).view(2, -1)
+        torch._foreach_mul_(d, trust_ratio(norms[0], norms[1], settings.trust).unbind())
+        for at, direction in zip(trusted, d, strict=True):
+            directions[at] = direction
+    return directions
+
+
+def step_unless_skipped_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
 ) -> None:
-    settings = LarsSettings(lr, momentum, weight_decay, trust, grad_scale, skip)
-    cuda_optim.lars_step_(params, grads, velocities, settings)
+    """SGD's step by torch's fused operation, which reads the flag on the device: a product with 0 would keep NaN."""
+    lr, momentum, skip = settings.lr, settings.momentum, settings.skip
+    assert skip is not None
+    side_by_side = []
+    for w, d, v in zip(params, directions, velocities, strict=True):
+        if is_dense(w) and same_order(w, d) and same_order(w, v):
+            side_by_side.append((w, d.as_strided(w.shape, w.stride()), v.as_strided(w.shape, w.stride())))
+        else:
+            # The fused operation walks the memory of the three side by side, which these do not allow.
+            moved = momentum * v + d
+            w.copy_(torch.where(skip != 0, w, w - lr * moved))
+            v.copy_(torch.where(skip != 0, v, moved))
+    if side_by_side:
+        torch._fused_sgd_(
+            *map(list, zip(*side_by_side)),
+            weight_decay=0.0,
+            momentum=momentum,
+            lr=lr.float() if isinstance(lr, Tensor) else lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=(skip != 0).float(),  # 1 is the only number that it takes for a set flag
+        )
 
 
-_lars_step_.register_fake(lambda *arguments: None)
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape)):
+        if length != 1:
+            if stride != size:
+                return False
+            size *= length
+    return True
+
+
+def same_order(left: Tensor, right: Tensor) -> bool:
+    """Whether strides are equal; they do not matter along a dimension of length 1."""
+    return all(a == b for a, b, length in zip(left.stride(), right.stride(), left.shape) if length != 1)

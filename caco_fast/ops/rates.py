@@ -10,14 +10,14 @@ Rate = float | Tensor
 
 
 def check_rate(op: str, name: str, rate: Tensor, device: torch.device) -> None:
-    """Its place and kind alone: looking at the value would make the host wait for it."""
+    """Refuse a rate of another shape, dtype or device. Its value stays unread: reading it would make the host wait."""
     if rate.dim() != 0 or not rate.is_floating_point() or rate.device != device:
         found = f"{rate.dtype} {list(rate.shape)} on {rate.device}"
-        raise ValueError(f"{op}: {name}: found {found}, wanted a number, or one of 0 dimensions on {device}")
+        raise ValueError(f"{op}: {name}: found {found}, expected a number, or one of 0 dimensions on {device}")
 
 
-def on_device(rate: Rate, device: torch.device) -> Tensor:
-    """As the kernels read it. []"""
+def on_device(rate: Rate, like: Tensor) -> Tensor:
+    """The rate as a tensor [] on the device of `like`, in its dtype."""
     if isinstance(rate, Tensor):
-        return rate.to(torch.float32)
-    return torch.full((), rate, dtype=torch.float32, device=device)
+        return rate.to(like.dtype)
+    return torch.full((), rate, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""What the tiled backends share: the tile sizes, unit rows, and one matrix product.
+"""Parts of the tiled backends: the tile sizes, unit rows, and one matrix product.
 
 Legend: R query or key rows, K bank rows, C channels; a tile is r rows by k bank rows.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 # Rows of a tile, and elements of a tile of similarities: on the CPU two f32 tiles and their operands stay within the
-# level-3 cache; an accelerator wants fewer, larger launches.
+# level-3 cache; an accelerator needs fewer, larger launches.
 CPU_TILE_ROWS, CPU_TILE_ELEMENTS = 512, 512 * 1024
 DEVICE_TILE_ROWS, DEVICE_TILE_ELEMENTS = 4096, 4096 * 4096
 TILE_BANK_ROWS_MIN, TILE_BANK_ROWS_MAX = 128, 16384
@@ -54,7 +54,7 @@ def unit_rows(bank: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def operand_dtype(rows: Tensor) -> torch.dtype:
-    """What the matrix products run in. fp16 rows are computed in f32: fp16 probabilities would underflow."""
+    """The dtype of the matrix products. fp16 rows are computed in f32: fp16 probabilities would underflow."""
     return torch.float32 if rows.dtype == torch.float16 else rows.dtype
 
 

@@ -1,6 +1,7 @@
 """LARS (You et al., arXiv 1708.03888) as contrastive pre-training uses it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ class LARS(Optimizer):
     For a parameter w of two or more dimensions with gradient d:
 
         d <- d + weight_decay w
-        d <- trust |w| / |d| d          (unscaled where either norm is 0)
+        d <- trust |w| / |d| d          (unscaled if either norm is 0)
         v <- momentum v + d
         w <- w - lr v
 
     Tensors of one dimension (biases, BatchNorm) get neither decay nor trust scaling. The norms never leave the device.
 
-    backend: of `ops.lars_step_`. Under a GradScaler it unscales and skips on the device, as torch's fused optimisers
-    do: the scaler sets `grad_scale` and `found_inf` for the call of `step`.
+    Under a GradScaler it unscales and skips on the device, as torch's fused optimisers do: the scaler sets `grad_scale`
+    and `found_inf` for the call of `step`.
     """
 
     _step_supports_amp_scaling = True
@@ -34,16 +35,14 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1.5e-6,
         trust: float = 0.001,
-        backend: str = "auto",
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("trust", trust)):
             if not value >= 0.0:
                 raise ValueError(f"LARS: {name} must not be negative, found {value}")
-        self.backend = backend
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,7 +59,6 @@ class LARS(Optimizer):
                 trust=group["trust"],
                 grad_scale=getattr(self, "grad_scale", None),
                 skip=getattr(self, "found_inf", None),
-                backend=self.backend,
             )
         return loss
 

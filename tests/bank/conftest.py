@@ -1,7 +1,11 @@
-"""One thread and a fixed seed for the tests of the banks."""
+"""One thread and a fixed seed for the tests of the banks, and the emulated kernels."""
 
 import pytest
 import torch
+
+from tests.ops.backends import cuda_ops, emulated, filled_memory, path
+
+__all__ = ["cuda_ops", "emulated", "filled_memory", "path"]
 
 
 @pytest.fixture(autouse=True)

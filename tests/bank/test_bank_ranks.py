@@ -134,29 +134,29 @@ def test_ranks_do_what_one_process_does(name: str, ranks: list[dict[str, Any]], 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpus_over_nccl_do_what_one_process_does(kind: str) -> None:
     ranks = run_ranks(train, min(4, torch.cuda.device_count()), kind, torch.float32, "implicit", "cuda", backend="nccl")
     compare_ranks(ranks, train("replicated", torch.float32, "implicit"), kind, 2e-5)
 
 
-def compare_ranks(ranks: list[dict[str, Any]], wanted: dict[str, Any], kind: str, tolerance: float) -> None:
+def compare_ranks(ranks: list[dict[str, Any]], expected: dict[str, Any], kind: str, tolerance: float) -> None:
     """Every value on every rank, its shard, and the whole bank where it is."""
 
-    def compare(found: Tensor, wanted: Tensor, what: str) -> None:
-        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+    def compare(found: Tensor, expected: Tensor, what: str) -> None:
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
     for number, found in enumerate(ranks):
         found = dict(found)
         state, bounds = found.pop("state"), slice(*found.pop("own"))
-        compare(found.pop("shard"), wanted["state"]["bank"][bounds], "shard")
-        compare(found.pop("shard velocity"), wanted["state"]["velocity"][bounds], "shard velocity")
+        compare(found.pop("shard"), expected["state"]["bank"][bounds], "shard")
+        compare(found.pop("shard velocity"), expected["state"]["velocity"][bounds], "shard velocity")
         assert list(state) == (["bank", "velocity"] if kind == "replicated" or number == 0 else [])
         for key, value in state.items():
-            compare(value, wanted["state"][key], key)
+            compare(value, expected["state"][key], key)
         for key, value in found.items():
-            compare(value, wanted[key], key)
+            compare(value, expected[key], key)
 
 
 def test_replicas_are_equal_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
@@ -182,7 +182,7 @@ def test_a_row_that_is_not_finite_is_left_out_on_all_ranks(ranks: list[dict[str,
 def test_refusals_are_one_line(ranks: list[dict[str, Any]]) -> None:
     few, late = ranks[-1]["refusals"]
     assert few == (
-        f"the bank: found {len(ranks) - 1} rows for {len(ranks)} ranks, wanted at least one on each: "
+        f"the bank: found {len(ranks) - 1} rows for {len(ranks)} ranks, expected at least one on each: "
         "take a larger bank, fewer ranks, or caco.bank_parallel=replicated"
     )
     assert late == f"ShardedBank: made for 1 ranks, found {len(ranks)}: make it after init_process_group"
@@ -190,5 +190,5 @@ def test_refusals_are_one_line(ranks: list[dict[str, Any]]) -> None:
 
 def test_in_one_process_the_shard_is_the_whole() -> None:
     assert shards(5) == [range(5)]
-    found, wanted = train("sharded", torch.float32, "implicit"), train("replicated", torch.float32, "implicit")
-    torch.testing.assert_close(found, wanted)
+    found, expected = train("sharded", torch.float32, "implicit"), train("replicated", torch.float32, "implicit")
+    torch.testing.assert_close(found, expected)

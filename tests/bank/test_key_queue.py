@@ -47,12 +47,12 @@ def test_state_goes_round_and_another_size_is_refused():
     other.load_state_dict(queue.state_dict())
     assert torch.equal(other.queue, queue.queue)
     assert other.pointer.item() == 3
-    with pytest.raises(UserError, match=r"KeyQueue: the saved 'queue' has shape \[6, 3\], wanted \[5, 3\]"):
+    with pytest.raises(UserError, match=r"KeyQueue: the saved 'queue' has shape \[6, 3\], expected \[5, 3\]"):
         queue.load_state_dict(KeyQueue(6, 3).state_dict())
 
 
 def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"KeyQueue.enqueue: keys: found shape \[2, 4\], wanted \[R, 3\]"):
+    with pytest.raises(ValueError, match=r"KeyQueue.enqueue: keys: found shape \[2, 4\], expected \[R, 3\]"):
         KeyQueue(5, 3).enqueue(torch.ones(2, 4))
     with pytest.raises(UserError, match="the key queue: found size 0 and dim 3"):
         KeyQueue(0, 3)

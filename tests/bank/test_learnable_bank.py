@@ -161,14 +161,14 @@ def test_records_without_steps_are_refused():
 def test_bad_records_are_named():
     bank, queries = make_bank(), unit(4)
     lse, weight = torch.zeros(4), torch.ones(4)
-    with pytest.raises(ValueError, match=r"record: queries: found shape \[4, 7\], wanted \[R, 8\]"):
+    with pytest.raises(ValueError, match=r"record: queries: found shape \[4, 7\], expected \[R, 8\]"):
         bank.record(queries[:, :7], lse, 0.1, weight)
-    with pytest.raises(ValueError, match=r"record: lse: found shape \[3\], wanted 4 rows"):
+    with pytest.raises(ValueError, match=r"record: lse: found shape \[3\], expected 4 rows"):
         bank.record(queries, lse[:3], 0.1, weight)
-    with pytest.raises(ValueError, match=r"record: positives: found shape \[4\], wanted \[R, M\]"):
+    with pytest.raises(ValueError, match=r"record: positives: found shape \[4\], expected \[R, M\]"):
         bank.record(queries, lse, 0.1, weight, torch.zeros(4, dtype=torch.int64))
     bank.record(queries, lse, 0.1, weight)
-    with pytest.raises(ValueError, match="record: temperature: found 0.2, wanted 0.1"):
+    with pytest.raises(ValueError, match="record: temperature: found 0.2, expected 0.1"):
         bank.record(queries, lse, 0.2, weight)
 
 
@@ -182,17 +182,17 @@ def test_bad_settings_are_named(settings):
 
 @pytest.mark.parametrize("size, dim", [(0, 8), (8, 0)])
 def test_an_empty_bank_is_refused(size, dim):
-    with pytest.raises(UserError, match=f"found size {size} and dim {dim}, wanted at least 1"):
+    with pytest.raises(UserError, match=f"found size {size} and dim {dim}, expected at least 1"):
         LearnableBank(size, dim)
 
 
 def test_too_little_memory_names_the_bytes(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
-    with pytest.raises(UserError, match=r"of 1,000 x 8 wants 64,000 bytes.*free \(10,000 bytes\)"):
+    with pytest.raises(UserError, match=r"of 1,000 x 8 needs 64,000 bytes.*free \(10,000 bytes\)"):
         LearnableBank(1000, 8)
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
     with pytest.raises(
-        UserError, match=r"wants 20,480,000,000,000,000 bytes, more than the memory that torch could get"
+        UserError, match=r"needs 20,480,000,000,000,000 bytes, more than the memory that torch could get"
     ):
         LearnableBank(10**13, 256)
 
@@ -217,17 +217,17 @@ def test_fill_wraps_on_request():
     bank = make_bank(size=10)
     keys = unit(27)
     assert bank.fill(keys, start=4, wrap=True) == 1
-    wanted = torch.empty(10, 8)
+    expected = torch.empty(10, 8)
     for i, key in enumerate(keys):
-        wanted[(4 + i) % 10] = key
-    torch.testing.assert_close(bank.bank, wanted)
+        expected[(4 + i) % 10] = key
+    torch.testing.assert_close(bank.bank, expected)
 
 
 def test_fill_names_what_is_wrong():
     bank = make_bank(size=10)
-    with pytest.raises(ValueError, match=r"keys: found shape \[2, 5\], wanted \[R, 8\]"):
+    with pytest.raises(ValueError, match=r"keys: found shape \[2, 5\], expected \[R, 8\]"):
         bank.fill(torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"start: found 11, wanted a row in \[0, 10\]"):
+    with pytest.raises(ValueError, match=r"start: found 11, expected a row in \[0, 10\]"):
         bank.fill(unit(2), start=11)
 
 
@@ -260,5 +260,5 @@ def test_state_is_bank_and_velocity_and_goes_round(tmp_path):
 @pytest.mark.parametrize("size, dim", [(25, 8), (24, 7)])
 def test_loading_a_bank_of_another_size_is_one_clear_line(size, dim):
     saved = torch.nn.ModuleDict({"head": LearnableBank(size, dim)}).state_dict()
-    with pytest.raises(UserError, match=rf"saved 'head.bank' has shape \[{size}, {dim}\], wanted \[24, 8\]"):
+    with pytest.raises(UserError, match=rf"saved 'head.bank' has shape \[{size}, {dim}\], expected \[24, 8\]"):
         torch.nn.ModuleDict({"head": make_bank()}).load_state_dict(saved)

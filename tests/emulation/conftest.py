@@ -1,3 +1,5 @@
 """The fixtures of the emulated kernels."""
 
-from tests.csrc.conftest import cuda_ops, device, emulated, path  # noqa: F401
+from tests.ops.backends import cuda_ops, emulated, filled_memory, path
+
+__all__ = ["cuda_ops", "emulated", "filled_memory", "path"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.cases import PATHS
 from tests.emulation import build
+from tests.ops.backends import PATHS
 
 SCHEDULES = [f"{seed} {greedy} {lazy}" for seed, greedy, lazy in itertools.product((0, 5), (0, 1), (0, 1))]
 OPTIONS = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from caco_fast.ops import bank_attend, bank_select, bank_step_
-from tests.csrc.cases import Case, attend, rounded, unit_rows
+from tests.ops.cases import Case, rounded
+from tests.oracle import attend, unit_rows
 
 SCHEDULES = [
     dict(seed=seed, greedy=greedy, lazy_copies=lazy, os_threads=threads)
@@ -48,9 +49,9 @@ def test_every_schedule_gives_the_same_bits(cuda_ops, emulated, path, expected, 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
 def test_any_split_of_the_bank_merges_to_the_same_result(cuda_ops, emulated, path, monkeypatch, multiprocessors):
     monkeypatch.setattr(cuda_ops, "target_for", lambda device: emulated.Target(path, 0, multiprocessors, 0))
-    case = Case(9, 1100, 64, torch.bfloat16)
-    queries, bank = case.make()
-    low_unit = rounded(case, queries, bank)[1]
+    queries, bank = Case(9, 1100, 64, torch.bfloat16).make()
+    operand = cuda_ops.operand_dtype(queries, cuda_ops.target_for(bank.device))
+    low_unit = rounded(operand, queries, bank)[1]
     lse, mean_row = bank_attend(queries, bank, 0.1, backend="cuda")
     expected_lse, _, expected_mean = attend(queries.double(), low_unit, 0.1)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=4e-5)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from caco_fast.bank import LearnableBank
 from caco_fast.ops import bank_attend, bank_select, bank_step_
-from tests.csrc.cases import Case, attend, unit_rows
+from tests.ops.cases import Case
+from tests.oracle import attend, unit_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -61,7 +62,7 @@ def test_a_step_is_that_of_the_reference_in_f64(device, case):
         setattr(exact, name, value.double())
     start = exact.bank.clone()
     found, expected = setting.step(), exact.step("reference")
-    rounding = 2.0**-11 if case.operand == torch.float16 else 2.0**-8
+    rounding = 2.0**-11 if case.dtype == torch.float16 else 2.0**-8
     for left, right in zip(found[:2], expected[:2]):
         torch.testing.assert_close(left.double(), right, rtol=0, atol=2 * rounding)
     torch.testing.assert_close(found[4].double(), expected[4], rtol=0, atol=1e-6)
@@ -99,14 +100,13 @@ def test_work_waits_for_what_its_stream_still_has_to_write(device):
 
 
 def test_a_bank_stepped_on_one_stream_is_attended_on_another(device):
-    setting, side = Setting(CASES[1], device), torch.cuda.Stream(device)
-    setting.step()
+    bank, queries, side = learnable(device), Setting(CASES[1], device).queries, torch.cuda.Stream(device)
+    bank_step(bank, queries)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        found = bank_attend(setting.queries, setting.bank, 0.1, "cuda")
+        found = bank.attend(queries, 0.1)
     torch.cuda.current_stream(device).wait_stream(side)
-    expected = bank_attend(setting.queries, setting.bank.clone(), 0.1, "cuda")
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert same(list(found), list(bank_attend(queries, bank.bank, 0.1, "cuda")))
 
 
 def test_nothing_waits_for_the_gpu(device):
@@ -145,8 +145,8 @@ def test_a_captured_graph_replays_steps_of_the_same_bits(device, norm):
     assert same(results, expected)
     # Outside of the graph the bank that it changed unseen is read as it is now.
     found = bank_attend(captured.queries, captured.bank, 0.1, "cuda")
-    wanted = bank_attend(captured.queries, captured.bank.clone(), 0.1, "cuda")
-    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    expected = bank_attend(captured.queries, captured.bank.clone(), 0.1, "cuda")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_torch_compile_gives_loss_and_gradient_in_one_graph(device):
@@ -175,13 +175,42 @@ def test_the_gradient_is_the_mean_row(device):
     torch.testing.assert_close(queries.grad, mean_row / 0.1)
 
 
+def learnable(device: torch.device) -> LearnableBank:
+    return LearnableBank(8191, 128, backend="cuda", generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def bank_step(bank: LearnableBank, queries: Tensor) -> None:
+    lse, _ = bank.attend(queries, 0.1)
+    positives, _ = bank.select(queries.float())
+    weight = torch.full((len(queries),), 1 / len(queries), device=queries.device)
+    bank.record(queries, lse, 0.1, weight, positives.unsqueeze(1))
+    bank.step(0.5)
+
+
 def test_the_copy_that_a_step_writes_is_that_of_the_new_bank(device):
-    setting = Setting(CASES[1], device)
+    bank, queries = learnable(device), Setting(CASES[1], device).queries
     for _ in range(3):
-        setting.step()
-        found = bank_attend(setting.queries, setting.bank, 0.1, "cuda")
-        expected = bank_attend(setting.queries, setting.bank.clone(), 0.1, "cuda")
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        bank_step(bank, queries)
+        assert same(list(bank.attend(queries, 0.1)), list(bank_attend(queries, bank.bank, 0.1, "cuda")))
+
+
+def test_replays_of_a_banks_step_keep_its_copy(device):
+    """The graph reads and writes the copy in place; outside of it the bank is read as it then is."""
+    bank, eager, queries = learnable(device), learnable(device), Setting(CASES[1], device).queries
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        bank_step(bank, queries)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bank_step(bank, queries)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        bank_step(eager, queries)
+    assert same([bank.bank, bank.velocity], [eager.bank, eager.velocity])
+    assert same(list(bank.attend(queries, 0.1)), list(bank_attend(queries, bank.bank, 0.1, "cuda")))
 
 
 def test_auto_is_the_kernels_and_a_learnable_bank_trains_on_them(device):
@@ -202,7 +231,7 @@ def test_auto_is_the_kernels_and_a_learnable_bank_trains_on_them(device):
     assert moved > 0 and (train("cuda") - tiled).norm() < 0.02 * moved
 
 
-def test_another_gpu_than_the_current_one_computes(kernels):
+def test_another_gpu_than_the_current_one_computes(device):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     found, expected = (Setting(CASES[1], torch.device("cuda", at)).step() for at in (1, 0))
@@ -215,7 +244,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found_and_stepped(device):
     rows, channels, bank_rows = 64, 256, 2**23 + 2**16 + 5
     free, _ = torch.cuda.mem_get_info(device)
     if free < 4 * bank_rows * channels * 4:
-        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory free, wanted {bank_rows * channels * 16 / 2**30:.0f}")
+        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory free, expected {bank_rows * channels * 16 / 2**30:.0f}")
     generator = torch.Generator(device).manual_seed(0)
     bank = torch.randn(bank_rows, channels, device=device, generator=generator)
     places = torch.arange(bank_rows - rows, bank_rows, device=device)

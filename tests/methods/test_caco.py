@@ -170,7 +170,7 @@ def test_state_dict_holds_the_bank_once() -> None:
         ({"backend": "gpu"}, "caco.backend: found 'gpu', expected one of auto, reference, tiled, cuda"),
         ({"operands": "f64"}, "caco.operands: found 'f64', expected one of f32, bf16, fp16"),
         ({"warm_start_steps": -1}, "caco.warm_start_steps: found -1, expected 0 or more"),
-        ({"bank_size": 0}, "found size 0 and dim 6, wanted at least 1 each"),
+        ({"bank_size": 0}, "found size 0 and dim 6, expected at least 1 each"),
         ({"bank_momentum": 1.0}, "caco.bank_momentum: found 1.0, expected a number in [0, 1)"),
         ({"norm": "unit"}, "caco.norm: found 'unit', expected one of implicit, project"),
     ],

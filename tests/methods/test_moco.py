@@ -107,7 +107,7 @@ def test_state_dict_goes_on() -> None:
     [
         ({"temperature": 0.0}, "moco.temperature: found 0.0, expected a number above 0"),
         ({"backend": "gpu"}, "moco.backend: found 'gpu', expected one of auto, reference, tiled, cuda"),
-        ({"queue_size": 0}, "the key queue: found size 0 and dim 6, wanted at least 1 each"),
+        ({"queue_size": 0}, "the key queue: found size 0 and dim 6, expected at least 1 each"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:

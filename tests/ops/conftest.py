@@ -1,18 +1,12 @@
-"""One thread, a fixed seed, and small tiles for the tests of the bank operations."""
+"""The backends, small tiles and a fresh compiler for the tests of the operations."""
 
 import pytest
 import torch
 
 from caco_fast.ops import tiling
+from tests.ops.backends import backend, cuda_ops, emulated, filled_memory, path
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["backend", "cuda_ops", "emulated", "filled_memory", "path"]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from caco_fast.errors import UserError  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu_check"
 TOTAL_SECONDS = 570
-TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/bank")
+TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/emulation", "tests/bank")
 OUTPUT_LINES = 40
 BENCHMARKS = ("bench_ops", "bench_train", "prove_switches")
 

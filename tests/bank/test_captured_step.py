@@ -18,9 +18,9 @@ BACKENDS = ("caco.backend=cuda", "moco.backend=cuda")
 def test_replays_of_kernels_are_steps(
     method: str, cuda_ops: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bank_step.checks, "check_positive_range", lambda op, positives, bank_rows: None)
+    monkeypatch.setattr(bank_step, "check_positive_range", lambda positives, bank_rows: None)
     monkeypatch.setattr(Interval, "require_finite", lambda self: None)
-    monkeypatch.setattr(cuda_ops, "kernels", RecordedKernels(cuda_ops.kernels))
+    monkeypatch.setattr(cuda_ops, "_C", RecordedKernels(cuda_ops._C))
     monkeypatch.setattr(cuda_ops, "capturing", lambda device: Recording.entered is not None)
     images = write_images(tmp_path / "images")
     assert_replays_are_steps(images, tmp_path, (LARS, *BACKENDS, f"method={method}"))

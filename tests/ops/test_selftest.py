@@ -1,4 +1,4 @@
-"""The self-test on emulated kernels, and what it says without a GPU."""
+"""The self-test: it passes on right kernels, fails on wrong ones, and says so if there is nothing to test."""
 
 import subprocess
 import sys
@@ -18,16 +18,23 @@ def test_selftest_passes_on_emulated_kernels(cuda_ops, capsys):
     assert len(lines) == 2 * 3 * 8 and all(line.startswith("ok") for line in lines)
 
 
-@pytest.mark.parametrize("operation, output", [("attend", 2), ("attend", 0), ("select", 0)])
+@pytest.mark.parametrize("path", [80], indirect=True)
+@pytest.mark.parametrize(
+    "operation, output",
+    [("attend_cuda", 2), ("attend_cuda", 0), ("select_cuda", 0), ("step_cuda_", 0), ("step_cuda_", 1)],
+)
 def test_selftest_fails_on_a_wrong_result(cuda_ops, monkeypatch, capsys, operation, output):
-    right = getattr(cuda_ops, operation)
+    module = sys.modules["caco_fast.ops.bank_" + operation.split("_")[0]]
+    right = getattr(module, operation)
 
     def wrong(*arguments):
-        results = list(right(*arguments))
-        results[output] = results[output].roll(1, 0)
-        return tuple(results)
+        results = right(*arguments)
+        if results is None:
+            arguments[output].copy_(arguments[output].roll(1, 0))
+            return None
+        return tuple(value.roll(1, 0) if at == output else value for at, value in enumerate(results))
 
-    monkeypatch.setattr(cuda_ops, operation, wrong)
+    monkeypatch.setattr(module, operation, wrong)
     assert not selftest.run(torch.device("cpu"), ((70, 133, 80),))
     assert "FAIL" in capsys.readouterr().out
 
@@ -43,4 +50,4 @@ def test_selftest_without_a_gpu_says_so_in_one_line():
 def test_selftest_of_no_device_names_what_it_wanted(capsys):
     with pytest.raises(SystemExit):
         selftest.main(["--device", "gpu1"])
-    assert "found 'gpu1', wanted a device such as cuda:1" in capsys.readouterr().err
+    assert "found 'gpu1', expected a device such as cuda:1" in capsys.readouterr().err

@@ -27,7 +27,4 @@ def test_a_gpu_without_kernels_is_told_what_to_do(cuda_ops, monkeypatch, gpu, wo
 
 def test_bfloat16_operands_are_refused_where_there_are_none(emulated):
     with pytest.raises(ValueError, match="found bfloat16 operands, expected float16"):
-        emulated.bank_attend(
-            emulated.Target(70, 0, 3, 0), queries=0, bank=0, lse=0, mean_row=0, workspace=0, rows=1, bank_rows=1,
-            channels=64, type="bfloat16", temperatures=[0.1],
-        )  # fmt: skip
+        emulated.bank_attend(emulated.Target(70, 0, 3, 0), emulated.AttendParams())  # bfloat16 is the type of zeros
