@@ -27,7 +27,6 @@ class KeyQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, backend: str = "auto", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.backend = backend
         with enough_memory("the key queue", size, dim, copies=1):
             queue = random_unit_rows(size, dim, generator)
         self.register_buffer("queue", queue)
