@@ -55,5 +55,5 @@ def test_a_run_records_what_it_ran_in_and_a_named_precision_is_not_changed(tmp_p
     train(run, tmp_path / "run")
     recorded = load_config(tmp_path / "run" / "config.yaml").trainer.precision
     assert recorded == ("bf16" if computes_in_bf16() else "f32")
-    with pytest.raises(UserError, match="bf17.*want one of auto, f32"):
+    with pytest.raises(UserError, match="bf17.*expected one of auto, f32"):
         train(config(images, "trainer.precision=bf17"), tmp_path / "other")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from caco_fast.distributed import all_gather_rows, rank
-from caco_fast.methods import Embeddings, Method, StepOutput, build_method, register
+from caco_fast.methods import METHODS, Embeddings, Method, StepOutput, build_method, register
 from caco_fast.models import EncoderPair
 from caco_fast.settings import setting
 
@@ -39,8 +39,9 @@ def contrast(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:  # [B
     return cross_entropy(queries @ all_gather_rows(keys).T / temperature, labels)
 
 
-@register("predicting", Temperature, "a predictor after the query encoder, as NNCLR has one")
 class Predicting(Small):
+    """A predictor after the query encoder, as NNCLR has one."""
+
     def __init__(self, config: Temperature, dim: int) -> None:
         super().__init__(config, dim)
         self.predictor = nn.Sequential(nn.Linear(dim, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, dim))
@@ -54,15 +55,17 @@ class Predicting(Small):
         return StepOutput(contrast(predicted, key, self.config.temperature))
 
 
-@register("idle", Temperature, "a layer that the loss does not use")
 class Idle(Predicting):
+    """A layer that the loss does not use."""
+
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
         (query,), (key,) = embeddings
         return StepOutput(contrast(query, key, self.config.temperature))
 
 
-@register("keyless", Temperature, "no key encoder, and two forwards of the query encoder in a step")
 class Keyless(Small):
+    """No key encoder, and two forwards of the query encoder in a step."""
+
     key_encoder = False
 
     def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
@@ -79,8 +82,9 @@ class AdversarialConfig:
     eps: float = setting(0.03, "size of the attack in units of normalised images")
 
 
-@register("adversarial", AdversarialConfig, "adversarial examples by a second BatchNorm set, as CLAE has them")
 class Adversarial(Small):
+    """Adversarial examples by a second BatchNorm set, as CLAE has them."""
+
     norm_sets = 2
 
     def __init__(self, config: AdversarialConfig, base: Method) -> None:
@@ -107,3 +111,23 @@ class Adversarial(Small):
 
     def update(self, rows: Sequence[Tensor], warmup: Any, skip: Tensor | None = None) -> None:
         self.base.update(rows, warmup, skip)
+
+
+METHODS_OF_TESTS = {
+    "predicting": (Predicting, Temperature),
+    "idle": (Idle, Temperature),
+    "keyless": (Keyless, Temperature),
+    "adversarial": (Adversarial, AdversarialConfig),
+}
+
+
+def add_methods() -> None:
+    """Register them in this process, as a user's file does with its own."""
+    for name, (method, config) in METHODS_OF_TESTS.items():
+        register(name, config, method.__doc__ or "")(method)
+
+
+def remove_methods() -> None:
+    """Leave the registry to other tests: a configuration has a section for every registered method."""
+    for name in METHODS_OF_TESTS:
+        METHODS.pop(name, None)

@@ -1,5 +1,6 @@
 """Methods with needs of their own train behind the unchanged trainer, on two ranks as on one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from caco_fast.methods import METHODS, Method, MoCoConfig, build_method, registe
 from caco_fast.models import segment_batch_norm
 from caco_fast.training import train
 from tests.engine.tiny_run import config, write_images
-from tests.methods import small_methods
+from tests.methods.small_methods import Keyless, Temperature, add_methods, remove_methods
 from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
 
@@ -27,6 +28,13 @@ CASES = {
     "second BatchNorm set over moco": ("adversarial",),
 }
 SETTINGS = ("optimizer={name: sgd, lr: 0.05}", "evaluation.every_epochs=0", "trainer.epochs=2", "run.tensorboard=false")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    add_methods()
+    yield
+    remove_methods()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +74,7 @@ def steps(name: str) -> dict[str, Tensor]:
 
 
 def all_steps() -> dict[str, dict[str, Tensor]]:
+    add_methods()
     return {case: steps(*arguments) for case, arguments in CASES.items()}
 
 
@@ -87,6 +96,7 @@ def test_two_ranks_compute_what_one_does(case: str, two_ranks: list[dict[str, di
 
 
 def run_in_ranks(images: Path, folder: Path, method: str) -> None:
+    add_methods()
     run(images, folder, method)
 
 
@@ -159,7 +169,7 @@ def drift(images: Path, folder: Path) -> str:
 
     encoders = None
 
-    class Drifting(small_methods.Keyless):
+    class Drifting(Keyless):
         def embed(self, views: Any, pair: Any) -> Any:
             nonlocal encoders
             encoders = pair
@@ -167,6 +177,7 @@ def drift(images: Path, folder: Path) -> str:
 
         update = changed
 
+    add_methods()
     METHODS["keyless"] = METHODS["keyless"]._replace(method=Drifting)
     try:
         run(images, folder, "keyless")
@@ -184,7 +195,7 @@ def test_ranks_that_differ_end_the_run_before_the_checkpoint(images: Path, tmp_p
 
 def test_a_name_belongs_to_one_method() -> None:
     with pytest.raises(ValueError, match="method 'moco': MoCo has that name already"):
-        register("moco", small_methods.Temperature, "another one")(small_methods.Keyless)
+        register("moco", Temperature, "another one")(Keyless)
     with pytest.raises(UserError, match="method: found 'mocco', expected one of caco, moco"):
         build_method("mocco", 8, {})
 
