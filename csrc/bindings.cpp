@@ -16,7 +16,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 #ifdef CACO_EMULATE
-void bind_emulation(py::module_ &m);  // emulation/bind.cpp
+void bind_emulation(py::module_ &m);  // tests/emulation/bind.cpp
 #endif
 
 namespace {
@@ -53,13 +53,11 @@ class Struct {
     template <class T>
     Struct &field(const char *name, T Params::*member) {
         if constexpr (std::is_pointer_v<T>) {
-            return set(name, [member](Params &params, Address address) {
-                params.*member = reinterpret_cast<T>(address);
-            });
+            return set(name,
+                       [member](Params &params, Address address) { params.*member = reinterpret_cast<T>(address); });
         } else if constexpr (std::is_same_v<T, caco::OperandType>) {
-            return set(name, [member](Params &params, const std::string &type) {
-                params.*member = operand_type(type);
-            });
+            return set(name,
+                       [member](Params &params, const std::string &type) { params.*member = operand_type(type); });
         } else {
             return set(name, [member](Params &params, T value) { params.*member = value; });
         }
@@ -89,8 +87,9 @@ void set_temperatures(caco::AttendParams &params, const std::vector<float> &valu
 
 template <class Params>
 void def_launcher(py::module_ &m, const char *name, void (*launcher)(const Params &, const caco::Target &)) {
-    m.def(name, [launcher](const caco::Target &target, const Params &params) { launcher(params, target); }, "target"_a,
-          "params"_a);
+    m.def(
+        name, [launcher](const caco::Target &target, const Params &params) { launcher(params, target); }, "target"_a,
+        "params"_a);
 }
 
 }  // namespace

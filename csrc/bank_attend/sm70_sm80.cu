@@ -25,9 +25,8 @@ int BankAttend<Path::kSm70>::shared_bytes(int channels) {
 template <>
 void BankAttend<Path::kSm70>::enqueue(const AttendParams &params, const Target &target) {
     const Split split = BankAttend::split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
-    for_padded_channels(params.channels, [&](auto padded) {
-        launch_attend<sm70::Tile<padded()>>(params, split, target);
-    });
+    for_padded_channels(params.channels,
+                        [&](auto padded) { launch_attend<sm70::Tile<padded()>>(params, split, target); });
     merge_attend(params, split.splits, target);
 }
 

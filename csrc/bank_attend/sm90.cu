@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                     make_float2(o[n][2 * half] * kUnscale, o[n][2 * half + 1] * kUnscale);
             }
             if (tile.lane % 4 == 0 && tile.channel_group == 0) {
-                statistics[at] = {
-                    softmax.maximum[half], {softmax.sum0[half] * kUnscale, softmax.sum1[half]}, 0.f};
+                statistics[at] = {softmax.maximum[half], {softmax.sum0[half] * kUnscale, softmax.sum1[half]}, 0.f};
             }
         }
     };

@@ -25,9 +25,8 @@ int BankSelect<Path::kSm70>::shared_bytes(int channels) {
 template <>
 void BankSelect<Path::kSm70>::enqueue(const SelectParams &params, const Target &target) {
     const Split split = BankSelect::split(params.rows, params.bank_rows, params.channels, target.multiprocessors);
-    for_padded_channels(params.channels, [&](auto padded) {
-        launch_select<sm70::Tile<padded()>>(params, split, target);
-    });
+    for_padded_channels(params.channels,
+                        [&](auto padded) { launch_select<sm70::Tile<padded()>>(params, split, target); });
     settle_select(params, split.splits, target);
 }
 

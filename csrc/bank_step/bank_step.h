@@ -9,8 +9,8 @@ namespace caco {
 struct RowTerms {
     float shift, weight;
 };
-constexpr int kRowTermsPad = 384;       // a multiple of every path's tile of queries
-constexpr int kRowTermsOffset = 16;     // bytes; where the rows begin
+constexpr int kRowTermsPad = 384;    // a multiple of every path's tile of queries
+constexpr int kRowTermsOffset = 16;  // bytes; where the rows begin
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRowTermsPad - 1) / kRowTermsPad * kRowTermsPad; }
 constexpr int64_t step_workspace(int64_t rows) {
     return kRowTermsOffset + padded_rows(rows) * int64_t(sizeof(RowTerms));

@@ -15,9 +15,7 @@ int BankStep<Path::kSm70>::shared_bytes(int channels) {
 template <>
 void BankStep<Path::kSm70>::enqueue(const StepParams &params, const Target &target) {
     step_row_terms(params, target);
-    for_padded_channels(params.channels, [&](auto padded) {
-        launch_step<sm70::Tile<padded()>>(params, target);
-    });
+    for_padded_channels(params.channels, [&](auto padded) { launch_step<sm70::Tile<padded()>>(params, target); });
 }
 
 template <>

@@ -79,10 +79,9 @@ __device__ __forceinline__ void weigh(const Tile &tile, typename Tile::Scores &s
 #endif
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    step_kernel(const __grid_constant__ TensorMap queries,  // [R, P]
-                const __grid_constant__ StepParams params,
-                int tiles) {  // of queries
+__global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_constant__ TensorMap queries,  // [R, P]
+                                                                 const __grid_constant__ StepParams params,
+                                                                 int tiles) {  // of queries
 #ifdef CACO_SM90A
     using Shape = StepShape<Tile>;
     char *memory = shared_memory();
@@ -179,9 +178,8 @@ namespace caco {
 template <>
 int BankStep<Path::kSm90>::shared_bytes(int channels) {
     int bytes = 0;
-    for_padded_channels(channels, [&](auto padded) {
-        bytes = sm90::StepShape<sm90::Tile<bf16, padded()>>::kSharedBytes;
-    });
+    for_padded_channels(channels,
+                        [&](auto padded) { bytes = sm90::StepShape<sm90::Tile<bf16, padded()>>::kSharedBytes; });
     return bytes;
 }
 

@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(StepParams para
         }
         const float scale = kLog2E / params.temperature;
         auto load = [&](int64_t t, T *stage, auto copy) {
-            Tile::template load<Tile::kColumns>(copy, stage, static_cast<const T *>(params.queries),
-                                                t * Tile::kColumns, params.rows);
+            Tile::template load<Tile::kColumns>(copy, stage, static_cast<const T *>(params.queries), t * Tile::kColumns,
+                                                params.rows);
             if (threadIdx.x < Shape::kTermsBytes / 16) {
                 copy(Tile::kCopies, terms_stage(t) + 16 * threadIdx.x,
                      terms + t * Shape::kTermsBytes + 16 * threadIdx.x, true);

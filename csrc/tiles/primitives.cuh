@@ -115,11 +115,11 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void
 template <LayoutOfB kLayout>
 __device__ __forceinline__ void mma_m8n8k4(float (&d0)[4], float (&d1)[4], uint32_t a0, uint32_t a1, uint32_t b0,
                                            uint32_t b1) {
-#define CACO_MMA(layout)                                                                                         \
-    asm volatile("mma.sync.aligned.m8n8k4.row." layout                                                           \
-                 ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};"    \
-                 : "+f"(d0[0]), "+f"(d0[1]), "+f"(d0[2]), "+f"(d0[3]), "+f"(d1[0]), "+f"(d1[1]), "+f"(d1[2]),    \
-                   "+f"(d1[3])                                                                                   \
+#define CACO_MMA(layout)                                                                                      \
+    asm volatile("mma.sync.aligned.m8n8k4.row." layout                                                        \
+                 ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, {%0,%1,%2,%3,%4,%5,%6,%7};" \
+                 : "+f"(d0[0]), "+f"(d0[1]), "+f"(d0[2]), "+f"(d0[3]), "+f"(d1[0]), "+f"(d1[1]), "+f"(d1[2]), \
+                   "+f"(d1[3])                                                                                \
                  : "r"(a0), "r"(a1), "r"(b0), "r"(b1))
     if constexpr (kLayout == kColumnsOfB) CACO_MMA("col");
     else CACO_MMA("row");
@@ -141,9 +141,7 @@ __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool v
 }
 
 // Closes this thread's group of copies.
-__device__ __forceinline__ void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kGroups of this thread's groups are under way. Other threads see the data after a barrier.
 template <int kGroups>

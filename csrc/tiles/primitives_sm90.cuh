@@ -105,11 +105,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier *barrier, int by
 __device__ __forceinline__ void mbarrier_wait(Mbarrier *barrier, unsigned parity) {
     unsigned done;
     do {
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
     } while (!done);
 }
 
@@ -126,11 +125,10 @@ __device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int cha
 // Starts a plain copy of so many bytes from global to shared memory, which arrive at `barrier`; addresses and size are
 // multiples of 16. By one thread.
 __device__ __forceinline__ void bulk_load(void *to, const void *from, int bytes, Mbarrier *barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
 }
 
 // A store to shared memory that products will read. TMA and wgmma are of another proxy than a thread's own loads and
@@ -142,9 +140,7 @@ __device__ __forceinline__ void store_for_products(T *to, T value) {
 
 // Orders this thread's own accesses to shared memory before those of TMA and wgmma that follow by way of a barrier: its
 // stores before they are read, its loads before the place is filled again.
-__device__ __forceinline__ void async_proxy_fence() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A barrier of kThreads threads of the block, whole warps; 0 is __syncthreads'.
 template <int kBarrier, int kThreads>
@@ -175,13 +171,9 @@ __device__ __forceinline__ Operand swizzled_operand(const void *start, int slab_
 }
 
 // Before a warpgroup's first product, and before the next one whenever registers of it were written otherwise.
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 #define CACO_F4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 
@@ -210,13 +202,11 @@ __device__ __forceinline__ void finish_before_wait(float (&d)[kCount][4]) {
 #define CACO_D24 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define CACO_D0_31 CACO_D24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define CACO_D32_47 \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define CACO_D48_63 \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CACO_D64_127 \
+#define CACO_D32_47 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define CACO_D48_63 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CACO_D64_127                                                                                         \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
-    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "     \
     "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, " \
     "%120, %121, %122, %123, %124, %125, %126, %127"
 #define CACO_D48 CACO_D0_31 CACO_D32_47
@@ -228,16 +218,15 @@ __device__ __forceinline__ void finish_before_wait(float (&d)[kCount][4]) {
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, Operand b, bool accumulate) {
     constexpr int kColumns = 8 * kCount;
-#define CACO_WGMMA(type, n, places, registers, a_place, b_place, p_place)                                        \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p_place                                                   \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" places "}, %" a_place \
-                 ", %" b_place ", p, 1, 1, 0, 0;\n}"                                                            \
-                 : registers                                                                                     \
+#define CACO_WGMMA(type, n, places, registers, a_place, b_place, p_place)                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p_place ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+                 "k16.f32." type "." type " {" places "}, %" a_place ", %" b_place ", p, 1, 1, 0, 0;\n}"  \
+                 : registers                                                                              \
                  : "l"(descriptor(a)), "l"(descriptor(b)), "r"(int(accumulate)))
-#define CACO_WGMMA_SHAPES(type)                                                                                \
-    if constexpr (kColumns == 48) CACO_WGMMA(type, "48", CACO_D24, CACO_F24, "24", "25", "26");                \
-    else if constexpr (kColumns == 96) CACO_WGMMA(type, "96", CACO_D48, CACO_F48, "48", "49", "50");           \
-    else if constexpr (kColumns == 128) CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66");         \
+#define CACO_WGMMA_SHAPES(type)                                                                        \
+    if constexpr (kColumns == 48) CACO_WGMMA(type, "48", CACO_D24, CACO_F24, "24", "25", "26");        \
+    else if constexpr (kColumns == 96) CACO_WGMMA(type, "96", CACO_D48, CACO_F48, "48", "49", "50");   \
+    else if constexpr (kColumns == 128) CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66"); \
     else static_assert(kColumns == 0, "no such shape")
     if constexpr (std::is_same_v<T, bf16>) {
         CACO_WGMMA_SHAPES("bf16");
@@ -253,17 +242,16 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, O
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_accumulate(float (&d)[kCount][4], const uint32_t *a, Operand b) {
     constexpr int kChannels = 8 * kCount;
-#define CACO_WGMMA(type, n, places, registers, a0, a1, a2, a3, b_place)                                              \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" places "}, {%" a0 ", %" a1      \
-                 ", %" a2 ", %" a3 "}, %" b_place ", 1, 1, 1, 1;"                                                    \
-                 : registers                                                                                         \
+#define CACO_WGMMA(type, n, places, registers, a0, a1, a2, a3, b_place)                                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" places "}, {%" a0 ", %" a1 \
+                 ", %" a2 ", %" a3 "}, %" b_place ", 1, 1, 1, 1;"                                               \
+                 : registers                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)))
-#define CACO_WGMMA_SHAPES(type)                                                                                       \
-    if constexpr (kChannels == 64) CACO_WGMMA(type, "64", CACO_D0_31, CACO_F32, "32", "33", "34", "35", "36");     \
-    else if constexpr (kChannels == 128)                                                                              \
-        CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66", "67", "68");                                    \
-    else if constexpr (kChannels == 256)                                                                              \
-        CACO_WGMMA(type, "256", CACO_D128, CACO_F128, "128", "129", "130", "131", "132");                             \
+#define CACO_WGMMA_SHAPES(type)                                                                                     \
+    if constexpr (kChannels == 64) CACO_WGMMA(type, "64", CACO_D0_31, CACO_F32, "32", "33", "34", "35", "36");      \
+    else if constexpr (kChannels == 128) CACO_WGMMA(type, "128", CACO_D64, CACO_F64, "64", "65", "66", "67", "68"); \
+    else if constexpr (kChannels == 256)                                                                            \
+        CACO_WGMMA(type, "256", CACO_D128, CACO_F128, "128", "129", "130", "131", "132");                           \
     else static_assert(kChannels == 0, "no such shape")
     if constexpr (std::is_same_v<T, bf16>) {
         CACO_WGMMA_SHAPES("bf16");

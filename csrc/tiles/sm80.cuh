@@ -49,8 +49,7 @@ struct Instructions {
                                                       const typename Tile::Scores &weights,
                                                       const typename Tile::T *streamed) {
         using T = typename Tile::T;
-        const int b_offset =
-            Tile::offset(tile.lane % 16, tile.lane / 16) + tile.channel_group * Tile::kGroupChannels;
+        const int b_offset = Tile::offset(tile.lane % 16, tile.lane / 16) + tile.channel_group * Tile::kGroupChannels;
 #pragma unroll
         for (int k = 0; k < Tile::kColumns / 16; k++) {
             const uint32_t a[4] = {pack<T>(weights[2 * k][0], weights[2 * k][1]),

@@ -50,8 +50,8 @@ struct Tile {
     static_assert(kRows <= 256 && kColumns <= 256, "a TMA box has at most 256 rows");
     static_assert(kSharedBytes <= 227 * 1024, "sm_90 has 227 KB per block");
 
-    using Scores = float[kColumns / 8][4];          // as wgmma lays out D [64, kColumns]
-    using Weights = uint32_t[kColumns / 16][4];     // as A [64, 16] operands
+    using Scores = float[kColumns / 8][4];       // as wgmma lays out D [64, kColumns]
+    using Weights = uint32_t[kColumns / 16][4];  // as A [64, 16] operands
     using Accumulator = float[kGroupChannels / 8][4];
 
     // Resident [slabs, kRows, 64], stages [kStages, slabs, kColumns, 64], barriers; what follows is the kernel's own.
@@ -145,9 +145,7 @@ struct Tile {
     }
 
     // Between the computing warpgroups.
-    __device__ __forceinline__ void barrier() const {
-        named_barrier<1, kWarpgroupThreads * kComputeWarpgroups>();
-    }
+    __device__ __forceinline__ void barrier() const { named_barrier<1, kWarpgroupThreads * kComputeWarpgroups>(); }
 
     // Starts the products; one group.
     __device__ __forceinline__ void scores(Scores &s, const char *streamed) const {

@@ -29,17 +29,17 @@ struct Tile {
     static constexpr int kPadded = kPadded_;
     static constexpr int kWarps = Instructions::kWarps;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;      // warps that share 16 rows
-    static constexpr int kRows = 16 * kWarps / kChannelGroups;         // resident
-    static constexpr int kColumns = Instructions::columns(kPadded);    // streamed
-    static constexpr int kGroupChannels = kPadded / kChannelGroups;    // that a warp accumulates
+    static constexpr int kChannelGroups = kPadded == 512 ? 2 : 1;    // warps that share 16 rows
+    static constexpr int kRows = 16 * kWarps / kChannelGroups;       // resident
+    static constexpr int kColumns = Instructions::columns(kPadded);  // streamed
+    static constexpr int kGroupChannels = kPadded / kChannelGroups;  // that a warp accumulates
     static constexpr int kStages = Instructions::kStages;
-    static constexpr int kChunks = kPadded / 8;                        // of 16 bytes in a row
-    static constexpr int kCopies = kColumns * kChunks / kThreads;      // of chunks of a streamed tile, per thread
-    static constexpr int kMostBytes = Instructions::kMostBytes;        // of shared memory, all in all
+    static constexpr int kChunks = kPadded / 8;                    // of 16 bytes in a row
+    static constexpr int kCopies = kColumns * kChunks / kThreads;  // of chunks of a streamed tile, per thread
+    static constexpr int kMostBytes = Instructions::kMostBytes;    // of shared memory, all in all
     // Whether a warp that ends the step loads its next row of the bank before it works on this one.
     static constexpr bool kLoadsAhead = Instructions::kLoadsAhead;
-    static constexpr int kRowLane = Instructions::kRowLane;            // lanes 0, 1, 2, 3 times this share a row
+    static constexpr int kRowLane = Instructions::kRowLane;  // lanes 0, 1, 2, 3 times this share a row
     static constexpr int kResidentBytes = kRows * kPadded * kOperandBytes;
     static constexpr int kStageBytes = kColumns * kPadded * kOperandBytes;
     static constexpr int kTileBytes = kResidentBytes + kStages * kStageBytes;

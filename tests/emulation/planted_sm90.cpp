@@ -140,8 +140,8 @@ int main(int argc, char **argv) {
             }
         }
     }
-    const caco::TensorMap map = caco::make_tensor_map(bank.data(), kTiles * kColumns, kChannels,
-                                                      caco::OperandType::kBfloat16, kColumns);
+    const caco::TensorMap map =
+        caco::make_tensor_map(bank.data(), kTiles * kColumns, kChannels, caco::OperandType::kBfloat16, kColumns);
     Arguments arguments{bug, queries.data(), map, factors.data(), sums.data()};
     if (bug == "missing swizzle") arguments.bank.swizzled = false;
     if (bug == "wrong box") arguments.bank.box_rows = kColumns / 2;

@@ -125,8 +125,10 @@ void check_rounding(const char *type) {
     for (uint32_t &word : input) {  // a NaN's payload is nobody's business
         if ((word & 0x7FFFFFFF) > 0x7F800000) word = 0x7FC00000;
     }
-    checks.push_back({std::string("pack and from_float ") + type, false,
-                      run("rounding", rounding_kernel<T>, kBlocks, kThreads, 0, input, input.size()), {}});
+    checks.push_back({std::string("pack and from_float ") + type,
+                      false,
+                      run("rounding", rounding_kernel<T>, kBlocks, kThreads, 0, input, input.size()),
+                      {}});
 }
 
 __global__ void exp2_kernel(const uint32_t *in, uint32_t *out) {
@@ -165,8 +167,10 @@ __global__ void warp_kernel(const uint32_t *in, uint32_t *out) {
 
 void check_warp() {
     constexpr int kBlocks = 128;
-    checks.push_back({"shuffles, votes, warp_sum, warp_max", false,
-                      run("warp", warp_kernel, kBlocks, 32, 0, random_words(kBlocks * 32, 6), kBlocks * 256), {}});
+    checks.push_back({"shuffles, votes, warp_sum, warp_max",
+                      false,
+                      run("warp", warp_kernel, kBlocks, 32, 0, random_words(kBlocks * 32, 6), kBlocks * 256),
+                      {}});
 }
 
 // What every path uses.

@@ -53,6 +53,8 @@ void run_all() {
     check_common();
     check_mma<caco::kColumnsOfB>("mma_m8n8k4, B by columns");
     check_mma<caco::kRowsOfB>("mma_m8n8k4, B by rows");
-    checks.push_back({"load_shared_16", false,
-                      run("load", load_kernel, kBlocks, 32, 1024, random_words(kBlocks * 288, 6), kBlocks * 128), {}});
+    checks.push_back({"load_shared_16",
+                      false,
+                      run("load", load_kernel, kBlocks, 32, 1024, random_words(kBlocks * 288, 6), kBlocks * 128),
+                      {}});
 }

@@ -35,8 +35,10 @@ void check_mma(const char *type) {
         for (int r = 0; r < 6; r++) magnitudes[lane * 10 + r] = input[lane * 10 + r] & 0x7FFF7FFFu;
         for (int e = 0; e < 4; e++) magnitudes[lane * 10 + 6 + e] = input[lane * 10 + 6 + e] & 0x7FFFFFFFu;
     }
-    Check check{std::string("mma_m16n8k16 ") + type, true,
-                run("mma", mma_kernel<T>, kBlocks, 32, 0, input, kBlocks * 32 * 4), {}};
+    Check check{std::string("mma_m16n8k16 ") + type,
+                true,
+                run("mma", mma_kernel<T>, kBlocks, 32, 0, input, kBlocks * 32 * 4),
+                {}};
     // Products are exact, sums in f32 in any order and with bits cut off: 17 terms, each cut at an ulp or two of the largest.
     for (uint32_t word : run("mma", mma_kernel<T>, kBlocks, 32, 0, magnitudes, kBlocks * 32 * 4))
         check.allowed.push_back(std::bit_cast<float>(word) * 0x1p-18f);
@@ -97,7 +99,8 @@ __global__ void copy_kernel(const uint32_t *in, uint32_t *out) {
 void check_copy() {
     constexpr int kBlocks = 64, kThreads = 128;
     const Words input = random_words(kBlocks * kThreads * 8, 5);
-    checks.push_back({"cp.async: copy, zero fill, groups, alignment", false,
+    checks.push_back({"cp.async: copy, zero fill, groups, alignment",
+                      false,
                       run("copy", copy_kernel, kBlocks, kThreads, kThreads * 32, input, kBlocks * (kThreads * 8 + 1)),
                       {}});
 }

@@ -139,7 +139,9 @@ __device__ __forceinline__ void copy_async_16(void *to, const void *from, bool v
 __device__ __forceinline__ void copy_async_commit() { emu::async_commit(); }
 
 template <int kGroups>
-__device__ __forceinline__ void copy_async_wait() { emu::async_wait(kGroups); }
+__device__ __forceinline__ void copy_async_wait() {
+    emu::async_wait(kGroups);
+}
 
 __device__ __forceinline__ char *shared_memory() { return emu::block->shared; }
 

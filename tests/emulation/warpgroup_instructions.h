@@ -40,7 +40,9 @@ __device__ __forceinline__ void bulk_load(void *to, const void *from, int bytes,
 }
 
 template <class T>
-__device__ __forceinline__ void store_for_products(T *to, T value) { emu::store_for_products(to, value); }
+__device__ __forceinline__ void store_for_products(T *to, T value) {
+    emu::store_for_products(to, value);
+}
 
 __device__ __forceinline__ void async_proxy_fence() { emu::async_proxy_fence(); }
 
@@ -74,7 +76,9 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount][4]) {
 }
 
 template <int kCount>
-__device__ __forceinline__ void finish_before_wait(float (&d)[kCount][4]) { (void)d; }
+__device__ __forceinline__ void finish_before_wait(float (&d)[kCount][4]) {
+    (void)d;
+}
 
 template <class T, int kCount>
 __device__ __forceinline__ void wgmma_scores(float (&d)[kCount][4], Operand a, Operand b, bool accumulate) {
