@@ -3,7 +3,7 @@
 Legend: K queue rows, C channels, R keys on this rank.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class KeyQueue(nn.Module):
         self.backend = backend
         self.operand = OperandCopy(backend)
 
+    @overload
+    def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(self, queries: Tensor, temperature: tuple[float, float]) -> tuple[tuple[Tensor, Tensor], Tensor]: ...
     def attend(
         self, queries: Tensor, temperature: float | tuple[float, float]
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
@@ -56,12 +60,13 @@ class KeyQueue(nn.Module):
         # All on the device: reading the pointer here would make the host wait.
         rows = torch.arange(count - kept.shape[0], count, device=self.pointer.device)
         rows, kept = (self.pointer + rows) % size, kept.to(self.queue.dtype)
+        moved: int | Tensor = count
         if skip is not None:
-            kept, count = torch.where(skip != 0, self.queue[rows], kept), count * (skip == 0)
+            kept, moved = torch.where(skip != 0, self.queue[rows], kept), count * (skip == 0)
         current = self.operand.is_current(self.queue)
         self.queue[rows] = kept
         self.operand.refresh(self.queue, rows if current else None)
-        self.pointer.add_(count).remainder_(size)
+        self.pointer.add_(moved).remainder_(size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         check_loaded_shape(state_dict, prefix + "queue", self.queue.shape, "KeyQueue")

@@ -3,7 +3,7 @@
 Legend: R query rows on this rank, K bank rows, C channels, M positives per row.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class LearnableBank(nn.Module):
     def dim(self) -> int:
         return self.bank.shape[1]
 
+    @overload
+    def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(self, queries: Tensor, temperature: tuple[float, float]) -> tuple[tuple[Tensor, Tensor], Tensor]: ...
     def attend(
         self, queries: Tensor, temperature: float | tuple[float, float]
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:

@@ -64,7 +64,7 @@ def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]
         raise
 
 
-def check_loaded_shape(state: Mapping[str, Any], key: str, expected: tuple[int, int], what: str) -> None:
+def check_loaded_shape(state: Mapping[str, Any], key: str, expected: tuple[int, ...], what: str) -> None:
     """Refuse a saved bank of another size."""
     saved = state.get(key)
     if isinstance(saved, Tensor) and saved.shape != expected:

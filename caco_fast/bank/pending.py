@@ -3,6 +3,7 @@
 Legend: R query rows, C channels, M positives per row.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,16 @@ class Rows(NamedTuple):
     positives: Tensor | None  # [R, M] int64
     positive_weight: Tensor | None  # [R, M]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        """The rows with a function applied to every tensor."""
+        positives = None if self.positives is None else change(self.positives)
+        weight = None if self.positive_weight is None else change(self.positive_weight)
+        return Rows(change(self.queries), change(self.lse), change(self.row_weight), positives, weight)
+
 
 def gather_rows(rows: Rows) -> Rows:
     """The rows of all ranks, in rank order; every rank brings as many, with the same M."""
-    return Rows(*(None if value is None else all_gather_rows(value) for value in rows))
+    return rows.each(all_gather_rows)
 
 
 class PendingRows:
@@ -58,7 +65,7 @@ class PendingRows:
             many = max(positives.shape[1], 1)
             positive_weight = torch.full(positives.shape, 1 / many, device=positives.device)
         kept = rows._replace(positives=positives, positive_weight=positive_weight)
-        self.records.append(Rows(*(None if value is None else value.detach() for value in kept)))
+        self.records.append(kept.each(Tensor.detach))
         self.temperature = temperature
 
     def discard(self) -> int:
@@ -89,7 +96,7 @@ def concatenate(records: list[Rows], bank: Tensor) -> Rows:
         return Rows(queries, lse, row_weight, None, None)
     positives, weights = [], []
     for record in records:
-        if record.positives is None:
+        if record.positives is None or record.positive_weight is None:
             count = record.queries.shape[0]
             positives.append(torch.zeros((count, many), dtype=torch.int64, device=bank.device))
             weights.append(torch.zeros((count, many), dtype=bank.dtype, device=bank.device))

@@ -14,7 +14,7 @@ and as the positive row u_pi is on one rank only, O_i - u_pi, the gradient of th
 Legend: N ranks, R query rows on this rank, K bank rows of which k on this rank, C channels, M positives per row.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -60,21 +60,28 @@ class ShardedBank(LearnableBank):
             )
         return all_gather_rows(rows)
 
+    @overload
+    def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(self, queries: Tensor, temperature: tuple[float, float]) -> tuple[tuple[Tensor, Tensor], Tensor]: ...
     def attend(
         self, queries: Tensor, temperature: float | tuple[float, float]
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-        pair = isinstance(temperature, (tuple, list))
-        temperatures = tuple(temperature) if pair else (temperature,)
-        lse, mean_row = self._attend(self._gather(queries), temperatures)
+        lse, mean_row = self._attend(self._gather(queries), temperature)
         mean_row = reduce_scatter_rows(mean_row)  # [R, C]
         of_this_rank = lse[:, own_slice(queries)]  # [1 or 2, R]
-        first = WithGradient.apply(queries, of_this_rank[0], mean_row / temperatures[0])
-        return ((first, of_this_rank[1]) if pair else first), mean_row
+        first_temperature = temperature if isinstance(temperature, (float, int)) else temperature[0]
+        first = WithGradient.apply(queries, of_this_rank[0], mean_row / first_temperature)
+        return (first if len(lse) == 1 else (first, of_this_rank[1])), mean_row
 
-    def _attend(self, queries: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:  # [N R, C]
+    def _attend(
+        self,
+        queries: Tensor,  # [N R, C]
+        temperature: float | tuple[float, float],
+    ) -> tuple[Tensor, Tensor]:
         """For the queries of all ranks: lse [1 or 2, N R] over the whole bank, and this shard's part of mean_row."""
         operand = self.operand.for_attend(self.bank, queries)
-        part, mean_row = bank_attend(queries, self.bank, temperatures, self.backend, operand=operand)
+        part, mean_row = bank_attend(queries, self.bank, temperature, self.backend, operand=operand)
         part = torch.stack(part if isinstance(part, tuple) else (part,))
         lse = all_reduce_logsumexp(part)
         return lse, mean_row * (part[0] - lse[0]).exp().unsqueeze(1)
@@ -137,11 +144,11 @@ class ShardedBank(LearnableBank):
         positive_weight: Tensor | None = None,
     ) -> None:
         rows = gather_rows(Rows(queries, lse, row_weight, positives, positive_weight))
-        super().record(*rows[:2], temperature, *rows[2:])
+        super().record(rows.queries, rows.lse, temperature, rows.row_weight, rows.positives, rows.positive_weight)
 
     def _of_all_ranks(self, rows: Rows) -> Rows:
         # They were gathered when they were recorded.
-        if rows.positives is None:
+        if rows.positives is None or rows.positive_weight is None:
             return rows
         local, kept = self._local(rows.positives)
         return rows._replace(positives=local, positive_weight=rows.positive_weight * kept)

@@ -257,7 +257,7 @@ def capture_random_states() -> list[dict[str, Any]]:
         "python": random.getstate(),
         "numpy": (
             str(name),
-            torch.from_numpy(key.astype(np.int64)),
+            torch.from_numpy(np.asarray(key, dtype=np.int64)),
             int(position),
             int(has_gauss),
             float(cached_gaussian),

@@ -15,7 +15,7 @@ Free     tile shapes, the split of the bank over blocks and its merge, the order
 Legend: R query rows, K bank rows, C channels, P padded channels; a tile is r query rows by k bank rows.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, uni
 OP = "bank_attend"
 
 
+@overload
+def bank_attend(
+    queries: Tensor, bank: Tensor, temperature: float, backend: str = "auto", *, operand: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def bank_attend(
+    queries: Tensor,
+    bank: Tensor,
+    temperature: tuple[float, float],
+    backend: str = "auto",
+    *,
+    operand: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor], Tensor]: ...
 def bank_attend(
     queries: Tensor,  # [R, C]
     bank: Tensor,  # [K, C]

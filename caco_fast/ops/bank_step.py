@@ -344,11 +344,12 @@ def _bank_step_(
             step_cuda_(bank, velocity, *settings, skip, operand)
             return
         # Whether to skip is decided on the device: the host does not wait for it.
-        kept = None if skip is None else (bank.clone(), velocity.clone())
+        before = (bank, velocity) if skip is None else (bank.clone(), velocity.clone())
         step = step_reference_ if chosen == "reference" else step_tiled_
         step(bank, velocity, *settings)
-        for changed, before in zip((bank, velocity), kept or ()):
-            changed.copy_(torch.where(skip != 0, before, changed))
+        if skip is not None:
+            bank.copy_(torch.where(skip != 0, before[0], bank))
+            velocity.copy_(torch.where(skip != 0, before[1], velocity))
         if operand is not None:
             operand.zero_()[:, : bank.shape[1]].copy_(unit_rows(bank)[0])
 

@@ -49,21 +49,17 @@ def ema_update_(
     dispatch.check_flag(OP, "skip", skip, device)
     chosen = tensor_lists.resolve(OP, backend, device)
     update = ema_update_reference_ if chosen == "reference" else ema_update_foreach_
-    update(averages, values, weight, skip)
+    update(list(averages), list(values), weight, skip)
 
 
-def ema_update_reference_(
-    averages: Sequence[Tensor], values: Sequence[Tensor], weight: Rate, skip: Tensor | None
-) -> None:
+def ema_update_reference_(averages: list[Tensor], values: list[Tensor], weight: Rate, skip: Tensor | None) -> None:
     """The formula, tensor by tensor."""
     for average, value in zip(averages, values, strict=True):
         moved = average + weight * (value - average)
         average.copy_(moved if skip is None else torch.where(skip != 0, average, moved))
 
 
-def ema_update_foreach_(
-    averages: Sequence[Tensor], values: Sequence[Tensor], weight: Rate, skip: Tensor | None
-) -> None:
+def ema_update_foreach_(averages: list[Tensor], values: list[Tensor], weight: Rate, skip: Tensor | None) -> None:
     if skip is None and not isinstance(weight, Tensor):
         torch._foreach_lerp_(averages, values, weight)
         return

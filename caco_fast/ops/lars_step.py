@@ -78,11 +78,11 @@ def lars_step_(
     settings = LarsSettings(lr, float(momentum), float(weight_decay), float(trust), grad_scale, skip)
     chosen = tensor_lists.resolve(OP, backend, device)
     step = lars_step_reference_ if chosen == "reference" else lars_step_foreach_
-    step(params, grads, velocities, settings)
+    step(list(params), list(grads), list(velocities), settings)
 
 
 def lars_step_reference_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], settings: LarsSettings
 ) -> None:
     """The formula, tensor by tensor."""
     lr, momentum, weight_decay, trust, grad_scale, skip = settings
@@ -105,7 +105,7 @@ def trust_ratio(weight_norm: Tensor, grad_norm: Tensor, trust: float) -> Tensor:
 
 
 def lars_step_foreach_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], settings: LarsSettings
 ) -> None:
     directions = scaled_directions(params, grads, settings)
     if settings.skip is not None:
@@ -120,10 +120,10 @@ def lars_step_foreach_(
         torch._foreach_add_(params, velocities, alpha=-lr)
 
 
-def scaled_directions(params: Sequence[Tensor], grads: Sequence[Tensor], settings: LarsSettings) -> list[Tensor]:
+def scaled_directions(params: list[Tensor], grads: list[Tensor], settings: LarsSettings) -> list[Tensor]:
     """d of every parameter; those of one dimension may be the gradients themselves."""
     if settings.grad_scale is not None:
-        grads = torch._foreach_mul(grads, settings.grad_scale.reciprocal())
+        grads = list(torch._foreach_mul(grads, settings.grad_scale.reciprocal()))
     directions = list(grads)
     trusted = [at for at, w in enumerate(params) if w.ndim > 1]
     if trusted:
@@ -138,7 +138,7 @@ def scaled_directions(params: Sequence[Tensor], grads: Sequence[Tensor], setting
 
 
 def step_unless_skipped_(
-    params: Sequence[Tensor], directions: Sequence[Tensor], velocities: Sequence[Tensor], settings: LarsSettings
+    params: list[Tensor], directions: list[Tensor], velocities: list[Tensor], settings: LarsSettings
 ) -> None:
     """SGD's step by torch's fused operation, which reads the flag on the device: a product with 0 would keep NaN."""
     lr, momentum, skip = settings.lr, settings.momentum, settings.skip
