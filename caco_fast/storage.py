@@ -102,7 +102,7 @@ class RetryingFile:
             if not self._refused:
                 self._refused = True
                 reason = error.strerror or error
-                self._report(f"{self.path} can't be written: {reason}; training goes on, its lines wait in memory")
+                self._report(f"{self.path} can't be written: {reason}; training continues, its lines wait in memory")
             return
         if self._refused:
             self._refused = False

@@ -274,7 +274,7 @@ def restore_random_states(states: list[dict[str, Any]]) -> None:
         _restore_random_state(states[rank()])
     elif rank() == 0:
         log.warning(
-            "random states: saved by %d ranks, found %d; training goes on, not bit for bit", len(states), world_size()
+            "random states: saved by %d ranks, found %d; training continues, not bit for bit", len(states), world_size()
         )
 
 
@@ -289,7 +289,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if state["cuda"] and len(state["cuda"]) != devices:
         log.warning(
-            "random states: saved for %d CUDA devices, found %d; training goes on, not bit for bit",
+            "random states: saved for %d CUDA devices, found %d; training continues, not bit for bit",
             len(state["cuda"]),
             devices,
         )

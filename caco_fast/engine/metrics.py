@@ -120,7 +120,7 @@ class MetricsWriter:
         except OSError as error:
             self._tensorboard = None
             log.warning(
-                "%s can't be written: %s; training goes on, TensorBoard's events stop here, metrics.jsonl has all",
+                "%s can't be written: %s; training continues, TensorBoard's events stop here, metrics.jsonl has all",
                 self.folder / "tensorboard",
                 error.strerror or error,
             )

@@ -211,7 +211,7 @@ def full_disk(images, tmp_path_factory) -> list[list[str]]:
 
 def test_a_disk_full_for_a_while_costs_the_checkpoints_of_that_while(full_disk):
     output = full_disk[0]
-    assert sum("training goes on without it" in line for line in output) == 4
+    assert sum("training continues without it" in line for line in output) == 4
     assert sum("metrics.jsonl can't be written: No space left" in line for line in output) == 1
     assert sum("metrics.jsonl is written again" in line for line in output) == 1
     assert sum("tensorboard can't be written: No space left" in line for line in output) <= 1

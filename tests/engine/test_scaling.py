@@ -1,6 +1,6 @@
 """fp16: steps that overflow leave optimiser, key encoder and bank as they were, and embeddings and losses are f32.
 
-A GradScaler works on the CPU too; the Trainer is given one here, though `trainer.precision=fp16` wants a GPU.
+A GradScaler works on the CPU too. The Trainer gets one here, although `trainer.precision=fp16` requires a GPU.
 """
 
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_a_skipped_enqueue_keeps_the_oldest_keys_in_turn():
 
 
 def on_two_ranks(images: Path, folder: Path) -> dict[str, Any]:
-    """Of the steps 0..3 the first and the third overflow, each on one rank only."""
+    """Steps 0..3, of which the first and the third overflow, each on one rank only."""
     trainer = make_trainer(images, folder / str(rank()))
     for seed in range(4):
         step(trainer, seed, overflow=(seed, rank()) in ((0, 1), (2, 0)))

@@ -50,7 +50,7 @@ def test_refused_lines_follow_in_order_when_there_is_room(tmp_path: Path, report
         file.write(f"line {number}\n")
     # The second line was written in part.
     assert disk.content == b"line 0\nlin"
-    assert len(reports) == 1 and "can't be written: No space left on device; training goes on" in reports[0]
+    assert len(reports) == 1 and "can't be written: No space left on device; training continues" in reports[0]
     disk.room = 1000
     file.write("line 5\n")
     assert disk.content.decode().splitlines() == [f"line {number}" for number in range(6)]

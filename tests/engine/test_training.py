@@ -198,7 +198,7 @@ def test_training_goes_on_where_the_disk_refuses_a_checkpoint(images, tmp_path, 
     monkeypatch.setattr(CheckpointStore, "save", full)
     with pytest.raises(UserError, match="the run ended without its last checkpoint, the newest is none; make room"):
         train(config(images), tmp_path / "run")
-    assert caplog.text.count("training goes on without it") == 4
+    assert caplog.text.count("training continues without it") == 4
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
