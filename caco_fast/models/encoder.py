@@ -23,8 +23,8 @@ from caco_fast.ops.rates import Rate
 class Encoder(nn.Module):
     """Images to L2-normalised embeddings in f32.
 
-    BatchNorm statistics are taken per view. With `joint_views`, views of one size nonetheless go through the convolutions
-    as one batch, if every BatchNorm can tell them apart (`segment_batch_norm`). Otherwise each view has its own forward.
+    BatchNorm statistics are taken per view. With `joint_views`, views of one size still go through the convolutions as
+    one batch, if every BatchNorm can tell them apart (`segment_batch_norm`). Otherwise each view has its own forward.
     `autocast` is the dtype that backbone and projector compute in; None leaves them in f32.
     """
 

@@ -102,7 +102,7 @@ def test_training_with_skipped_steps_is_training_without_them(images, tmp_path, 
     assert [name for name in unmoved if not name.endswith(("next_row", "skipped_rows"))] == []
 
 
-def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
+def test_a_skipped_step_of_the_initialisation_fills_nothing(images, tmp_path):
     trainer = make_trainer(images, tmp_path)
     before = state_of(trainer)
     step(trainer, 0, overflow=True, prepare=True)
@@ -113,7 +113,7 @@ def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
     assert not torch.equal(trainer.method.bank.bank[:4], before["method.criterion.bank.bank"][:4])
 
 
-def test_a_skipped_step_of_the_preparation_is_made_up_for(images, tmp_path, monkeypatch):
+def test_a_skipped_step_of_the_initialisation_is_made_up_for(images, tmp_path, monkeypatch):
     """No row of the bank stays as it was drawn."""
     trainer = make_trainer(images, tmp_path, "trainer.epochs=1")
     trainer.step.scaler = torch.amp.GradScaler(
