@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     `resume` is auto (the newest checkpoint of the folder, if any), never, or the path of a checkpoint.
 
     Raises:
-        UserError: anything that the user can mend, in one line.
+        UserError: anything that the user can correct, in one line.
         Interrupted: a signal asked to stop; a checkpoint was written.
         RankLost, ReportedElsewhere: another rank failed; see engine/ranks.py.
     """

@@ -16,14 +16,13 @@ TESTS = Path(__file__).resolve().parent
 # marks itself with `pytest.mark.slow`.
 SLOW = frozenset(
     """
-    csrc emulation gpu
+    emulation gpu
     test_bank_ranks test_methods_on_ranks
     test_bad_images test_bad_images_of_ranks test_bench_data test_dali_loader test_dali_parity test_index
     test_ten_thousand test_torchvision_loader test_views
-    test_checkpoint test_compiling test_dependability test_growth test_no_waiting test_one_voice test_ranks
-    test_reproducible test_resume_on_other_ranks test_scaling test_step_graph test_training test_bench_train
-    test_bench_bank test_faulty_images test_gpu_check test_golden test_rank_0_writes test_readme test_torture
-    test_train_cli
+    test_bench_train test_checkpoint test_compiling test_dependability test_growth test_no_waiting test_rank_0_writes
+    test_ranks test_reproducible test_resume_on_other_ranks test_scaling test_step_graph test_training
+    test_bench_ops test_faulty_images test_golden test_gpu test_readme test_train_cli
     """.split()
 )
 

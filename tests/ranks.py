@@ -14,12 +14,12 @@ import torch.distributed as dist
 # The server imports torch and the package once; the ranks are forked from it, before any thread was started.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "caco_fast.training"])
-# Of a shared machine; a run of ranks takes a tenth of it where nothing else runs.
+# Enough on a shared machine; a run of ranks takes a tenth of it if nothing else runs.
 SECONDS = 300
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
-    """What `function(*arguments)` returns on each rank. It stands at the top of a module, so that it can be pickled."""
+    """The results of `function(*arguments)` by rank. It is at the top level of a module, so that it can be pickled."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             CONTEXT.Process(target=_rank, args=(function, rank, ranks, folder, arguments, backend), daemon=True)

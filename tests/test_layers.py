@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "caco_fast"
 
-# Lowest first. Parts of the ground layer may use each other; in all others each stands alone.
+# Lowest first. Parts of the ground layer may use each other; parts of any other layer may not.
 GROUND = (
     "apex",
     "benchmarking",

@@ -1,9 +1,11 @@
-"""Every path in the table "Where is ...?" of CONTRIBUTING.md exists."""
+"""Names of files that are listed elsewhere: the table "Where is ...?" of CONTRIBUTING.md, and the slow tests."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import SLOW, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("computed in", "tested in", "timed by")
@@ -31,3 +33,8 @@ def test_the_table_has_a_row_for_each_operation_and_method() -> None:
     what = " ".join(row["what"] for row in ROWS)
     for name in ("bank_attend", "bank_select", "bank_step", "ema_update", "lars_step", "CaCo", "MoCo", "DALI"):
         assert name in what
+
+
+def test_every_name_of_a_slow_test_is_a_file_or_a_folder() -> None:
+    files = list(TESTS.rglob("test_*.py"))
+    assert SLOW <= {file.stem for file in files} | {file.parent.name for file in files}

@@ -1,4 +1,4 @@
-"""`caco-fast train`: pre-trains an encoder.
+"""`caco-fast train`: pre-train an encoder.
 
 Under torchrun the process is one rank of a run; otherwise it is a run on one device. Exit status: 0 done, 2 the user
 can correct it, 75 another rank is gone, 128 + n stopped by signal n after a checkpoint (docs/dependability.md).
@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+    """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
     if options.list_configs:
         print(listing())
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:
-    """Trains, and turns every way in which a run ends into one line and an exit status."""
+    """Train, and turn every end of a run into one line and an exit status."""
     from caco_fast.engine.ranks import Interrupted, RankLost, ReportedElsewhere
     from caco_fast.training import train
 

@@ -98,7 +98,7 @@ class DataConfig:
         "exact", "colour jitter: exact (torchvision's) or fast (one linear map of the colours, see docs/data.md)"
     )
     workers: int | None = setting(
-        None, "worker processes, with dali threads, of a rank; 0: no process; null: one a core, up to 12"
+        None, "worker processes of a rank, or threads with dali; 0: no process; null: one per core, up to 12"
     )
     prefetch: int = setting(2, "batches that each worker, or dali, prepares ahead (>= 1)")
     mean: list[float] | None = setting(None, "mean of each channel in [0, 1] to subtract; null: the source's own")

@@ -1,4 +1,4 @@
-"""Whether all ranks still have the same weights: a checksum of them, compared at each checkpoint."""
+"""The check that all ranks still have the same weights: their checksums are compared at each checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from caco_fast.models import EncoderPair
 def checksum(tensors: list[Tensor]) -> int:
     """A sum over the bytes of all values, in which each tensor and each byte of a value has its weight.
 
-    Equal tensors have equal sums, and others almost surely not. The host waits for the device once.
+    Equal tensors have equal sums, and different ones almost surely do not. The host waits for the device once.
     """
     if not tensors:
         return 0

@@ -13,16 +13,16 @@ from caco_fast.models import EncoderPair
 
 
 def compile_step(encoders: EncoderPair, method: Method, device: torch.device, **options: Any) -> None:
-    """Compiles both encoders and the method's loss at their first call, once for every shape of views.
+    """Compile both encoders and the method's loss at their first call, once for every shape of views.
 
-    In place, so that the keys of checkpoints stay. `options` are torch.compile's.
+    They are compiled in place, so that the keys of checkpoints stay. `options` are those of torch.compile.
 
     Raises:
         UserError: the compiler that torch.compile calls is not installed.
     """
     _require_compiler(device)
-    # DistributedDataParallel would have the graph cut at its buckets, which does not work across custom Functions, as
-    # BatchNorm over several ranks is one. Uncut, the gradients' averaging begins at the end of the backward pass.
+    # DistributedDataParallel would cut the graph at its buckets. That does not work across a custom Function, such as
+    # BatchNorm over several ranks. Without cuts, the averaging of the gradients begins after the backward pass.
     torch._dynamo.config.optimize_ddp = False
     keys = () if encoders.key is None else (encoders.key,)
     for module in (encoders.query, *keys, *method.losses()):

@@ -13,7 +13,7 @@ AUTOCAST = {"f32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def settled_precision(precision: str, device: torch.device) -> str:
-    """The precision that `auto` stands for on a device: bf16 where it has that, else fp16 on a GPU, f32 on a CPU."""
+    """The precision that `auto` stands for on a device: bf16 if it has that, else fp16 on a GPU, f32 on a CPU."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -43,21 +43,21 @@ def use_tf32(allowed: bool) -> None:
 
 
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """The scaler of fp16 gradients; disabled, so transparent, for every other precision."""
+    """The scaler of fp16 gradients. For every other precision it is disabled and changes nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def optimizer_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
-    """The optimiser's step, after the backward pass of the scaled loss.
+    """Take the optimiser's step, after the backward pass of the scaled loss.
 
-    Under a scaler it returns a 0-d flag on the device: not 0 if a gradient overflowed, so that the optimiser has
-    skipped the step. Bank and key encoder take the flag and skip it too, and the host never looks at it. All ranks
-    find the same, since DistributedDataParallel has averaged their gradients. Without a scaler it returns None.
+    With a scaler it returns a 0-d flag on the device. The flag is not 0 if a gradient overflowed and the optimiser has
+    skipped the step. Bank and key encoder take the flag and skip it too, and the host never reads it. All ranks have
+    the same flag, because DistributedDataParallel has averaged their gradients. Without a scaler it returns None.
     """
     if not scaler.is_enabled():
         optimizer.step()
         return None
-    # Before the step, so that the norms of LARS are those of the gradients themselves.
+    # Unscaled before the step, so that the norms of LARS are those of the gradients themselves.
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     (overflowed,) = scaler._found_inf_per_device(optimizer).values()  # torch has no public name for it
@@ -66,10 +66,10 @@ def optimizer_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.
 
 
 def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Reads the scale, for which the host waits.
+    """Check that the scale has not fallen too far. The host waits for it.
 
     Raises:
-        UserError: it has fallen so far that no step can succeed.
+        UserError: the scale is so small that no step can succeed.
     """
     if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
         raise UserError(

@@ -79,7 +79,7 @@ class Progress:
     def start_phase(self, name: str, steps: int, first_step: int = 0) -> None:
         """Begin a phase of steps before the epochs, such as the bank's initialisation.
 
-        Its steps cost less or more than those of the epochs, so the eta is that of this phase alone.
+        Its steps do not take as long as those of the epochs, so the eta is that of this phase alone.
         """
         self._start(name, steps, first_step, later=0)
         self._phase_suffix = f" of the {name}"

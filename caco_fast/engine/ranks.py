@@ -1,4 +1,4 @@
-"""How the ranks of a run stop together on a signal, and fail together with one error line and no rank left waiting."""
+"""The end of a run on all ranks together: a stop by a signal, or one error line and no rank left waiting."""
 
 import os
 import signal

@@ -26,9 +26,9 @@ class TrainerConfig:
         "auto: on with several ranks, where it halves the collectives",
     )
     compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
-    cuda_graph: bool = setting(False, "on a GPU, capture a step once and replay it: no launches by the host")
+    cuda_graph: bool = setting(False, "on a GPU, replay a step as a CUDA graph, without launches by the host")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
-    max_steps: int = setting(0, "stop after so many steps, initialisation included; the schedule stays; 0: no stop")
+    max_steps: int = setting(0, "stop after this many steps, with the initialisation; the schedule stays; 0: no stop")
     deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")
     collective_timeout: int = setting(600, "seconds that a rank waits for the others before the run ends (status 75)")
 
@@ -45,7 +45,7 @@ class TrainerConfig:
 class CheckpointConfig:
     every_epochs: int = setting(1, "epochs between two checkpoints; epochs with kNN always have one; 0: only those")
     every_steps: int = setting(0, "steps between two checkpoints, within an epoch too; 0: none by steps")
-    keep: int = setting(3, "newest checkpoints kept, besides best.pt")
+    keep: int = setting(3, "number of newest checkpoints to keep, besides best.pt")
 
     def __post_init__(self) -> None:
         for name, least in (("every_epochs", 0), ("every_steps", 0), ("keep", 1)):
@@ -56,4 +56,4 @@ class CheckpointConfig:
 class RunConfig:
     folder: str = setting("", "run folder; empty: runs/<name of the config file>")
     tensorboard: bool = setting(True, "write TensorBoard events to the run folder")
-    plain: bool = setting(False, "plain log lines in place of the progress bar also on a terminal")
+    plain: bool = setting(False, "plain log lines instead of the progress bar, on a terminal too")

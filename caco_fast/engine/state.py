@@ -1,4 +1,4 @@
-"""Where a run is, and the sums of its steps between two log lines."""
+"""The position of a run, and the sums of its steps between two log lines."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -21,10 +21,10 @@ class LossNotFinite(Exception):
 
 @dataclass
 class Position:
-    """Where a run is: `step` counts the finished steps of the phase, `total_steps` those of all phases.
+    """The position of a run: `step` counts the finished steps of the phase, `total_steps` those of all phases.
 
-    `epochs_ended` are the epochs whose kNN and checkpoint are done too: a run stopped before that
-    does them when resumed.
+    `epochs_ended` counts the epochs whose kNN and checkpoint are done too. A run that was stopped before does them when
+    it is resumed.
     """
 
     phase: str = ""
@@ -69,7 +69,7 @@ class Interval:
     def state_dict(self) -> dict[str, Any]:
         """The state with its sums replaced by their means over all ranks (collective).
 
-        A run can so be resumed on any number of ranks.
+        So a run can be resumed on any number of ranks.
         """
         sums = dict(self.sums)
         if sums:

@@ -38,8 +38,8 @@ class Rates(NamedTuple):
 class TrainStep:
     """One step of a phase on a batch of views: `step.enter(phase)`, then `step(views, rates)` for every batch.
 
-    It owns what steps add up: `interval`, the sums since the last log line, and `skipped_steps`, [], the steps whose
-    fp16 gradients overflowed, so that optimiser, bank and EMA skipped them.
+    It owns two sums over steps. `interval` has the values since the last log line. `skipped_steps`, [], counts the
+    steps whose fp16 gradients overflowed, so that optimiser, bank and EMA skipped them.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class TrainStep:
         gradients.
         """
         self.phase = phase
-        # First, so that the hooks of the phase before are gone.
+        # The old one goes first, and its hooks with it.
         self._trained = None
         with self.aside():
             self._trained = _trained_modules(self.method, self.encoders, phase, self.device)
-        # In the phases before the training some parameters may rest.
+        # In the phases before the training some parameters may get no gradient.
         self._first = phase.steps is None
 
     def aside(self) -> AbstractContextManager[None]:
-        """The context in which a step runs that is not captured, and DistributedDataParallel is made."""
+        """The context for steps that are launched one by one, and for making DistributedDataParallel."""
         return nullcontext()
 
     def reset(self) -> None:
@@ -91,13 +91,13 @@ class TrainStep:
 
         Raises:
             LossNotFinite: on the CPU, before anything is updated.
-                UserError: a parameter of the method gets no gradient, so that it would never be trained.
+            UserError: a parameter of the method gets no gradient, so that it would never be trained.
         """
         self._launch(views, rates)
         if self._first:
             self._first = False
             self._require_gradients()
-        # The schedule's numbers, in place of a captured step's tensors.
+        # A captured step sets tensors; log lines and checkpoints read numbers.
         self.set_lr(rates.lr)
         self.interval.steps += 1
 
@@ -142,7 +142,7 @@ class TrainStep:
         return StepOutput(*self._trained(*views))
 
     def _require_gradients(self) -> None:
-        """Look at which parameters the first step of training gave a gradient, which waits for nothing."""
+        """Check that the first step of training gave every parameter a gradient. The host waits for nothing here."""
         for owner, module in (("query encoder", self.encoders.query), ("method", self.method)):
             trained = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
             idle = [name for name, value in trained if value.grad is None]
@@ -164,7 +164,7 @@ class _Objective(nn.Module):
         super().__init__()
         self.query = encoders.query
         self.method = method
-        # In a tuple, the key encoder is no part of what DistributedDataParallel looks after.
+        # A tuple hides the pair from nn.Module, so that DistributedDataParallel does not see the key encoder.
         self._encoders = (encoders,)
         self._phase = phase
 
@@ -199,6 +199,6 @@ def _trained_modules(
         # Within a phase every step uses the same parameters.
         static_graph=True,
     )
-    # Otherwise it times every hundredth step, waiting for the device; no one reads that, and no graph can hold it.
+    # By default it times every hundredth step, for which it waits for the device. A CUDA graph can't hold that.
     wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return wrapped

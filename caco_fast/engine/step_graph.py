@@ -1,8 +1,8 @@
-"""A training step as a CUDA graph: captured once, and from then on replayed without launches by the host.
+"""A training step as a CUDA graph: captured once, then replayed without launches by the host.
 
-A replay runs the kernels of the captured step at their addresses, with the numbers that the host gave them then. So
-views and the schedule's rates are copied into tensors that stay, everything that a step leaves behind is written in
-place, and nothing in it may depend on a value that the host reads.
+A replay runs the kernels of the captured step on the same addresses and with the same numbers. Therefore views and the
+schedule's rates are copied into tensors that stay, and all results of a step are written in place. Nothing in a step
+may depend on a value that the host reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Capture(Protocol):
         """A context in which work runs where it will be captured."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture the launches of `work` without running them, and return what repeats them."""
+        """Capture the launches of `work` without running them, and return a function that repeats them."""
 
 
 class CudaCapture:
@@ -51,7 +51,7 @@ class CudaCapture:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # This thread's work alone: the threads of the loader and of NCCL allocate and query events meanwhile.
+            # Only the work of this thread: the threads of the loader and of NCCL allocate and query events meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
@@ -61,10 +61,10 @@ class CudaCapture:
 
 
 class CapturedStep(TrainStep):
-    """Steps of which the first `warmup` of a phase are launched one by one; then one is captured and replayed.
+    """A step that is launched `warmup` times at the beginning of a phase, and then captured and replayed.
 
-    Views must keep their shapes. Whoever replaces a tensor that the step writes to must call `reset`. In a phase that
-    can't be captured every step is launched.
+    Views must keep their shapes. A caller that replaces a tensor which the step writes to must call `reset`. In a phase
+    that can't be captured every step is launched.
     """
 
     def __init__(self, *parts: Any, capture: Capture, warmup: int) -> None:

@@ -38,7 +38,7 @@ PHASES_OF_VERSION_1 = {"preparation": "initialisation"}
 
 
 class Trainer:
-    """Runs the phases of a method. The caller builds every component; here only their interfaces are known."""
+    """The loop over the phases of a method. The caller builds every component; the loop knows only their interfaces."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Trainer:
         self.phases = self.method.phases(config.batch_size)
         self.interrupt = Interrupt(config.collective_timeout)
         self.position = Position(phase=self.phases[0].name)
-        # Of the chosen positives in the first and the last log line of the training, for the summary.
+        # Metrics of the chosen positives in the first and the last log line of the training, for the summary.
         self.positives: dict[str, float] = {}
         self._saved: tuple[int, int] | None = None
         # On rank 0: whether the latest checkpoint that was due could not be written.
@@ -111,8 +111,10 @@ class Trainer:
         return self.training and self.position.epochs_ended >= self.config.epochs
 
     def _run_phase(self, phase: Phase) -> bool:
-        """The steps of a phase from the present position, epoch by epoch. Returns whether the phase is complete, which
-        it is not if `max_steps` came first."""
+        """Do the steps of a phase from the present position, epoch by epoch.
+
+        Returns whether the phase is complete. It is not if `max_steps` came first.
+        """
         self.step.enter(phase)
         per_epoch, shown = self.loader.steps_per_epoch, None
         while True:
@@ -135,7 +137,10 @@ class Trainer:
             self._run_epoch(phase, epoch, first, end, steps)
 
     def _run_epoch(self, phase: Phase, epoch: int, first: int, end: int, steps: int) -> None:
-        """Batches first..end-1 of an epoch, or up to `max_steps`. `steps`: of the whole phase."""
+        """Do a step on each of the batches first..end-1 of an epoch, or up to `max_steps`.
+
+        steps: the number of steps of the whole phase.
+        """
         mark = time.perf_counter()
         for batch in self._batches(epoch, first, end):
             rates = self._rates(phase, steps)
@@ -165,7 +170,7 @@ class Trainer:
         if phase.steps is None:
             lr, momentum = self.schedule.lr_at(step), self.schedule.key_momentum_at(step + 1)
             return Rates(lr, momentum, self.schedule.warmup_at(step))
-        # The schedule's warm-up, or where that is longer than this phase, as long as the phase.
+        # The schedule's warm-up, which ends with this phase at the latest.
         warmup = max((step + 1) / steps, self.schedule.warmup_at(step))
         return Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
 
@@ -242,7 +247,7 @@ class Trainer:
         interval.clear()
 
     def _end_epoch(self, epochs_done: int) -> None:
-        """kNN and a checkpoint, if they are due."""
+        """Evaluate by kNN and write a checkpoint, if they are due."""
         last = epochs_done == self.config.epochs
         scores = {}
         if self.evaluator is not None and self.evaluator.due(epochs_done, last):
@@ -328,7 +333,7 @@ class Trainer:
         }
 
     def _data_of_this_run(self) -> dict[str, Any]:
-        """What the position within an epoch depends on."""
+        """The values that the position within an epoch depends on."""
         return {
             "steps_per_epoch": self.loader.steps_per_epoch,
             "batch_size": self.config.batch_size,
@@ -338,7 +343,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], name: str) -> None:
-        """Continue from a checkpoint's state; `name` is how error lines call it.
+        """Continue from a checkpoint's state; `name` is its name in error lines.
 
         Raises:
             UserError: other shapes, or a position in an epoch that the present batches do not have.

@@ -1,4 +1,4 @@
-"""What a method is: views and encoders in, loss and bank or queue update out; and the registry of all methods.
+"""The interface of a method (views and encoders in, loss and bank or queue update out), and all methods by name.
 
 Legend: B images on this rank, C embedding size.
 """
@@ -17,7 +17,7 @@ from caco_fast.ops.rates import Rate
 
 
 class Embeddings(NamedTuple):
-    """What a loss is computed from: L2-normalised rows of the views that the method embeds."""
+    """The input of a loss: L2-normalised rows of the views that the method embeds."""
 
     queries: Sequence[Tensor]  # each [B, C], with gradient
     keys: Sequence[Tensor] = ()  # each [B, C], without gradient
@@ -25,7 +25,7 @@ class Embeddings(NamedTuple):
 
 @dataclass
 class StepOutput:
-    """The differentiable loss of one step, 0-d tensors to log, and the rows that `update` gets.
+    """The differentiable loss of one step, 0-d tensors to log, and the rows for `update`.
 
     The trainer averages `metrics` between two log lines.
     """
@@ -69,7 +69,7 @@ class Method(nn.Module, ABC):
     is the one forward pass that DistributedDataParallel sees, so a method may call the encoders as often as it likes.
     """
 
-    # The name that it is registered by, which is that of its section in a configuration.
+    # The name under which it is registered. Its section in a configuration has this name too.
     section: ClassVar[str] = ""
     # Whether the method calls `encoders.keys`. If not, no key encoder is built, kept or averaged.
     key_encoder: bool = True

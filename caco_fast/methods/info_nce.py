@@ -1,4 +1,4 @@
-"""InfoNCE of a query against its own key and the rows of a bank or queue: MoCo's loss, and that of CaCo's preparation.
+"""InfoNCE of a query with its own key and the rows of a bank or queue: the loss of MoCo and of CaCo's initialisation.
 
 Legend: R rows, C channels; n_j are the rows of the bank or queue.
 """
@@ -17,7 +17,7 @@ def info_nce(
     Returns:
         The loss and the mean probability of the key, both 0-d; the second without gradient.
     """
-    # In the bank's dtype, also where the queries come in a narrower one.
+    # In the bank's dtype, even if the queries have a narrower one.
     positive = (queries.to(lse_rows.dtype) * keys.to(lse_rows.dtype)).sum(dim=1) / temperature
     lse = torch.logaddexp(lse_rows, positive)
     return (lse - positive).mean(), (positive - lse).detach().exp().mean()

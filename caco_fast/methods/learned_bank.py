@@ -31,10 +31,10 @@ class LearnedBankConfig:
     """Settings that all methods with a learned bank share."""
 
     bank_size: int = setting(65536, "K, rows of the bank")
-    temperature: float = setting(0.08, "t of the encoder's loss")
-    bank_temperature: float = setting(0.08, "t_m of the bank's step")
-    bank_lr: float = setting(3.0, "eta of the bank's step after the warm-up; constant")
-    bank_momentum: float = setting(0.9, "mu of the bank's velocity")
+    temperature: float = setting(0.08, "t, temperature of the encoder's loss")
+    bank_temperature: float = setting(0.08, "t_m, temperature of the bank's step")
+    bank_lr: float = setting(3.0, "eta, learning rate of the bank; constant after the warm-up")
+    bank_momentum: float = setting(0.9, "mu, momentum of the bank's velocity")
     bank_parallel: str = setting(
         "auto", "sharded: every rank keeps K / ranks rows; replicated: all of them; auto: sharded on several ranks"
     )
@@ -45,7 +45,7 @@ class LearnedBankConfig:
         0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
     )
     warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
-    operands: str = setting("f32", "dtype of the queries in attend and step: f32, bf16 or fp16")
+    operands: str = setting("f32", "dtype of the queries in bank_attend and bank_step: f32, bf16 or fp16")
     backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
 
     def check(self, section: str) -> None:
@@ -74,7 +74,7 @@ class LearnedBankConfig:
 class LearnedBankMethod(Method):
     """A method whose bank first takes keys, as a queue, and is then learned.
 
-    A subclass gives `bank` and the training; this class gives the initialisation before it and the bank's step.
+    A subclass defines `bank` and the training. This class defines the initialisation before it and the bank's step.
     """
 
     next_row: Tensor  # []

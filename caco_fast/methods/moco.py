@@ -21,7 +21,7 @@ from caco_fast.settings import setting
 @dataclass(frozen=True)
 class MoCoConfig:
     queue_size: int = setting(65536, "K, keys in the queue")
-    temperature: float = setting(0.2, "t of the loss")
+    temperature: float = setting(0.2, "t, temperature of the loss")
     symmetric: bool = setting(False, "use each view once as query and once as key; the loss is the mean of both")
     backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
 
@@ -44,7 +44,7 @@ class MoCo(Method):
 
     def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
         queries = encoders.queries(views if self.config.symmetric else views[:1])
-        # The key of view a's query is view b, and the reverse.
+        # The key of a query comes from the other view.
         return Embeddings(queries, encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:]))
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:

@@ -33,8 +33,8 @@ class ApexBatchNorm(SegmentedBatchNorm):
         super().__init__(norm.num_features, norm.eps, norm.momentum, **options)
         self.load_state_dict(norm.state_dict())
         self.relu = relu
-        # In a tuple it is no part of the state_dict. Made by the first forward and not before, because it shares memory
-        # between ranks, and the key encoder's copy of this module needs its own.
+        # A tuple keeps it out of the state_dict. The first forward makes it, not earlier: it shares memory between
+        # ranks, and the key encoder's copy of this module needs its own.
         self._kernels: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class ApexBatchNorm(SegmentedBatchNorm):
         (kernels,) = self._kernels
         for name in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"):
             setattr(kernels, name, getattr(self, name))
-        # Anew for every forward: it writes them, and its backward pass reads them when other views have passed.
+        # New for every forward: it writes them, and its backward pass reads them after other views have passed.
         kernels.minibatch_mean = torch.empty_like(self.running_mean)
         kernels.minibatch_riv = torch.empty_like(self.running_mean)
         return _nchw(kernels(_nhwc(input), None if added is None else _nhwc(added)))
@@ -78,10 +78,10 @@ BLOCKS = {BasicBlock: ApexBasicBlock, Bottleneck: ApexBottleneck}
 
 
 def use_apex_norm(asked: str, backbone: nn.Module, autocast: torch.dtype | None) -> None:
-    """Gives `backbone` these BatchNorms, in place, where `asked` is on, or auto and they serve it.
+    """Put these BatchNorms into `backbone`, in place, if `asked` is on, or if it is auto and they serve this backbone.
 
     Raises:
-        UserError: it is asked for, and this backbone, this precision or this machine hasn't got it.
+        UserError: `asked` is on, and they do not serve this backbone, precision or machine.
     """
     if asked == "off":
         return
@@ -97,7 +97,7 @@ def use_apex_norm(asked: str, backbone: nn.Module, autocast: torch.dtype | None)
 
 
 def fuse(backbone: ResNet) -> None:
-    """Puts ApexBatchNorm into a ResNet that `_not_for` has nothing against."""
+    """Put ApexBatchNorm into a ResNet for which `_not_for` returned None."""
     backbone.bn1, backbone.act1 = ApexBatchNorm(backbone.bn1, relu=True), nn.Identity()
     for block in [module for module in backbone.modules() if type(module) in BLOCKS]:
         block.__class__ = BLOCKS[type(block)]
@@ -114,7 +114,7 @@ def served(input: Tensor) -> bool:
 
 
 def _not_for(backbone: nn.Module, autocast: torch.dtype | None) -> str | None:
-    """Why groupbn can't serve, or None."""
+    """The reason why groupbn can't serve this backbone, or None."""
     if autocast != torch.float16:
         return "groupbn of Apex serves fp16 on a GPU only (trainer.precision=fp16)"
     ranks = world_size()
@@ -134,7 +134,7 @@ def _is_plain(module: nn.Module) -> bool:
     return not isinstance(module, ResNet) or (type(module.bn1), type(module.act1)) == (nn.BatchNorm2d, nn.ReLU)
 
 
-def _nhwc(x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, h, w, C], a view where x is channels_last
+def _nhwc(x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, h, w, C], a view if x is channels_last
     return x.permute(0, 2, 3, 1).contiguous()
 
 

@@ -61,7 +61,7 @@ def feature_width(backbone: nn.Module) -> int:
 
 
 def _use_small_stem(backbone: nn.Module, config: BackboneConfig, channels: int) -> None:
-    """Replaces the 7x7 stride-2 convolution and the pooling of a ResNet, as SimCLR does for CIFAR-10."""
+    """Replace the 7x7 stride-2 convolution and the pooling of a ResNet, as SimCLR does for CIFAR-10."""
     first, pool = getattr(backbone, "conv1", None), getattr(backbone, "maxpool", None)
     if not isinstance(first, nn.Conv2d) or pool is None:
         raise UserError(f"backbone.stem: '{config.stem}' is for ResNets; for {config.name} use stem: imagenet")

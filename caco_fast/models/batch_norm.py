@@ -137,7 +137,7 @@ def _further_set(norm: SegmentedBatchNorm, momentum: float) -> SegmentedBatchNor
 
 
 def separable(module: nn.Module) -> bool:
-    """Whether several views may pass `module` as one batch: each of its BatchNorms can tell them apart, and gains."""
+    """Whether several views may pass `module` as one batch: each BatchNorm in it can tell them apart and gains."""
     return not any(_mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
 
 
@@ -156,7 +156,7 @@ def _mixes_views(module: nn.Module) -> bool:
 
 @contextmanager
 def segmented(module: nn.Module, segments: int, norm_set: int = 0) -> Iterator[None]:
-    """Inside, the BatchNorms of `module` see their batch as `segments` views in a row, and use the set `norm_set`."""
+    """A context in which the BatchNorms of `module` see their batch as `segments` views, and use the set `norm_set`."""
     norms = [child for child in module.modules() if isinstance(child, SegmentedBatchNorm)]
     for norm in norms:
         # A further set is reached through the norm that holds it.

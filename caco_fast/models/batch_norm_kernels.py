@@ -1,4 +1,4 @@
-"""The passes over the activations that BatchNorm over several ranks is made of: as formulas, and by torch's kernels.
+"""The passes over the activations in a BatchNorm over several ranks: as formulas, and by torch's kernels.
 
 Both take x and dy as [S * B, C, ...] and per-segment values as [S, C], and leave the collectives to the caller.
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Formulas:
-    """Plain torch: on the CPU, and wherever torch.compile fuses it with what stands around it."""
+    """Plain torch, for the CPU and for torch.compile, which fuses it with its neighbours."""
 
     @staticmethod
     def moments(x: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -19,18 +19,18 @@ class Formulas:
         wide = x.to(dtype)
         values = x.numel() // (segments * x.shape[1])
         mean = _sum(wide, segments) / values
-        return mean, _sum((wide - _beside(mean, x)).square(), segments) / values
+        return mean, _sum((wide - _broadcast(mean, x)).square(), segments) / values
 
     @staticmethod
     def normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
         """weight (x - mean) / sigma + bias, in the dtype of x."""
-        centred = x.to(mean.dtype) - _beside(mean, x)
-        return torch.addcmul(_beside(bias[None], x), centred, _beside(weight * inverse, x)).to(x.dtype)
+        centred = x.to(mean.dtype) - _broadcast(mean, x)
+        return torch.addcmul(_broadcast(bias[None], x), centred, _broadcast(weight * inverse, x)).to(x.dtype)
 
     @staticmethod
     def sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-        """This rank's sums of dy and of dy (x - mean), [2, S, C]."""
-        wide, centred = dy.to(mean.dtype), x.to(mean.dtype) - _beside(mean, x)
+        """The sums of dy and of dy (x - mean) on this rank, [2, S, C]."""
+        wide, centred = dy.to(mean.dtype), x.to(mean.dtype) - _broadcast(mean, x)
         return torch.stack([_sum(wide, len(mean)), _sum(wide * centred, len(mean))])
 
     @staticmethod
@@ -39,9 +39,9 @@ class Formulas:
     ) -> Tensor:
         """dx from the sums over all ranks [2, S, C] and n [S, 1]."""
         mean_dy, mean_product = sums / count
-        centred = x.to(mean.dtype) - _beside(mean, x)
-        along = centred * _beside(mean_product * inverse.square(), x)
-        dx = (dy.to(mean.dtype) - _beside(mean_dy, x) - along) * _beside(weight * inverse, x)
+        centred = x.to(mean.dtype) - _broadcast(mean, x)
+        along = centred * _broadcast(mean_product * inverse.square(), x)
+        dx = (dy.to(mean.dtype) - _broadcast(mean_dy, x) - along) * _broadcast(weight * inverse, x)
         return dx.to(dy.dtype)
 
 
@@ -67,7 +67,7 @@ class CudaKernels:
     @staticmethod
     def sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
         segments = zip(_parts(dy, len(mean)), _parts(x, len(mean)), mean, inverse)
-        # Of what it can give only the two sums are wanted, which serve the input's gradient.
+        # Only the two sums for the input's gradient are requested.
         found = [torch.batch_norm_backward_reduce(d, p, m, i, None, True, False, False) for d, p, m, i in segments]
         return torch.stack([torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])])
 
@@ -88,8 +88,9 @@ def _sum(wide: Tensor, segments: int) -> Tensor:  # [S * B, C, ...] -> [S, C]
     return wide.unflatten(0, (segments, -1)).sum([1, *range(3, wide.dim() + 1)])
 
 
-def _beside(values: Tensor, x: Tensor) -> Tensor:  # [S or 1, C] -> [S * B, C, 1, ...]
-    # By rows, and not x by segments: what a custom Function returns must not be a view, or a ReLU in place is refused.
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:  # [S or 1, C] -> [S * B, C, 1, ...]
+    # The values get the rows of x. If x were viewed by segments instead, a custom Function would return a view, and
+    # torch refuses an in-place ReLU on that.
     segments, channels = values.shape
     rows = values[:, None].expand(segments, len(x) // segments, channels).reshape(len(x), channels)
     return rows.view(*rows.shape, *[1] * (x.dim() - 2))

@@ -23,8 +23,8 @@ from caco_fast.ops.rates import Rate
 class Encoder(nn.Module):
     """Images to L2-normalised embeddings in f32.
 
-    BatchNorm statistics are taken per view. With `joint_views`, views of one size go through the convolutions as one
-    batch nonetheless, if every BatchNorm can tell them apart (`segment_batch_norm`); else each is a forward of its own.
+    BatchNorm statistics are taken per view. With `joint_views`, views of one size still go through the convolutions as
+    one batch, if every BatchNorm can tell them apart (`segment_batch_norm`). Otherwise each view has its own forward.
     `autocast` is the dtype that backbone and projector compute in; None leaves them in f32.
     """
 
@@ -129,7 +129,7 @@ class EncoderPair(nn.Module):
             torch._foreach_copy_(key, query)
 
     def _paired(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters of g, and those of f with the same names."""
+        """Parameters of g, and the parameters of f with the same names."""
         if self.key is None:
             return [], []
         query = dict(self.query.named_parameters())
@@ -139,7 +139,7 @@ class EncoderPair(nn.Module):
 
 @contextmanager
 def _constant(module: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of `module` requires a gradient."""
+    """A context in which no parameter of `module` requires a gradient."""
     trained = [value for value in module.parameters() if value.requires_grad]
     for value in trained:
         value.requires_grad_(False)

@@ -15,7 +15,7 @@ class ScheduleConfig:
     warmup_epochs: float = setting(10.0, "epochs of linear warm-up, of the lr and of the bank lr")
     final_ratio: float = setting(0.01, "the cosine ends at this share of the lr")
     key_momentum: float = setting(0.99, "EMA momentum m0 of the key encoder at the start")
-    key_momentum_rises: bool = setting(True, "m rises from m0 to 1 by a cosine; off: it stays m0 (MoCo v2)")
+    key_momentum_rises: bool = setting(True, "m rises from m0 to 1 by a cosine; false: it stays m0 (MoCo v2)")
     per: str = setting("step", "step: values change every step; epoch: every epoch, as in the released code")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """fp16: steps that overflow leave optimiser, key encoder and bank as they were, and embeddings and losses are f32.
 
-A GradScaler works on the CPU too; the Trainer is given one here, though `trainer.precision=fp16` wants a GPU.
+A GradScaler works on the CPU too. The Trainer gets one here, although `trainer.precision=fp16` requires a GPU.
 """
 
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_training_with_skipped_steps_is_training_without_them(images, tmp_path, 
     assert [name for name in unmoved if not name.endswith(("next_row", "skipped_rows"))] == []
 
 
-def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
+def test_a_skipped_step_of_the_initialisation_fills_nothing(images, tmp_path):
     trainer = make_trainer(images, tmp_path)
     before = state_of(trainer)
     step(trainer, 0, overflow=True, prepare=True)
@@ -113,7 +113,7 @@ def test_a_skipped_step_of_the_preparation_fills_nothing(images, tmp_path):
     assert not torch.equal(trainer.method.bank.bank[:4], before["method.criterion.bank.bank"][:4])
 
 
-def test_a_skipped_step_of_the_preparation_is_made_up_for(images, tmp_path, monkeypatch):
+def test_a_skipped_step_of_the_initialisation_is_made_up_for(images, tmp_path, monkeypatch):
     """No row of the bank stays as it was drawn."""
     trainer = make_trainer(images, tmp_path, "trainer.epochs=1")
     trainer.step.scaler = torch.amp.GradScaler(
@@ -142,7 +142,7 @@ def test_a_skipped_enqueue_keeps_the_oldest_keys_in_turn():
 
 
 def on_two_ranks(images: Path, folder: Path) -> dict[str, Any]:
-    """Of the steps 0..3 the first and the third overflow, each on one rank only."""
+    """Steps 0..3, of which the first and the third overflow, each on one rank only."""
     trainer = make_trainer(images, folder / str(rank()))
     for seed in range(4):
         step(trainer, seed, overflow=(seed, rank()) in ((0, 1), (2, 0)))

@@ -25,7 +25,7 @@ BANKS = {"replicated": LearnableBank, "sharded": ShardedBank}
 
 
 def own(rows: Tensor) -> Tensor:
-    """This rank's share of the global batch."""
+    """The share of this rank in the global batch."""
     return rows.chunk(world_size())[rank()]
 
 

@@ -74,7 +74,7 @@ def test_the_calls_of_torchs_kernels(kind: str, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(torch, name, function.__func__)
     given = inputs(kind, torch.float64)
     for found, wanted in zip(passes(CudaKernels, **given), passes(Formulas, **given), strict=True):
-        # Beside a variance of 0 stands the 1e-12 that keeps it finite.
+        # A variance of 0 has 1e-12 added, which keeps it finite.
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 

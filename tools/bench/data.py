@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the loaders on a corpus of JPEGs: images per second, and processor time for each image.
+"""Speed of the loaders on a corpus of JPEGs: images per second, and processor time for each image.
 
     python tools/make/jpeg_corpus.py data/corpus
     python tools/bench/data.py data/corpus [--workers 1 2 4] [--cases decode two] [--repeats 7]
@@ -10,8 +10,8 @@ device. Loaders: torchvision (worker processes), which is the peer; DALI on the 
 both with exact and with fast jitter. The loaders take turns. Each round gives a ratio to torchvision in that round at
 the same number of workers. The result is the median over the rounds with the 20th and 80th percentile.
 
-Processor time is the time of this process and of its workers, which a loader takes from everything else. It is the
-steadier figure on a machine that others use, hence the second ratio: images in a second of processor time.
+Processor time is that of this process and of its workers. On a shared machine it varies less than the speed. The
+second ratio therefore compares images per second of processor time.
 
 Legend: B images of a batch.
 """
@@ -71,7 +71,7 @@ PEER = "torchvision"
 
 
 def variants(device: str, chosen: Sequence[str] | None) -> list[Variant]:
-    """The chosen loaders that are installed, the peer first; prints a line for each kind that is not."""
+    """The chosen loaders that are installed, the peer first. A line is printed for each kind that is left out."""
     found = [Variant(PEER, device, "")]
     try:
         import nvidia.dali  # noqa: F401
@@ -184,7 +184,7 @@ def processor_seconds() -> float:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = DataConfig(path=str(options.corpus), prefetch=PREFETCH, bad_image_limit=0.0)
     length = len(build_source(data, "train"))
-    # Besides the batches that are counted, as many as the largest number of workers may be ahead.
+    # The batches that are counted, and as many more as the largest number of workers may prepare ahead.
     needed = options.batch_size * (WARM_UP + options.batches + PREFETCH * max(options.workers) + 2)
     if length < needed:
         raise UserError(
@@ -254,7 +254,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def describe_corpus(folder: Path) -> dict[str, Any]:
-    """The record that tools/make/jpeg_corpus.py left there, else the number and mean length of its training files."""
+    """The record that tools/make/jpeg_corpus.py left there, else the number and mean size of its training files."""
     if (folder / "corpus.json").is_file():
         return json.loads((folder / "corpus.json").read_text())
     source = build_source(DataConfig(path=str(folder)), "train")

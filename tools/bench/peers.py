@@ -1,4 +1,4 @@
-"""Training steps to compare: the trainer's own, with its time split, and CaCo's as its authors released it.
+"""Training steps to compare: the step of the trainer with its time split, and CaCo's step as its authors released it.
 
 Legend: B images, K bank rows, C channels.
 """
@@ -36,7 +36,7 @@ RATES = dict(key_momentum=0.99, warmup=1.0)
 
 
 class Phases:
-    """Seconds by phase; those of a phase within another count for the inner one alone."""
+    """Seconds by phase. Time in a nested phase counts for the inner one only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,7 +80,7 @@ class TrainerStep:
         self.trainer.method.train()
         self.step = self.trainer.step
         self.step.enter(self.trainer.phases[-1])
-        # Steps that are not like those to come: those before a capture, and the one with it.
+        # Steps that take longer than those to measure: the warm-up of a CUDA graph, and its capture.
         self.warmup = self.step.warmup + 1 if isinstance(self.step, CapturedStep) else 0
         self.rates = Rates(lr=self.trainer.schedule.lr, **RATES)
         self.batches = itertools.repeat(synthetic_batch(config, device)) if synthetic else self._loaded()
@@ -91,11 +91,11 @@ class TrainerStep:
 
     def __call__(self) -> None:
         self.step(next(self.batches).views, self.rates)
-        # The run's log lines empty it; here nothing reads it.
+        # In a run the log lines clear it.
         self.step.interval.clear()
 
     def split(self, phases: Phases) -> None:
-        """One step, its phases timed by waiting for the device at each end: the whole is slower than a step."""
+        """Time the phases of one step by waiting for the device at the end of each, which makes the step slower."""
         step, encoders = self.step, self.trainer.encoders
         unmeasured = step.span
         try:
@@ -105,7 +105,7 @@ class TrainerStep:
             with phases("data wait"):
                 batch = next(self.batches)
             with phases("other"):
-                # Part by part, also where steps are replayed.
+                # Launched part by part, even if steps are replayed otherwise.
                 TrainStep._launch(step, batch.views, self.rates)
         finally:
             step.span = unmeasured
@@ -121,7 +121,7 @@ class ReleasedStep:
     """CaCo's step as released: f32, four separate forwards, the EMA parameter by parameter, similarities of both views
     with the whole bank kept as [B, K], the bank's gradient as [K, C], and the loss read by the host at every step.
 
-    Convolutions may use TF32, torch's default. With one rank only, on one synthetic batch.
+    Convolutions may use TF32, torch's default. It runs on one rank only, with one synthetic batch.
     """
 
     warmup = 0
@@ -179,7 +179,7 @@ class ReleasedStep:
 
     @torch.no_grad()
     def _update_bank(self, queries: list[Tensor], similarities: list[Tensor], positives: list[Tensor]) -> None:
-        """docs/method.md, bank step: coefficients [B, K], gradient [K, C], momentum, step."""
+        """The bank step of docs/method.md: coefficients [B, K], gradient [K, C], momentum, step."""
         length = self.bank.norm(dim=1, keepdim=True)
         unit, temperature = self.bank / length, self.settings.bank_temperature
         gradient = torch.zeros_like(self.bank)
@@ -202,7 +202,7 @@ def _untimed(name: str) -> Iterator[None]:
 
 
 def synthetic_batch(config: Config, device: torch.device) -> Batch:
-    """This rank's share of a batch of normally distributed views, of the configured sizes, on the device."""
+    """The share of this rank in a batch of normally distributed views, of the configured sizes, on the device."""
     generator = torch.Generator().manual_seed(config.trainer.seed)
     images, channels = config.trainer.batch_size // world_size(), build_source(config.data, "train").channels
     sides = [view.size for view in config.views for _ in range(view.count)]

@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""Pairs per second of whole training steps, where their time goes, and what they are against other ways of doing it.
+"""Speed of whole training steps and of their parts, next to other implementations.
 
     python tools/bench/step.py --config caco_fast/configs/quickstart.yaml       on the device that the settings name
     python tools/bench/step.py --config ... --batch 128 256 --seconds 60      a sweep of (global) batch sizes
-    torchrun --nproc-per-node=4 tools/bench/step.py --config ...      one point of a sweep of ranks
+    torchrun --nproc-per-node=4 tools/bench/step.py --config ...      on four ranks
     python tools/bench/step.py --table benchmarks/results/bench_train_cpu_1.json      the result as Markdown
 
 `key=value` arguments change settings for all variants, as in tools/train.py. Variants take turns, so that a disturbance
-meets all of them; the split is measured in steps of its own, which wait for the device after every phase. A pair is an
-image with all its views. Left out are the loader where data.path is not given, the released step on several ranks, and
-both it and MoCo where an image has other than two views, and the CUDA graph on the CPU. MoCo's queue is as long as
-CaCo's bank. The split of the graph is that of its step launched kernel by kernel.
+meets all of them. The split is measured in additional steps, which wait for the device after every phase. A pair is an
+image with all its views. MoCo's queue is as long as CaCo's bank. The split of the CUDA graph is measured in its step
+without the graph.
 
-The floor of memory traffic is that of a ResNet-50 in bf16 with two views of 224 px, query and key encoder, per pair:
-651 MB where BatchNorm and ReLU ride with the convolutions, 1,318 MB where each is a pass of its own.
+Some variants are left out: the one with the loader if data.path is not given, the CUDA graph on the CPU, the released
+step on several ranks, and both the released step and MoCo if an image does not have two views.
+
+The floor is the least memory traffic of a pair for a ResNet-50 in bf16, with two views of 224 px, query and key
+encoder. It is 651 MB if BatchNorm and ReLU are fused with the convolutions, and 1,318 MB if each is a separate pass.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from caco_fast.training import settled
 
 RELEASED, MOCO, LOADED = "CaCo as released", "MoCo v2 symmetric", "CaCo, with the loader"
 GRAPH = "CaCo, CUDA graph"
-# What each variant sets; the loader's is the first with real data.
+# The settings of each variant; LOADED is CaCo on real data.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "CaCo": (),
     "CaCo, views apart": ("trainer.joint_views=off",),
@@ -74,7 +76,7 @@ def with_placeholder(overrides: list[str], batch: int, folder: Path) -> list[str
 
 
 def make(variant: str, path: Path, overrides: list[str], batch: int, device: torch.device, folder: Path) -> Step:
-    """The variant's step, built."""
+    """The step of a variant."""
     settings = [*QUIET, *overrides, *VARIANTS[variant], f"trainer.batch_size={batch}"]
     if lacks_data(load_config(path, overrides)):
         settings = with_placeholder(settings, batch, folder / f"rank{rank()}_batch{batch}")
@@ -91,14 +93,14 @@ def lacks_data(config: Config) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The highest so far since `start_peak`: of the device's allocations, or of this process's resident memory."""
+    """The peak since `start_peak`: of the device's allocations, or of this process's resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM")
 
 
 def start_peak(device: torch.device) -> int:
-    """What is held now, from which the next peak counts."""
+    """The memory in use now; the next peak is counted from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -119,7 +121,7 @@ def _resident(field: str) -> int:
 def measure(
     variants: list[str], batch: int, device: torch.device, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """By variant: milliseconds a step over the rounds, pairs/s, the split, peak memory."""
+    """Measurements by variant: milliseconds per step over the rounds, pairs/s, the split, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         steps, peaks = {}, {}
         for variant in variants:
@@ -155,7 +157,7 @@ def measure(
 
 
 def has_floor(config: Config) -> bool:
-    """Whether FLOOR_MB speaks of these settings."""
+    """Whether FLOOR_MB is about these settings."""
     sides = [view.size for view in config.views for _ in range(view.count)]
     return config.backbone.name == "resnet50" and config.trainer.precision == "bf16" and sides == [224, 224]
 
@@ -188,22 +190,26 @@ def table(record: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with settings; see configs/")
-    parser.add_argument("--batch", type=int, nargs="+", help="global batch sizes; by default that of the settings")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a round")
+    parser.add_argument("--config", type=Path, help="YAML file with settings; see caco_fast/configs/")
+    parser.add_argument("--batch", type=int, nargs="+", help="global batch sizes; default: the one in the settings")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"variants to measure: {', '.join(VARIANTS)}"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of every variant, after the warm-up")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further batch size after this time")
-    parser.add_argument("--output", type=Path, help="default benchmarks/results/bench_train_<device>_<ranks>.json")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="seconds after which no batch size begins")
+    parser.add_argument(
+        "--output", type=Path, help="JSON; default benchmarks/results/bench_train_<device>_<ranks>.json"
+    )
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     options = parser.parse_intermixed_args(arguments)
     for name in ("steps", "rounds", "warmup"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, wanted 1 or more")
+            parser.error(f"--{name}: found {getattr(options, name)}, expected 1 or more")
     if not (options.config or options.table):
-        parser.error("want --config FILE, or --table JSON")
+        parser.error("--config: found none, expected a file; or give --table JSON")
     return options
 
 
@@ -246,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _write(options: argparse.Namespace, config: Config, device: torch.device, results: list[dict[str, Any]]) -> None:
-    """After every batch size, so that an end by force keeps those before."""
+    """Write the result after every batch size, so that a killed benchmark keeps the earlier ones."""
     output = options.output or ROOT / "benchmarks" / "results" / f"bench_train_{device.type}_{world_size()}.json"
     name = options.config.resolve()
     settings = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What `make quickstart` reaches: judges a run, and records it for the README.
+"""The figures of a run of `make quickstart`: judge them, and record them for the README.
 
-python tools/check/quickstart.py runs/quickstart            # exit status 1 if it did not learn what it should
+python tools/check/quickstart.py runs/quickstart            # exit status 1 if it learned too little
 python tools/check/quickstart.py runs/quickstart --record   # also writes benchmarks/results/quickstart_cpu.json
 python tools/check/quickstart.py --table JSON               # the recorded figures as Markdown
 """
@@ -15,17 +15,17 @@ from caco_fast.benchmarking import ROOT, write_result
 
 RESULT = ROOT / "benchmarks" / "results" / "quickstart_cpu.json"
 ROWS = {"raw": "raw pixels", "random": "random-initialised encoder", "trained": "encoder trained by CaCo"}
-# Points by which the trained encoder must be ahead. Rounding differs between processors, and moves accuracies so much.
+# Points by which the trained encoder must be ahead: accuracies differ by as much between processors, by rounding.
 MARGIN = 0.5
 COLUMNS = {"knn_{}": "kNN, k 200", "knn_{}_k20": "kNN, k 20", "linear_{}": "linear probe"}
 
 
 def shortcomings(summary: dict) -> list[str]:
-    """Why the run does not show that CaCo learns; empty if it does. Accuracies are per cent of 2,000 test images."""
-    wanted = [key.format(what) for what in ROWS for key in COLUMNS]
-    wanted += ["positive_probability_start", "positive_probability_end", "positive_perplexity_end"]
-    wanted += ["pairs_per_second", "train_seconds", "steps", "initialisation_steps"]
-    missing = [key for key in wanted if key not in summary]
+    """Reasons why the run does not show that CaCo learns. Accuracies are per cent of 2,000 test images."""
+    needed = [key.format(what) for what in ROWS for key in COLUMNS]
+    needed += ["positive_probability_start", "positive_probability_end", "positive_perplexity_end"]
+    needed += ["pairs_per_second", "train_seconds", "steps", "initialisation_steps"]
+    missing = [key for key in needed if key not in summary]
     if missing:
         return [f"summary.json lacks {', '.join(missing)}"]
     found = []
@@ -80,7 +80,7 @@ def main() -> int:
         print(table(json.loads(arguments.table.read_text())))
         return 0
     if arguments.run is None:
-        parser.error("want the run folder, or --table JSON")
+        parser.error("run: found none, expected the run folder; or give --table JSON")
     path = arguments.run / "summary.json"
     if not path.is_file():
         print(f"error: {path}: no such file; make quickstart writes it", file=sys.stderr)

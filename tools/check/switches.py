@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Whether the switches of a step change its losses by more than rounding does: 50 steps at one seed, with and without.
+"""Proof that the switches of a step change its losses no more than rounding does: 50 steps at one seed, with each.
 
     python tools/check/switches.py [--switches views compile] [--precision f32 bf16] [key=value ...]
-    python tools/check/switches.py trainer.device=cuda                                     on a GPU, its graph as well
+    python tools/check/switches.py trainer.device=cuda                                     on a GPU, the CUDA graph too
     python tools/check/switches.py --table benchmarks/results/prove_switches_cpu.json     the result as Markdown
 
-What rounding does is measured: the same run twice more, from weights of which each is moved by one unit in the last
-place of f32. Training makes such a difference grow. A switch is equal where at every step the losses differ by at most
+The effect of rounding is measured by two more runs, which start from weights that are moved by one unit in the last
+place of f32. Training makes such a difference grow. A switch is equal if at every step the losses differ by at most
 FACTOR times the largest difference that the moved runs have shown so far. The settings are those of the quickstart at a
-small batch, and `key=value` changes them. The status is 1 if a switch is not equal.
+small batch, and `key=value` changes them. The exit status is 1 if a switch is not equal.
 """
 
 import argparse
@@ -56,7 +56,10 @@ ON_A_GPU = ("graph",)
 
 
 def losses(config: Config, moved: int = 0) -> list[float]:
-    """Of every step. `moved`: seed of the signs by which weights are moved one unit; 0: not at all."""
+    """The loss of every step.
+
+    moved: seed of the directions in which the weights are moved by one unit; 0: they are not moved.
+    """
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder, launched(config.trainer) as device:
         run = RunFolder(Path(folder))
@@ -73,6 +76,7 @@ def losses(config: Config, moved: int = 0) -> list[float]:
 
 @torch.no_grad()
 def move(parameters: Any, seed: int) -> None:
+    """Move every weight by one unit in the last place, up or down at random."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         up = torch.randint(2, parameter.shape, generator=generator).to(parameter.device)
@@ -80,19 +84,19 @@ def move(parameters: Any, seed: int) -> None:
         parameter.copy_(torch.where(up == 1, *[torch.nextafter(parameter, end) for end in ends]))
 
 
-def differences(found: Sequence[float], wanted: Sequence[float]) -> list[float]:
-    """Relative, step by step."""
-    if len(found) != len(wanted):
-        raise ValueError(f"{len(found)} losses beside {len(wanted)}")
-    return [abs(a - b) / abs(b) for a, b in zip(found, wanted)]
+def differences(found: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """The relative difference of the losses at each step."""
+    if len(found) != len(reference):
+        raise ValueError(f"{len(found)} losses, expected {len(reference)}")
+    return [abs(a - b) / abs(b) for a, b in zip(found, reference)]
 
 
-def judge(found: Sequence[float], wanted: Sequence[float], moved: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Whether `found` differs from `wanted` no more than FACTOR times what the moved runs do up to the same step."""
-    by_switch = differences(found, wanted)
-    by_rounding = [differences(losses, wanted) for losses in moved]
+def judge(found: Sequence[float], reference: Sequence[float], moved: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Whether `found` differs from `reference` by at most FACTOR times what the moved runs do up to the same step."""
+    by_switch = differences(found, reference)
+    by_rounding = [differences(losses, reference) for losses in moved]
     allowed, largest = [], LEAST
-    for step in range(len(wanted)):
+    for step in range(len(reference)):
         largest = max(largest, *(run[step] for run in by_rounding))
         allowed.append(FACTOR * largest)
     return {
@@ -120,10 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=Path, default=ROOT / "caco_fast" / "configs" / "quickstart.yaml", help="YAML file"
     )
-    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="those to prove; by default all that there are")
-    parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="those to prove them in")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--output", type=Path, help="default benchmarks/results/prove_switches_<device>.json")
+    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="switches to prove; default: all of the device")
+    parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="precisions; default: f32 bf16")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each run; default: {STEPS}")
+    parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/prove_switches_<device>.json")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     options = parser.parse_intermixed_args(arguments)
@@ -138,12 +142,12 @@ def main(arguments: list[str] | None = None) -> int:
     for precision in options.precision:
         of_precision = [*common, f"trainer.precision={precision}"]
         plain = load_config(options.config, of_precision)
-        wanted = losses(plain)
+        reference = losses(plain)
         moved = [losses(plain, seed + 1) for seed in range(MOVED_RUNS)]
-        results[precision] = {"losses": wanted, "moved_losses": moved, "switches": {}}
+        results[precision] = {"losses": reference, "moved_losses": moved, "switches": {}}
         for switch in switches:
             found = losses(load_config(options.config, [*of_precision, *SWITCHES[switch]]))
-            results[precision]["switches"][switch] = judged = judge(found, wanted, moved)
+            results[precision]["switches"][switch] = judged = judge(found, reference, moved)
             print(precision, switch, "is equal" if judged["equal"] else "is NOT equal", flush=True)
     output = options.output or ROOT / "benchmarks" / "results" / f"prove_switches_{device}.json"
     settings = {"config": options.config.name, "settings": common, "factor": FACTOR, "device": device}

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Compare the DALI loader's views with torchvision's, on the same parameters: a table of differences, and a page.
+"""Differences of the DALI loader's views from torchvision's, on the same parameters: a table and a page.
 
     python tools/check/views.py --images DIR                 # writes runs/views/index.html, views.png
     python tools/check/views.py --images DIR --output benchmarks/results/dali_parity_cpu.json
     python tools/check/views.py --table benchmarks/results/dali_parity_cpu.json
 
-DIR holds photographs as JPEG files; tools/make/jpeg_corpus.py makes such a folder. Differences are in grey levels of
-256, over all pixels and images, for each operation alone and for the whole view of the published recipe. torchvision
-works on PIL images, with 256 levels after every operation.
+DIR holds photographs as JPEG files; tools/make/jpeg_corpus.py makes such a folder. Differences are in grey levels
+(of 256), over all pixels and images, for each operation alone and for the whole view of the published recipe.
+torchvision works on PIL images, with 256 levels after every operation.
 
 Legend: N images, s x s pixels of a view.
 """

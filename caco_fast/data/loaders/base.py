@@ -29,7 +29,7 @@ _ORDER, _VIEW, _SHARE = range(3)
 
 @dataclass
 class Batch:
-    """This rank's share of one training step."""
+    """The share of this rank in one training step."""
 
     # V tensors, in the order of the view entries, each entry repeated `count` times; normalised.
     views: list[Tensor]  # [B, ch, h, w] of the dtype that the loader was built with

@@ -37,7 +37,7 @@ Check a folder of images and write an index to train from: python tools/index_da
 Every file of train/ and val/ is decoded to its last pixel. Broken and empty files are left out of the index; wrong
 suffixes, CMYK files and duplicates are reported and kept. Then: data.source=index data.path=INDEX.
 
-Exit status: 0 written, 1 written with --strict and something was left out, 2 an error that the user can mend, 130 or
+Exit status: 0 written, 1 written with --strict and something was left out, 2 an error that the user can correct, 130 or
 143 interrupted, in which case nothing is written.
 """
 NAME = "caco_fast_index.npz"
@@ -272,7 +272,7 @@ def _parse(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namesp
     parser.add_argument("folder", help="directory that holds train/<class>/*.JPEG and, for evaluation, val/ or test/")
     parser.add_argument("--output", metavar="FILE.npz", help=f"the index; default {NAME} in the folder")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes; default: one per core"
     )
     parser.add_argument("--drop-duplicates", action="store_true", help="keep one of several equal training files")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if anything was left out")
