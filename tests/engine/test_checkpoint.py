@@ -287,8 +287,8 @@ def test_tensors_of_another_program_are_refused(tmp_path: Path) -> None:
 
 
 def test_newer_version_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": "caco_fast checkpoint", "version": 2, "step": 1, "state": {}}, tmp_path / "step_00000001.pt")
-    with pytest.raises(UserError, match="version 2, this caco_fast reads 1: update"):
+    torch.save({"format": "caco_fast checkpoint", "version": 3, "step": 1, "state": {}}, tmp_path / "step_00000001.pt")
+    with pytest.raises(UserError, match="version 3, this caco_fast reads 2 and older: update"):
         CheckpointStore(tmp_path).load(tmp_path / "step_00000001.pt")
 
 
