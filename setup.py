@@ -76,6 +76,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
 
     nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)]
     lines = [
+        f"builddir = {OBJECTS}",  # ninja keeps its log there
         f"rule cuda\n  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} {COMPILE}",
         f"rule cxx\n  command = {os.environ.get('CXX', 'c++')} {CXX_FLAGS} {of_arches} {bindings} {COMPILE}",
         f"rule link\n  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
