@@ -202,7 +202,7 @@ def _untimed(name: str) -> Iterator[None]:
 
 
 def synthetic_batch(config: Config, device: torch.device) -> Batch:
-    """This rank's share of a batch of normally distributed views, of the configured sizes, on the device."""
+    """The share of this rank in a batch of normally distributed views, of the configured sizes, on the device."""
     generator = torch.Generator().manual_seed(config.trainer.seed)
     images, channels = config.trainer.batch_size // world_size(), build_source(config.data, "train").channels
     sides = [view.size for view in config.views for _ in range(view.count)]

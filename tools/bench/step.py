@@ -119,7 +119,7 @@ def _resident(field: str) -> int:
 def measure(
     variants: list[str], batch: int, device: torch.device, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """By variant: milliseconds a step over the rounds, pairs/s, the split, peak memory."""
+    """Measure, by variant, milliseconds a step over the rounds, pairs/s, the split, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         steps, peaks = {}, {}
         for variant in variants:
@@ -201,9 +201,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     for name in ("steps", "rounds", "warmup"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, wanted 1 or more")
+            parser.error(f"--{name}: found {getattr(options, name)}, expected 1 or more")
     if not (options.config or options.table):
-        parser.error("want --config FILE, or --table JSON")
+        parser.error("expected --config FILE, or --table JSON")
     return options
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the measured tables of README.md and docs/ from benchmarks/results/: python tools/bench/tables.py [--check]
 
-A table stands between `<!-- table: NAME.json -->` and `<!-- end table -->`; the script that wrote NAME.json prints it.
+A table is between `<!-- table: NAME.json -->` and `<!-- end table -->`; the script that wrote NAME.json prints it.
 `<!-- table: results -->` is the list of all results: what was measured, where, and at which commit.
 With --check nothing is written, and the exit status is 1 if a table differs from its result.
 """
