@@ -1,6 +1,6 @@
-"""The bank formulas a second time, in f64, without the package: Python loops over floats, dense tensors, and autograd.
+"""The formulas of docs/method.md a second time, without the package: Python loops over floats, dense tensors, autograd.
 
-Legend: R query rows, K bank rows, C channels, M positives per row.
+Legend: R query rows, K bank rows, C channels, M positives per row, B images, V views.
 """
 
 import math
@@ -121,3 +121,34 @@ def step(
     velocity = momentum * velocity.double() + gradient
     bank = bank.double() - lr * velocity
     return (unit_rows(bank)[0] if project else bank), velocity
+
+
+def pairs_and_weights(views: int) -> list[tuple[int, int, float]]:
+    """(query view, key view, weight): two halves summed, or the mean over 2 large pairs and that over small ones."""
+    large = [(0, 1), (1, 0)]
+    small = [(view, key) for view in range(2, views) for key in (0, 1)]
+    if not small:
+        return [(*pair, 1.0) for pair in large]
+    return [(*pair, 1 / len(large)) for pair in large] + [(*pair, 1 / len(small)) for pair in small]
+
+
+def caco_loss(queries: list[Tensor], keys: list[Tensor], bank: Tensor, temperature: float) -> Tensor:
+    """The loss of CaCo, pair of views by pair. V queries [B, C], keys [B, C]"""
+    total = torch.zeros((), dtype=torch.float64)
+    for query, key, weight in pairs_and_weights(len(queries)):
+        logits = queries[query].double() @ unit_rows(bank)[0].T / temperature  # [B, K]
+        chosen = torch.tensor(select(keys[key], bank))
+        total = total + weight * torch.nn.functional.cross_entropy(logits, chosen)
+    return total
+
+
+def caco_gradient(queries: list[Tensor], keys: list[Tensor], bank: Tensor, temperature: float) -> Tensor:
+    """g [K, C] of CaCo, the sum of those of each pair of views."""
+    total = torch.zeros(bank.shape, dtype=torch.float64)
+    for query, key, weight in pairs_and_weights(len(queries)):
+        rows = queries[query].detach()
+        p = attend(rows, unit_rows(bank)[0], temperature)[1]  # [B, K]
+        chosen = torch.tensor(select(keys[key], bank)).unsqueeze(1)  # [B, 1]
+        row_weight = torch.full((len(rows),), weight / len(rows), dtype=torch.float64)
+        total += gradient(bank, rows, p, temperature, row_weight, chosen, torch.ones(chosen.shape))
+    return total

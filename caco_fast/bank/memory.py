@@ -38,7 +38,7 @@ def random_unit_rows(size: int, dim: int, generator: torch.Generator | None, own
 
 
 def overlap(first: range, second: range) -> tuple[slice, slice]:
-    """Where the numbers that are in both ranges stand in the first and in the second."""
+    """The places of the common numbers of both ranges, in the first range and in the second."""
     start, stop = max(first.start, second.start), min(first.stop, second.stop)
     stop = max(start, stop)
     return slice(start - first.start, stop - first.start), slice(start - second.start, stop - second.start)
@@ -46,7 +46,7 @@ def overlap(first: range, second: range) -> tuple[slice, slice]:
 
 @contextmanager
 def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]:
-    """Where `copies` f32 tensors [K, C] are made: a UserError that names the bytes if they do not fit."""
+    """A block that makes `copies` f32 tensors [K, C]: a UserError names the bytes if they do not fit."""
     if size < 1 or dim < 1:
         raise UserError(f"{what}: found size {size} and dim {dim}, expected at least 1 each")
     expected = copies * size * dim * 4

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCo, CaCoConfig, Phase
-from tests.methods import caco_oracle as oracle
+from tests import oracle
 from tests.methods.stand_ins import ScriptedEncoders, small_pair
 
 B, K, C = 4, 10, 6
@@ -35,7 +35,7 @@ def test_a_step_asks_for_all_queries_then_two_keys(count: int) -> None:
     output = method(views, encoders)
     assert encoders.calls == [f"queries of {count}", "keys of 2"]
     keys = [encoders.key_of(view).double() for view in views[:2]]
-    wanted = oracle.loss([v.double() for v in views], keys, method.bank.bank.double(), 0.1)
+    wanted = oracle.caco_loss([v.double() for v in views], keys, method.bank.bank.double(), 0.1)
     torch.testing.assert_close(output.loss.double(), wanted, rtol=1e-5, atol=0)
     assert set(output.metrics) == {"positive_probability", "positive_perplexity"}
 
@@ -56,7 +56,7 @@ def test_update_steps_the_bank_at_the_warmed_lr(warmup: float) -> None:
     views, before = [unit(), unit()], method.bank.bank.clone()
     method.update(method(views, encoders).rows, warmup)
     keys = [encoders.key_of(view).double() for view in views]
-    gradient = oracle.bank_gradient([v.double() for v in views], keys, before.double(), 0.07)
+    gradient = oracle.caco_gradient([v.double() for v in views], keys, before.double(), 0.07)
     torch.testing.assert_close(method.bank.velocity.double(), gradient, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(method.bank.bank, before - 0.5 * warmup * method.bank.velocity)
 
@@ -103,7 +103,7 @@ def test_initialisation_loss_is_info_nce_against_key_and_bank() -> None:
     (grad,) = torch.autograd.grad(output.loss, q)
 
     wide = q.detach().double().requires_grad_()
-    key, u = encoders.key_of(other).double(), oracle.units(method.bank.bank.double())
+    key, u = encoders.key_of(other).double(), oracle.unit_rows(method.bank.bank.double())[0]
     logits = torch.cat([(wide * key).sum(dim=1, keepdim=True), wide @ u.T], dim=1) / 0.3  # [B, 1 + K]
     wanted = torch.nn.functional.cross_entropy(logits, torch.zeros(B, dtype=torch.int64))
     torch.testing.assert_close(output.loss.double(), wanted, rtol=1e-5, atol=0)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from caco_fast.bank import LearnableBank
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
-from tests.methods import caco_oracle as oracle
+from tests import oracle
 
 B, K, C = 5, 13, 6
 EXACT = dict(rtol=0, atol=1e-12)
@@ -42,12 +42,13 @@ def test_loss_gradients_and_bank_over_consecutive_steps(norm: str, t: float, t_m
         queries, keys = views(2 + small), [unit(B, C), unit(B, C)]
         found = criterion(*queries[:2], *keys, queries[2:])
         found_grads = torch.autograd.grad(found, queries)
-        wanted = oracle.loss(queries, keys, bank, t)
+        wanted = oracle.caco_loss(queries, keys, bank, t)
         torch.testing.assert_close(found, wanted, **EXACT)
         for a, b in zip(found_grads, torch.autograd.grad(wanted, queries)):
             torch.testing.assert_close(a, b, **EXACT)
         criterion.bank.step(lr=0.3)
-        oracle.bank_step(bank, velocity, oracle.bank_gradient(queries, keys, bank, t_m), 0.3, 0.9, norm)
+        gradient = oracle.caco_gradient(queries, keys, bank, t_m)
+        bank, velocity = oracle.step(bank, velocity, gradient, 0.3, 0.9, norm == "project")
         torch.testing.assert_close(criterion.bank.bank, bank, **EXACT)
         torch.testing.assert_close(criterion.bank.velocity, velocity, **EXACT)
     if norm == "project":
@@ -59,10 +60,10 @@ def test_query_gradient_is_the_formula() -> None:
     criterion = make(t=0.2)
     (q_a, q_b), k_a, k_b = views(2), unit(B, C), unit(B, C)
     criterion(q_a, q_b, k_a, k_b).backward()
-    u = oracle.units(criterion.bank.bank)
+    u = oracle.unit_rows(criterion.bank.bank)[0]
     for q, k in ((q_a, k_b), (q_b, k_a)):
         p = torch.softmax(q.detach() @ u.T / 0.2, dim=1)
-        torch.testing.assert_close(q.grad, (p @ u - u[oracle.positives(k, u)]) / (0.2 * B), **EXACT)
+        torch.testing.assert_close(q.grad, (p @ u - u[oracle.select(k, u)]) / (0.2 * B), **EXACT)
 
 
 def test_the_positive_of_a_query_comes_from_the_other_view() -> None:
@@ -82,7 +83,7 @@ def test_two_views_are_summed_and_crops_averaged() -> None:
     with_crops = criterion(q, q, k, k, [q, q, q])
     # All pairs are equal here: 1 + 1 for two views; with crops, a mean of 1 for the large and one for the small pairs.
     torch.testing.assert_close(single, with_crops, **EXACT)
-    half = oracle.loss([q, q], [k, k], criterion.bank.bank, 0.1) / 2
+    half = oracle.caco_loss([q, q], [k, k], criterion.bank.bank, 0.1) / 2
     torch.testing.assert_close(single, 2 * half, **EXACT)
 
 
@@ -90,8 +91,8 @@ def test_metrics_are_those_of_the_chosen_rows() -> None:
     criterion = make(t=0.15)
     (q_a, q_b), k_a, k_b = views(2), unit(B, C), unit(B, C)
     criterion(q_a, q_b, k_a, k_b)
-    u = oracle.units(criterion.bank.bank)
-    chosen = oracle.positives(k_b, u) + oracle.positives(k_a, u)
+    u = oracle.unit_rows(criterion.bank.bank)[0]
+    chosen = oracle.select(k_b, u) + oracle.select(k_a, u)
     p = torch.softmax(torch.cat([q_a, q_b]).detach() @ u.T / 0.15, dim=1)
     wanted = sum(p[i, j].item() for i, j in enumerate(chosen)) / (2 * B)
     assert criterion.positive_probability.item() == pytest.approx(wanted, abs=1e-12)

@@ -61,7 +61,7 @@ def record_of(rows: list[dict[str, Any]], limits: dict[str, float], gpu: str | N
 def test_it_writes_times_and_memory_of_every_variant(tmp_path, monkeypatch, capsys):
     output = tmp_path / "bench.json"
     rows, bank_rows = 256, 16384
-    monkeypatch.setattr(ops, "gate", lambda operations: ({}, None))
+    monkeypatch.setattr(ops, "gate", lambda operations, device: "1 passed")
     sizes = ["--sizes", f"{rows},{bank_rows},32", "--rounds", "2", "--threads", "1"]
     assert ops.main(["bank", *sizes, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
@@ -123,15 +123,41 @@ def test_no_speed_is_printed_while_a_test_fails(monkeypatch, tmp_path, capsys):
     assert ops.main(["bank_step", "--output", str(tmp_path / "bench.json")]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
-    assert printed.err.startswith("error: tests/ops/test_bank_step.py: tests fail, so no speed is printed: FAILED")
+    assert printed.err.startswith(
+        "error: tests/ops/test_bank_step.py: found FAILED tests/ops/test_bank_step.py::test_step"
+    )
+    assert printed.err.endswith("expected passing tests; no speed is printed\n")
 
 
 def test_an_open_gate_says_what_was_tested(monkeypatch, tmp_path, capsys):
     in_a_tree(monkeypatch, tmp_path, "1 + 1 == 2")
-    assert ops.main(["bank", "--gate-only"]) == 0
-    printed = capsys.readouterr()
-    assert "'bank_step': 'passed'" in printed.out and "'bank_select': 'no tests'" in printed.out
-    assert "test_bank_select.py: no such file; bank_select is timed without its tests" in printed.err
+    assert ops.main(["bank_step", "--gate-only"]) == 0
+    assert capsys.readouterr().out.startswith("tests: 1 passed in ")
+
+
+def test_an_operation_without_tests_is_not_timed(monkeypatch, tmp_path, capsys):
+    in_a_tree(monkeypatch, tmp_path, "1 + 1 == 2")
+    assert ops.main(["bank"]) == 1
+    assert "tests/ops/test_bank_attend.py: no such file, so no speed is printed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device, selected", [("cpu", {"reference", "tiled"}), ("cuda", {"gpu"})], ids=["cpu", "cuda"])
+def test_the_gate_selects_the_backends_that_are_timed(device, selected):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-k",
+        ops.TESTS[device],
+        "tests/ops/test_bank_step.py",
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    ids = [word.strip("]") for line in found.splitlines() if "::" in line for word in line.partition("[")[2].split("-")]
+    assert {
+        word for word in ids if word in {"reference", "tiled", "sm70", "sm80", "sm90", "gpu", "gpu sm80"}
+    } == selected
 
 
 # The worker, as far as the CPU allows
@@ -175,8 +201,8 @@ def test_a_wrong_bank_variant_is_not_timed(monkeypatch):
     def wrong(operation, variant, *arguments):
         work = right(operation, variant, *arguments)
         if variant == "tiled float32":
-            step, velocity = work.parts["bank_step"], work.result()[0]
-            work.parts["bank_step"] = lambda: (step(), velocity.mul_(1.2))
+            step = work.parts["bank_step"]
+            work.parts["bank_step"] = lambda: (step(), work.outcome().tensors[0].mul_(1.2))
         return work
 
     monkeypatch.setattr(ops_worker, "make_work", wrong)
@@ -249,7 +275,7 @@ def test_lists_have_times_rates_and_aten_calls_of_every_variant(few_tensors):
         assert row["gb_per_s"] == pytest.approx(traffic / row["ms"]["median"] / 1e6, abs=0.06)
         assert row["size"] == {"tensors": 3, "elements": few_tensors} and row["difference"] < 1e-5
     assert rows[0]["aten_calls"] == 2 * 3 and rows[1]["aten_calls"] == 1
-    assert ops.table(record_of(rows, {})).count("\n") == 3 + 5
+    assert ops.table(record_of(rows, {})).count("\n") == 3 + 6
 
 
 def test_lists_have_the_shapes_of_the_encoder():
@@ -313,4 +339,6 @@ def test_an_older_package_needs_no_more_than_its_public_operations():
     for name in ("ops_worker", "ops_work", "timing"):
         source = (ROOT / "tools" / "bench" / f"{name}.py").read_text()
         imported = [line for line in source.splitlines() if "caco_fast" in line and "import" in line.split()]
-        assert all(line.startswith("from caco_fast.ops import ") for line in imported), name
+        assert all(
+            line.startswith(("from caco_fast.ops import ", "from caco_fast.bank import ")) for line in imported
+        ), name

@@ -5,7 +5,8 @@ of its rows, such as `tiled bfloat16`. The dense form has the passes of the rele
 similarities [R, K], softmax at both temperatures, coefficients [R, K], gradient [K, C], tangent, momentum, update.
 A variant of an operation on lists of tensors is `loop`, `foreach`, `foreach, flag` or `foreach compiled`.
 
-This module calls only what `caco_fast.ops` exports, so that it can run an older version of the package.
+This module calls only what `caco_fast.ops` and `caco_fast.bank` export, so that it can run an older version of the
+package.
 
 Legend: R query and key rows, K bank rows, C channels.
 """
@@ -13,13 +14,15 @@ Legend: R query and key rows, K bank rows, C channels.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from caco_fast.ops import bank_attend, bank_select, bank_step_, ema_update_, lars_step_
+from caco_fast.bank import LearnableBank
+from caco_fast.ops import ema_update_, lars_step_
 
 TEMPERATURE, BANK_TEMPERATURE, LR, MOMENTUM = 0.08, 0.1, 3.0, 0.9
 EMA_WEIGHT = 0.01
@@ -33,12 +36,19 @@ DENSE, LOOP = "dense eager", "loop"
 Call = Callable[[], None]
 
 
+class Outcome(NamedTuple):
+    """What an operation made, to be compared with another variant's."""
+
+    tensors: list[Tensor]
+    positives: Tensor | None = None  # [R]: the bank rows that were chosen, if they decide rows of the tensors
+
+
 @dataclass
 class Work:
     """One variant of an operation."""
 
     parts: dict[str, Call]  # in the order in which they run
-    result: Callable[[], list[Tensor]]  # what the operation made, to be compared with another variant's
+    outcome: Callable[[], Outcome]
 
     def run(self) -> None:
         for part in self.parts.values():
@@ -73,15 +83,15 @@ def bank_work(operation: str, variant: str, inputs: BankInputs) -> Work:
     if operation != "bank":
         parts = {operation: parts[operation]}
 
-    def result() -> list[Tensor]:
+    def outcome() -> Outcome:
         if operation == "bank_attend":
-            return [kept["mean row"].float()]
+            return Outcome([kept["mean row"].float()])
         if operation == "bank_select":
             # Rows of nearly the same similarity may change places, so not the indices are compared.
-            return [(inputs.keys * normalize(inputs.bank, dim=1)[kept["positive"]]).sum(dim=1)]
-        return [inputs.velocity]
+            return Outcome([(inputs.keys * normalize(inputs.bank, dim=1)[kept["positive"]]).sum(dim=1)])
+        return Outcome([inputs.velocity], kept["positive"])
 
-    return Work(parts, result)
+    return Work(parts, outcome)
 
 
 def dense_attend(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,29 +142,22 @@ def dense_parts(
 def package_parts(
     inputs: BankInputs, kept: dict[str, Tensor], backend: str, dtype: torch.dtype
 ) -> tuple[Call, Call, Call]:
-    """The three parts by caco_fast, with rows of the given dtype and a bank in f32."""
+    """The three parts by a LearnableBank, as a run calls them, with rows of the given dtype and a bank in f32."""
     queries, keys = inputs.queries.to(dtype), inputs.keys.to(dtype)
+    bank = LearnableBank(*inputs.bank.shape, momentum=MOMENTUM, backend=backend).to(inputs.bank.device)
+    bank.bank.copy_(inputs.bank)
+    inputs.bank, inputs.velocity = bank.bank, bank.velocity
+    bank.attend(queries[:1], TEMPERATURE)  # Here the kernels' copy of the bank is made, which a run keeps.
 
     def attend() -> None:
-        temperatures = (TEMPERATURE, BANK_TEMPERATURE)
-        (_, kept["lse"]), kept["mean row"] = bank_attend(queries, inputs.bank, temperatures, backend)
+        (_, kept["lse"]), kept["mean row"] = bank.attend(queries, (TEMPERATURE, BANK_TEMPERATURE))
 
     def select() -> None:
-        kept["positive"], _ = bank_select(keys, inputs.bank, backend)
+        kept["positive"], _ = bank.select(keys)
 
     def step() -> None:
-        bank_step_(
-            inputs.bank,
-            inputs.velocity,
-            queries,
-            kept["lse"],
-            temperature=BANK_TEMPERATURE,
-            lr=LR,
-            momentum=MOMENTUM,
-            row_weight=inputs.row_weight,
-            positives=kept["positive"].unsqueeze(1),
-            backend=backend,
-        )
+        bank.record(queries, kept["lse"], BANK_TEMPERATURE, inputs.row_weight, kept["positive"].unsqueeze(1))
+        bank.step(LR)
 
     return attend, select, step
 
@@ -205,7 +208,7 @@ def list_work(operation: str, variant: str, inputs: ListInputs) -> Work:
     else:
         call = functools.partial(function, inputs.params, inputs.grads, inputs.velocities, **LARS, **options)
         changed = inputs.params + inputs.velocities
-    return Work({operation: call}, lambda: changed)
+    return Work({operation: call}, lambda: Outcome(changed))
 
 
 def ema_loop_(averages: list[Tensor], values: list[Tensor], weight: float) -> None:

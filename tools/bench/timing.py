@@ -19,7 +19,7 @@ RESET_PEAK = Path("/proc/self/clear_refs")
 class Timer:
     """Milliseconds of work. `host_ms` is the time that the host needed to launch the last work.
 
-    On a GPU, device events stand around work that the host launches while the GPU sleeps, so that launching does not
+    On a GPU, device events enclose work that the host launches while the GPU sleeps, so that launching does not
     count. The L2 cache is overwritten before. On the CPU the host's clock is read.
     """
 
