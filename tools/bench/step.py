@@ -121,11 +121,7 @@ def _resident(field: str) -> int:
 def measure(
     variants: list[str], batch: int, device: torch.device, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-<<<<<<< HEAD
     """Measurements by variant: milliseconds per step over the rounds, pairs/s, the split, peak memory."""
-=======
-    """Measure, by variant, milliseconds a step over the rounds, pairs/s, the split, peak memory."""
->>>>>>> ops2
     with tempfile.TemporaryDirectory() as folder:
         steps, peaks = {}, {}
         for variant in variants:
@@ -213,11 +209,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name}: found {getattr(options, name)}, expected 1 or more")
     if not (options.config or options.table):
-<<<<<<< HEAD
         parser.error("--config: found none, expected a file; or give --table JSON")
-=======
-        parser.error("expected --config FILE, or --table JSON")
->>>>>>> ops2
     return options
 
 
