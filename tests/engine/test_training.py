@@ -305,3 +305,19 @@ def test_baselines_are_scored_anew_for_other_neighbours(images, tmp_path):
         config(images, "evaluation.baselines=true", "trainer.max_steps=2", "evaluation.k=[1]"), tmp_path / "run", "auto"
     )
     assert summary["baselines"]["k"] == [1]
+
+
+@pytest.mark.parametrize("steps, phase", [(3, "preparation"), (8, "training")])
+def test_a_checkpoint_of_format_version_1_continues_bit_for_bit(images, tmp_path, steps, phase):
+    """Version 1 has another name for the first phase, and settings that are gone since."""
+    settings = ("evaluation.every_epochs=0",)
+    train(config(images, *settings), tmp_path / "whole")
+    train(config(images, *settings, f"trainer.max_steps={steps}"), tmp_path / "parts")
+    path = CheckpointStore(tmp_path / "parts" / "checkpoints").latest()
+    payload = torch.load(path, weights_only=True)
+    payload["version"] = 1
+    payload["state"]["position"]["phase"] = phase
+    payload["state"]["config"] += "\nof_another_version: 1\n"
+    torch.save(payload, path)
+    train(config(images, *settings), tmp_path / "parts", "auto")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
