@@ -15,8 +15,8 @@ WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
-# One file runs in one process, because its tests share what they build.
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+# One file runs in one process, because its tests share what they build; tests/conftest.py orders the files.
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
 .PHONY: quickstart check lint types quick test dist setup build clean

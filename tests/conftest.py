@@ -12,26 +12,28 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-# Files and folders whose tests together take more than some seconds, by measured durations. A test of another file
-# marks itself with `pytest.mark.slow`.
-SLOW = frozenset(
+# Files and folders whose tests together take more than some seconds, by measured durations, the longest first. A test of
+# another file marks itself with `pytest.mark.slow`.
+SLOW = tuple(
     """
-    emulation gpu
-    test_bank_ranks test_methods_on_ranks
-    test_bad_images test_bad_images_of_ranks test_bench_data test_dali_loader test_dali_parity test_index
-    test_ten_thousand test_torchvision_loader test_views
-    test_bench_train test_checkpoint test_compiling test_dependability test_growth test_no_waiting test_rank_0_writes
-    test_ranks test_reproducible test_resume_on_other_ranks test_scaling test_step_graph test_training
-    test_bench_ops test_faulty_images test_golden test_gpu test_readme test_train_cli
+    emulation test_dependability test_train_cli test_training test_step_graph test_golden test_bench_ops
+    test_methods_on_ranks test_growth test_faulty_images test_compiling test_torchvision_loader
+    test_resume_on_other_ranks test_ten_thousand test_index test_bench_train test_bad_images_of_ranks test_scaling
+    test_checkpoint test_reproducible test_readme test_bank_ranks test_gpu test_ranks test_dali_loader test_bench_data
+    test_dali_parity test_views test_bad_images test_rank_0_writes test_no_waiting gpu
     """.split()
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {item: item.path.relative_to(TESTS).with_suffix("").parts for item in items}
     for item in items:
-        places = item.path.relative_to(TESTS).with_suffix("").parts
-        if SLOW.intersection(places) or _emulates_kernels(item):
+        if set(SLOW).intersection(places[item]) or _emulates_kernels(item):
             item.add_marker(pytest.mark.slow)
+    # With several processes the longest files start first, so that none of them is left for the end.
+    if hasattr(config, "workerinput"):
+        rank = {name: index for index, name in enumerate(SLOW)}
+        items.sort(key=lambda item: min(rank.get(place, len(SLOW)) for place in places[item]))
 
 
 def _emulates_kernels(item: pytest.Item) -> bool:

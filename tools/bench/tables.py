@@ -8,9 +8,11 @@ With --check nothing is written, and the exit status is 1 if a table differs fro
 
 import argparse
 import ast
+import contextlib
+import io
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -25,10 +27,26 @@ def table(name: str) -> str:
         return results()
     result = RESULTS / name
     script = ROOT / json.loads(result.read_text())["script"]
-    done = subprocess.run([sys.executable, script, "--table", result], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode != 0:
-        raise SystemExit(f"error: {script.relative_to(ROOT)} --table {name}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    try:
+        return run_here(script, "--table", str(result)).strip()
+    except SystemExit as end:
+        raise SystemExit(f"error: {script.relative_to(ROOT)} --table {name}: status {end.code}") from None
+
+
+def run_here(script: Path, *arguments: str) -> str:
+    """What a script prints. It runs in this process, because a fresh one takes seconds to import torch."""
+    printed = io.StringIO()
+    argv, path = sys.argv, sys.path[:]
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return printed.getvalue()
 
 
 def results() -> str:
