@@ -5,14 +5,17 @@ The module is in the package because scripts of two folders import it.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,6 +66,24 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def checked_out(ref: str) -> Iterator[Path]:
+    """A folder with another commit of this repository, which is removed at the end; for options `--base REF`."""
+
+    def git(*arguments: str) -> None:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise UserError(f"--base {ref}: {' '.join(done.stderr.split())}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "base")
+        git("worktree", "add", "--detach", str(tree), ref)
+        try:
+            yield tree
+        finally:
+            git("worktree", "remove", "--force", str(tree))
 
 
 def machine() -> dict[str, Any]:

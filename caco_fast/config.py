@@ -5,8 +5,8 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -110,31 +110,29 @@ def describe(config: Config) -> str:
     return "\n".join(f"{text:<{width}}  # {help}" if help else text for text, help in rows)
 
 
-def settings_of(config: Any, prefix: str = "") -> dict[str, Any]:
+def settings_of(config: Any) -> dict[str, Any]:
     """Every leaf setting by its dotted key, e.g. {"optimizer.lr": 0.3, "views.0.size": 224}."""
-    if dataclasses.is_dataclass(config):
-        children = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    elif isinstance(config, list) and config and dataclasses.is_dataclass(config[0]):
-        children = {str(i): item for i, item in enumerate(config)}
-    else:
-        return {prefix: config}
-    leaves: dict[str, Any] = {}
-    for name, value in children.items():
-        leaves.update(settings_of(value, f"{prefix}.{name}" if prefix else name))
-    return leaves
+    return _leaves(config, dataclasses.is_dataclass, lambda part: {f.name: getattr(part, f.name) for f in fields(part)})
 
 
-def flat_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: Any) -> dict[str, Any]:
     """`settings_of` for settings that were read from YAML, of whatever version."""
-    if isinstance(tree, dict):
-        children = tree
-    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        children = dict(enumerate(tree))
+    return _leaves(tree, lambda part: isinstance(part, dict), lambda part: part)
+
+
+def _leaves(
+    tree: Any, is_section: Callable[[Any], bool], children: Callable[[Any], dict[Any, Any]], key: str = ""
+) -> dict[str, Any]:
+    """The leaves of sections and of lists of sections by their dotted key; a list of anything else is a leaf."""
+    if is_section(tree):
+        parts = children(tree)
+    elif isinstance(tree, list) and tree and is_section(tree[0]):
+        parts = dict(enumerate(tree))
     else:
-        return {prefix: tree}
+        return {key: tree}
     leaves: dict[str, Any] = {}
-    for name, value in children.items():
-        leaves.update(flat_settings(value, f"{prefix}.{name}" if prefix else str(name)))
+    for name, value in parts.items():
+        leaves |= _leaves(value, is_section, children, f"{key}.{name}" if key else str(name))
     return leaves
 
 

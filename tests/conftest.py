@@ -12,8 +12,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-# Files and folders whose tests together take more than some seconds, by measured durations, the longest first. A test of
-# another file marks itself with `pytest.mark.slow`.
+# Files and folders whose tests together take more than some seconds, by measured durations, the longest first. A test
+# of another file marks itself with `pytest.mark.slow`.
 SLOW = tuple(
     """
     emulation test_dependability test_train_cli test_training test_step_graph test_golden test_bench_ops

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, write_result
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, checked_out, run_script, spread, write_result
 from caco_fast.errors import UserError
 
 STEPS, LOADERS = ("initialisation", "training"), ("memory", "dali", "torchvision")
@@ -82,19 +82,6 @@ def write_photos(folder: Path) -> None:
         Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(place / f"{number}.jpg", quality=90)
 
 
-def check_out(ref: str, folder: Path, stack: ExitStack) -> Path:
-    """A worktree of a commit, which is removed at the end."""
-
-    def git(*arguments: str) -> None:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"--base {ref}: {' '.join(done.stderr.split())}")
-
-    git("worktree", "add", "--detach", str(folder), ref)
-    stack.callback(git, "worktree", "remove", "--force", str(folder))
-    return folder
-
-
 def measure(base: str, cases: list[str], rounds: int) -> dict[str, Any]:
     """Rates of both trees, their ratio, and whether both computed the same, by case."""
     turns = ["steps"] * any(case in STEPS for case in cases) + [case for case in cases if case in LOADERS]
@@ -102,7 +89,7 @@ def measure(base: str, cases: list[str], rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_photos(scratch / "photos")
-        roots = {"base": check_out(base, scratch / "base", stack), "this": ROOT}
+        roots = {"base": stack.enter_context(checked_out(base)), "this": ROOT}
         trees = {name: stack.enter_context(Tree(root, scratch / "photos")) for name, root in roots.items()}
         # The first round warms both up.
         for turn in range(rounds + 1):
