@@ -16,11 +16,12 @@ TESTS = Path(__file__).resolve().parent
 # of another file marks itself with `pytest.mark.slow`.
 SLOW = tuple(
     """
-    emulation test_dependability test_train_cli test_training test_step_graph test_golden test_bench_ops
-    test_methods_on_ranks test_growth test_faulty_images test_compiling test_torchvision_loader
-    test_resume_on_other_ranks test_ten_thousand test_index test_bench_train test_bad_images_of_ranks test_scaling
-    test_checkpoint test_reproducible test_readme test_bank_ranks test_gpu test_ranks test_dali_loader test_bench_data
-    test_dali_parity test_views test_bad_images test_rank_0_writes test_no_waiting gpu
+    emulation test_dependability test_sass test_method_interface test_train_cli test_training test_step_graph
+    test_golden test_bench_ops test_examples test_methods_on_ranks test_kernel_check test_growth test_faulty_images
+    test_compiling test_torchvision_loader test_resume_on_other_ranks test_ten_thousand test_index test_bench_train
+    test_bad_images_of_ranks test_scaling test_checkpoint test_reproducible test_readme test_bank_ranks
+    test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity test_views
+    test_bad_images test_rank_0_writes test_no_waiting gpu
     """.split()
 )
 
