@@ -210,7 +210,7 @@ def test_a_wrong_bank_variant_is_not_timed(monkeypatch):
     monkeypatch.setattr(ops_worker, "make_work", wrong)
     dense, first, second = measured(TASK)
     assert "ms" in dense and "ms" in second
-    assert first["error"] == "wrong: its result differs by 0.2 of the norm of the peer's" and "ms" not in first
+    assert first["error"] == "wrong: its result differs by 0.2 of the norm of the expected one" and "ms" not in first
     assert f"| {first['error']} |" in ops.table(record_of([dense, first, second], {}))
 
 
@@ -228,25 +228,62 @@ def test_a_wrong_list_variant_is_not_timed(few_tensors, monkeypatch):
 
 
 def test_an_exception_is_the_result_of_its_variant(monkeypatch):
+    """Where memory lacks for the dense form, the tiled one in f32 is what others are compared with."""
     right = ops_worker.make_work
 
-    def failing(operation, variant, *arguments):
+    def failing(row, variant, *arguments):
         if variant == "dense eager":
             raise torch.OutOfMemoryError("of memory")
-        if variant == "tiled float32":
+        if variant == "tiled bfloat16":
             raise RuntimeError("backend is not there\nmore")
-        return right(operation, variant, *arguments)
+        return right(row, variant, *arguments)
 
     monkeypatch.setattr(ops_worker, "make_work", failing)
     dense, first, second = measured(TASK)
-    assert dense["error"] == "out of memory" and first["error"] == "RuntimeError: backend is not there"
-    assert "ms" in second
+    assert dense["error"] == "out of memory" and second["error"] == "RuntimeError: backend is not there"
+    assert "ms" in first and first["difference"] == 0
 
 
-def test_a_worker_that_crashes_is_a_row():
-    *_, last = ops.run_worker(replace(TASK, operations=("bank_stop",), sizes=((0, 0, 0),), threads=0))
-    assert last["variant"] == "the rest"
-    assert last["error"].startswith("the measuring process ended with status 1: ")
+def test_a_process_that_ends_early_is_an_error_of_its_rows_and_the_next_case_is_measured(monkeypatch, tmp_path):
+    """The stand-in for a worker ends in its first case, breaks the GPU in its second, and is well in its third."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys\n"
+        "first = json.loads(sys.argv[1])['first']\n"
+        "if first == 0: sys.exit('it has ended')\n"
+        "for name in ('dense eager', 'tiled float32', 'tiled bfloat16'):\n"
+        "    print(json.dumps({'variant': name, 'first': first}), flush=True)\n"
+        f"sys.exit({ops_worker.BROKEN} * (first == 1))\n"
+    )
+    monkeypatch.setattr(ops, "WORKER", worker)
+    found = list(ops.run_worker(replace(TASK, sizes=((1, 2, 3), (4, 5, 6), (7, 8, 9)))))
+    assert [row.get("error") for row in found] == ["the measuring process ended with status 1: it has ended"] * 3 + [
+        None
+    ] * 6
+    assert [row["size"] for row in found[:3]] == [{"R": 1, "K": 2, "C": 3}] * 3
+    assert [row["first"] for row in found[3:]] == [1] * 3 + [2] * 3
+
+
+def test_a_kernel_that_hangs_is_an_error_of_its_row(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys, time\n"
+        "first = json.loads(sys.argv[1])['first']\n"
+        "for number in range(first, 5):\n"
+        "    if number == 1: time.sleep(60)\n"
+        "    print(json.dumps({'number': number}), flush=True)\n"
+    )
+    monkeypatch.setattr(ops, "WORKER", worker)
+    monkeypatch.setattr(ops, "LONGEST_SECONDS", 1)
+    task = replace(TASK, operations=("bank_step",), device="cuda")
+    found = list(ops.run_worker(task))
+    assert [row.get("number", row.get("error")) for row in found] == [
+        0,
+        "the measuring process ended with status -9: no output",
+        2,
+        3,
+        4,
+    ]
 
 
 def test_out_of_time_names_the_sizes_that_did_not_run():
@@ -260,12 +297,17 @@ def test_a_gpu_covers_these_sizes_and_variants():
     sizes = [size for _, size in task.cases()]
     assert len(sizes) == len(set(sizes)) == 5 * 3 * 2
     assert sizes[0] == (2048, 65536, 256)
-    peers, kernels = ["dense eager", "dense eager TF32"], ["cuda float32", "cuda bfloat16"]
-    assert task.variants("bank", sizes[0]) == [*peers, "dense compiled TF32", "tiled bfloat16", *kernels]
-    assert task.variants("bank", (1024, 65536, 256)) == [*peers, "tiled bfloat16", *kernels]
+    kernels = ["cuda float32 1 t", "cuda float32 2 t", "cuda bfloat16 1 t", "cuda bfloat16 2 t"]
+    peers = ["tiled bfloat16", "dense eager", "dense eager TF32"]
+    assert task.variants("bank", sizes[0]) == [*kernels, *peers, "dense compiled TF32"]
+    assert task.variants("bank", (1024, 65536, 256)) == [*kernels, *peers]
     assert task.variants("bank", sizes[-1]) == kernels
+    assert task.variants("bank_step", sizes[-1]) == ["cuda float32", "cuda bfloat16"]
+    assert [len(group) for group in task.groups()] == [1] * len(task.groups())
+    only = replace(task, sizes=sizes[:1], only=("cuda bfloat16", "dense compiled"))
+    assert [row["variant"] for (row,) in only.groups()] == [*kernels[2:], "dense compiled TF32"]
     # Sizes that a user names are compared whatever they are.
-    assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[0] == "dense eager"
+    assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[-3:] == peers
 
 
 def test_lists_have_times_rates_and_aten_calls_of_every_variant(few_tensors):
@@ -298,15 +340,8 @@ def test_base_is_measured_in_turns_and_reported_as_a_ratio(monkeypatch):
     def worker(task, tree):
         trees.append(tree)
         yield {**row, "samples": {"whole": [3.0 if tree == base else 1.5] * 3}}
-        yield (
-            {**row, "variant": "new", "samples": {"whole": [1.0]}}
-            if tree != base
-            else {
-                **row,
-                "variant": ops.THE_REST,
-                "error": "status 1",
-            }
-        )
+        new = {**row, "variant": "new"}
+        yield {**new, "error": "status 1"} if tree == base else {**new, "samples": {"whole": [1.0]}}
 
     monkeypatch.setattr(ops, "run_worker", worker)
     *_, (_, (found, new)) = ops.compare(TASK, base)
