@@ -16,6 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "check")]
+
+import gpu_status  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.S)
 
 
@@ -34,7 +38,7 @@ def table(name: str) -> str:
 def results() -> str:
     """The list of all results, and on which GPUs which kernels are proved."""
     lines = ["| result | what | where | when | commit |", "|---|---|---|---|---|"]
-    proofs = []
+    proofs = [gpu_status.short(record) for record in gpu_status.together(gpu_status.read_results(RESULTS))]
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         gpus = ", ".join(result["machine"]["gpus"])
@@ -43,10 +47,6 @@ def results() -> str:
             commit += " with changes"
         link = f"[{path.stem}](benchmarks/results/{path.name})"
         lines.append(f"| {link} | {purpose(ROOT / result['script'])} | {where} | {result['time'][:10]} | {commit} |")
-        if path.stem.startswith("gpu_check"):
-            stages = [stage["status"] for stage in result["results"]["stages"].values()]
-            passed = f"{stages.count('passed')} of {len(stages)} stages passed"
-            proofs.append(f"`csrc/` with the content hash {result['settings']['csrc_hash']} on {gpus}: {passed}.")
     return "\n".join([*lines, "", *(proofs or ["On a GPU `csrc/` has not been proved, nor anything else measured."])])
 
 
