@@ -1,6 +1,7 @@
 """tools/check/gpu.py without a GPU: stages and their limits, the result, what --status makes of it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 gpu_check = load_tool("check/gpu")
 gpu_run, gpu_stages, gpu_status = (sys.modules[name] for name in ("gpu_run", "gpu_stages", "gpu_status"))
 
+PARTS = ("bank_attend", "bank_select", "bank_step")
 GPU = {"gpu": "NVIDIA H200", "driver": "580.1", "nvcc": "13.0", "torch": "2.11.0", "capability": "90"}
 HOPPER = gpu_stages.Machine("90")
 STAGES = {stage.name: stage for stage in gpu_stages.stages(HOPPER)}
@@ -150,8 +152,15 @@ def test_the_build_is_for_this_gpu_only(capability, target):
 def test_the_proof_collects_only_files_that_have_tests_for_a_gpu():
     """Others may import what a bare machine lacks, and then nothing of the stage would run."""
     files = [word for word in STAGES["tests sm90"].commands[0] if word.startswith("tests/")]
-    assert "tests/gpu/test_device_contract.py" in files
-    assert all("pytest.mark.gpu" in (ROOT / name).read_text() for name in files)
+    assert {"tests/gpu/test_device_contract.py", *(f"tests/ops/test_{part}.py" for part in PARTS)} <= set(files)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *files],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+    ).stdout
+    assert all(f"{name}::" in listed for name in files)
 
 
 def test_every_file_that_a_stage_names_exists():

@@ -6,6 +6,7 @@ is left. What must not be lost is early.
 
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ import sources  # noqa: E402
 
 WORK = ROOT / "build" / "gpu_check"
 TESTS_OF_KERNELS = ("tests/gpu", "tests/ops", "tests/emulation", "tests/bank")
+# In a file of tests that a GPU runs: their mark, or the backends that include a GPU.
+FOR_A_GPU = re.compile(r"pytest\.mark\.gpu|backends import .*\bKERNELS\b")
 HEADLINE = "2048,65536,256"  # R, K, C
 # The headline again, for its ratios to the others; K = 2^20; twice its R, which tells the loop from the fixed cost.
 SIZES = (HEADLINE, "2048,1048576,256", "512,65536,256", "4096,65536,256", "256,65536,256", "1024,65536,256")
@@ -276,8 +279,8 @@ def tests(
     machine: Machine, name: str, paths: tuple[str, ...], chosen: str, limit_s: int, claim: str, of_kernels: bool = True
 ) -> Stage:
     # By file: other files in these folders may import packages that such a machine lacks.
-    marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    names = [str(path.relative_to(ROOT)) for path in marked]
+    found = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if FOR_A_GPU.search(path.read_text())]
+    names = [str(path.relative_to(ROOT)) for path in found]
     files = [name for name in names if name.startswith(TESTS_OF_KERNELS) == of_kernels]
     options = ("-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen, "--durations", "8")
     return Stage(
