@@ -38,14 +38,18 @@ def table(name: str) -> str:
 def results() -> str:
     """The list of all results, and on which GPUs which kernels are proved."""
     lines = ["| result | what | where | when | commit |", "|---|---|---|---|---|"]
-    proofs = [gpu_status.short(record) for record in gpu_status.together(gpu_status.read_results(RESULTS))]
-    for path in sorted(RESULTS.glob("*.json")):
+    checks = gpu_status.read_results(RESULTS)
+    # What a check of a GPU has measured is named in its own row.
+    measured = {name for check in checks for name in check["results"].get("files", ())}
+    proofs = [gpu_status.short(record) for record in gpu_status.together(checks)]
+    for path in sorted(path for path in RESULTS.glob("*.json") if path.name not in measured):
         result = json.loads(path.read_text())
         gpus = ", ".join(result["machine"]["gpus"])
         where, commit = gpus or f"{result['machine']['cpu']}, no GPU", (result["commit"] or "")[:7]
         if result["dirty"]:
             commit += " with changes"
-        link = f"[{path.stem}](benchmarks/results/{path.name})"
+        files = result["results"].get("files", ()) if path.stem.startswith("gpu_check") else ()
+        link = ", ".join(f"[{name.removesuffix('.json')}](benchmarks/results/{name})" for name in (path.name, *files))
         lines.append(f"| {link} | {purpose(ROOT / result['script'])} | {where} | {result['time'][:10]} | {commit} |")
     return "\n".join([*lines, "", *(proofs or ["On a GPU `csrc/` has not been proved, nor anything else measured."])])
 

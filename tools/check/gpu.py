@@ -146,7 +146,8 @@ def check(options: argparse.Namespace) -> int:
         from caco_fast.benchmarking import write_result
 
         together = merged(before, found)
-        files = sorted(path.name for path in machine.output.glob(f"*_{machine.gpu}*") if path != record)
+        written = sorted(path.name for path in machine.output.glob(f"*_{machine.gpu}*.json"))
+        files = [name for name in written if not name.startswith("gpu_check")]
         results = {"stages": together, "counts": counts(together), "files": files}
         write_result(record, settings=settings, results=results)
 
