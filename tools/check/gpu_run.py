@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from gpu_stages import ROOT, WORK, Command, Stage, wheels
 
-OUTPUT_LINES = 40
+OUTPUT_LINES, LINE_LENGTH = 40, 400
 LEAST_SECONDS = 5  # with less time left a stage is not begun
 SAMPLED = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu,clocks_event_reasons.active"
 # Each process leads a group, which is ended with its children. No session of its own: what ends this script by its
@@ -85,7 +85,7 @@ class Runner:
         text = self._text_since(place)
         if status == "passed" and not re.search(stage.expected, text):
             status = f"failed: the output lacks {stage.expected!r}"
-        lines = text.strip().splitlines()[1:]
+        lines = [line[:LINE_LENGTH] for line in text.strip().splitlines()[1:]]
         kept = [line for line in lines if stage.shown and re.search(stage.shown, line)]
         if status != "passed":
             kept = [line for line in kept if line not in lines[-OUTPUT_LINES:]] + lines[-OUTPUT_LINES:]

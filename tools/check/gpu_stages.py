@@ -327,7 +327,8 @@ def where_it_waits(machine: Machine) -> Stage:
     parts = "caco_fast csrc setup.py pyproject.toml README.md LICENSE NOTICE"
     script = (
         f"rm -rf '{tree}' && mkdir -p '{tree}' && cp -r {parts} '{tree}' && cd '{tree}' && rm -f caco_fast/_C.*.so && "
-        f"'{machine.python}' setup.py -q build_ext && ('{machine.python}' -m caco_fast.selftest || true)"
+        f"('{machine.python}' setup.py -q build_ext > build.log 2>&1 || (tail -n 20 build.log; false)) && "
+        f"('{machine.python}' -m caco_fast.selftest || true)"
     )
     return Stage(
         "where it waits",
