@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,97 @@ def test_a_gpu_covers_these_sizes_and_variants():
     assert [row["variant"] for (row,) in only.groups()] == [*kernels[2:], "dense compiled TF32"]
     # Sizes that a user names are compared whatever they are.
     assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[-3:] == peers
+
+
+def test_a_process_measures_the_task_that_it_was_given():
+    task = replace(TASK, device="cuda", sizes=((2048, 65536, 256),), only=("cuda", "dense"))
+    again = ops_worker.Task(**json.loads(json.dumps(ops.asdict(task))))
+    assert again == task and again.groups() == task.groups()
+
+
+class StandInEvent:
+    """torch.cuda.Event over the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "StandInEvent") -> float:
+        return 1000 * (end.time - self.time)
+
+
+def test_on_a_gpu_every_variant_is_measured_alone_and_a_broken_one_ends_the_process(monkeypatch):
+    """The tensors are on the CPU, and the functions of torch.cuda are stand-ins; the kernels are the tiled form."""
+    broken = []
+    for name in ("set_device", "_sleep", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    # As the real one, it takes no device without an index.
+    monkeypatch.setattr(torch.cuda, "set_device", torch.cuda._utils._get_device_index)
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
+
+    def synchronize(*device: object) -> None:
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    for name in ("start_peak", "peak_bytes"):
+        of_gpu = getattr(ops_worker, name)
+        monkeypatch.setattr(ops_worker, name, lambda device, of_gpu=of_gpu: of_gpu(torch.device("cuda")))
+
+    def make_work(row, variant, device):
+        if variant.startswith("cuda float16"):
+            broken.append(variant)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        inputs = ops_work.BankInputs(*row["size"].values(), "cpu")
+        return ops_work.bank_work(row["operation"], variant.replace("cuda", "tiled"), inputs)
+
+    class StandInTimer(ops_worker.Timer):
+        def __init__(self, device: str) -> None:
+            super().__init__("cpu")
+            self.on_gpu = True
+
+    monkeypatch.setattr(ops_worker, "make_work", make_work)
+    monkeypatch.setattr(ops_worker, "Timer", StandInTimer)
+    monkeypatch.setattr(ops_worker, "ceilings", lambda *_: {"copy_gb_per_s": 100.0, "cublas_bf16_tflop_per_s": 1.0})
+    task = replace(TASK, device="cuda", dtypes=("bfloat16", "float16"))
+    found = []
+    with pytest.raises(SystemExit) as ended:
+        for row in ops_worker.rows(task):
+            found.append(row)
+    assert ended.value.code == ops_worker.BROKEN
+    ceilings, one, two, failed = found
+    assert [one["variant"], two["variant"]] == ["cuda bfloat16 1 t", "cuda bfloat16 2 t"]
+    for row in (one, two):
+        assert row["extra_bytes"] == 7 and row["difference"] < 0.02 and row["other_positives"] == 0
+        assert len(row["samples"]["whole"]) == len(row["samples"]["host"]) == 2
+    assert failed["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    broken.clear()
+    rest = list(ops_worker.rows(replace(task, first=4)))
+    rows = [ops_report.figures(row, ceilings["ceilings"]) for row in (one, two, failed, *rest)]
+    assert [row["variant"] for row in rest] == ["tiled bfloat16", "dense eager", "dense eager TF32"]
+    table = ops.table(record_of(rows, ceilings["ceilings"], "some GPU"))
+    assert "| faster | than tiled |" in table and "| of cuBLAS |" in table and "| host ms |" in table
+
+
+def test_the_time_of_a_bank_row_is_held_against_that_in_the_smallest_bank():
+    row = {"operation": "bank", "variant": "cuda bfloat16 1 t", "samples": {"whole": [1.0]}}
+    rows = [
+        {**row, "size": {"R": 8, "K": k, "C": 16}, "samples": {"whole": [ms]}} for k, ms in ((64, 1.0), (640, 12.0))
+    ]
+    limits = {"copy_gb_per_s": 100.0, "cublas_bf16_tflop_per_s": 1.0}
+    table = ops.table(record_of([ops_report.figures(row, limits) for row in rows], limits, "some GPU"))
+    cells = [
+        dict(zip(*(map(str.strip, line.split("|")) for line in (table.splitlines()[2], line))))
+        for line in table.splitlines()[4:]
+    ]
+    assert [found["of linear in K"] for found in cells] == ["", "1.20"]
 
 
 def test_lists_have_times_rates_and_aten_calls_of_every_variant(few_tensors):

@@ -61,6 +61,13 @@ class Task:
     first: int = 0  # the group of `groups` to begin with
     memory_of: str | None = None  # only this variant's memory is measured
 
+    def __post_init__(self) -> None:
+        # As JSON brings it, there are lists.
+        for name in ("operations", "dtypes", "only"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", tuple((r, k, c) for r, k, c in self.sizes))
+
     @property
     def on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
@@ -72,9 +79,7 @@ class Task:
         """
         found = []
         for operation, size in self.cases():
-            names = [
-                name for name in self.variants(operation, size) if not self.only or name.startswith(tuple(self.only))
-            ]
+            names = [name for name in self.variants(operation, size) if not self.only or name.startswith(self.only)]
             rows = [{**case(operation, size), "variant": name} for name in names]
             found += [[row] for row in rows] if self.on_gpu else [rows]
         return found
@@ -108,7 +113,7 @@ def rows(task: Task) -> Iterator[Row]:
     """The rows of all groups, each as soon as it is measured. On a GPU the first row has the ceilings."""
     torch.set_num_threads(task.threads)
     if task.on_gpu:
-        torch.cuda.set_device(task.device)
+        torch.cuda.set_device(torch.device(task.device).index or 0)  # set_device("cuda") is an error
     timer, end = Timer(task.device), time.monotonic() + task.seconds
     if task.on_gpu and not task.first:
         yield {"ceilings": ceilings(timer, task.device)}
