@@ -77,7 +77,7 @@ def gate(operations: Iterable[str], device: str) -> str:
 
 
 def run_worker(task: Task, tree: Path = ROOT) -> Iterator[Row]:
-    """The rows of ops_worker.py with the package of a tree. Where its process ends early, another goes on after it."""
+    """The rows of ops_worker.py with the package of a tree. Where its process ends early, another continues."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
     groups = task.groups()
     count = len(groups)

@@ -70,7 +70,7 @@ class BankInputs:
 
 
 def temperatures(variant: str) -> tuple[float, float]:
-    """Those of the loss and of the bank."""
+    """The temperatures of the loss and of the bank."""
     return TEMPERATURE, OTHER_TEMPERATURE if variant.endswith("2 t") else TEMPERATURE
 
 
