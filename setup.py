@@ -4,6 +4,7 @@
 
 CACO_CUDA    auto (default): build the CUDA module if nvcc is found; 1: fail if it is not; 0: leave it out
 CACO_ARCHES  compute capabilities, "80;90a"; by default those of csrc/sources.py that this nvcc knows
+CACO_BOUNDED_WAIT  1: kernels for sm_90a say where they wait and end, instead of hanging; for debugging, not for timing
 CUDA_HOME    where to look for bin/nvcc first; then CUDA_PATH, /usr/local/cuda and PATH
 
 The module is built and imported without torch, GPU or driver: it takes addresses and links the static CUDA runtime.
@@ -66,6 +67,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
     arches = chosen_arches(nvcc)
     compiler = "nvcc " + output_of(nvcc, "--version").split("release ")[1].split(",")[0]
     of_arches = define("CACO_ARCHES", ";".join(arches))
+    flags = NVCC_FLAGS + " -DCACO_BOUNDED_WAIT" * (os.environ.get("CACO_BOUNDED_WAIT") == "1")
     includes = shlex.join([f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"])
     names = define("CACO_SOURCE_HASH", sources.content_hash()) + " " + define("CACO_COMPILER", compiler)
     bindings = f"{includes} -DCACO_MODULE=_C {names}"
@@ -77,7 +79,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
     nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)]
     lines = [
         f"builddir = {OBJECTS}",  # ninja keeps its log there
-        f"rule cuda\n  command = {nvcc} {NVCC_FLAGS} $gencode {of_arches} {COMPILE}",
+        f"rule cuda\n  command = {nvcc} {flags} $gencode {of_arches} {COMPILE}",
         f"rule cxx\n  command = {os.environ.get('CXX', 'c++')} {CXX_FLAGS} {of_arches} {bindings} {COMPILE}",
         f"rule link\n  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         *(f"build {OBJECTS}/{name}.o: cuda csrc/{name}\n{gencode(name)}" for name in sources.KERNELS),

@@ -52,19 +52,25 @@ def test_the_list_of_results_names_the_gpu_that_checked_the_kernels(tmp_path: Pa
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "tools" / "bench/tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert "On a GPU" in tables.results() or "stages passed" in tables.results()
+    assert "On a GPU" in tables.results() or "`csrc/` with the content hash" in tables.results()
     record = {
         "script": "tools/check/gpu.py",
         "machine": {"gpus": ["NVIDIA H200"], "cpu": "some CPU"},
         "commit": "0123456789abcdef",
         "dirty": True,
         "time": "2030-01-02T03:04:05+00:00",
-        "settings": {"csrc_hash": "feedbeef"},
-        "results": {"stages": {"primitives": {"status": "passed"}, "tests": {"status": "failed: 1"}}},
+        "settings": {"csrc_hash": "feedbeef", "gpu": "NVIDIA H200", "capability": "90"},
+        "results": {
+            "stages": {"build": {"status": "passed"}, "primitives sm80": {"status": "passed"}},
+            "files": ["b.json"],
+        },
     }
     (tmp_path / "gpu_check_nvidia_h200.json").write_text(json.dumps(record))
+    (tmp_path / "b.json").write_text("what it measured")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     listed = tables.results()
+    assert "| [gpu_check_nvidia_h200](benchmarks/results/gpu_check_nvidia_h200.json), [b](benchmarks/" in listed
     assert "| Proves the kernels on the GPU of this machine" in listed
     assert "| NVIDIA H200 | 2030-01-02 | 0123456 with changes |" in listed
-    assert listed.endswith("`csrc/` with the content hash feedbeef on NVIDIA H200: 1 of 2 stages passed.")
+    assert "\n`csrc/` with the content hash feedbeef on NVIDIA H200: sm90 lacks primitives sm90 (not run), " in listed
+    assert listed.endswith("; sm80 lacks tests sm80 (not run).")

@@ -25,6 +25,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#ifdef CACO_BOUNDED_WAIT
+#include "bounded_wait.cuh"
+#endif
 #endif
 
 namespace caco {
@@ -184,10 +187,16 @@ void launch(const char *name, Kernel kernel, dim3 grid, int threads, int shared_
     if (shared_bytes > 48 * 1024) {  // more than this must be asked for
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     }
+#ifdef CACO_BOUNDED_WAIT
+    static const Note *note = open_note();
+#endif
     if (status == cudaSuccess) {
         kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
         status = cudaGetLastError();
     }
+#ifdef CACO_BOUNDED_WAIT
+    if (status == cudaSuccess) status = finish(name, note);
+#endif
     if (status != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
 #endif
 }

@@ -100,16 +100,40 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier *barrier, int by
                  : "memory");
 }
 
+// Whether the phase of this parity has completed. It may sleep a while for it.
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, unsigned parity) {
+    unsigned done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+#ifdef CACO_BOUNDED_WAIT
+// As above, but never asleep: the device decides how long try_wait sleeps, so that many tries could take hours.
+__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, unsigned parity) {
+    unsigned done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+#endif
+
 // Waits until the phase of this parity has completed: 0 for the first, third, ...; a new barrier counts as having
 // completed one of parity 1.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier *barrier, unsigned parity) {
-    unsigned done;
-    do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-    } while (!done);
+    const uint32_t address = shared_address(barrier);
+#ifdef CACO_BOUNDED_WAIT
+    for (int tries = 0; !mbarrier_test_wait(address, parity); tries++) {
+        if (tries == kMostTries) give_up(address, parity);
+    }
+#else
+    while (!mbarrier_try_wait(address, parity)) {
+    }
+#endif
 }
 
 // Starts the copy of a slab: 64 channels from `channel` on, box_rows rows from `row` on, which arrive as bytes at

@@ -99,7 +99,9 @@ def test_the_benchmark_writes_rates_times_and_ratios(corpus: Path, capsys: pytes
         assert 0 < entry["images_per_second"]["p20"] <= entry["images_per_second"]["p80"]
     assert record["settings"]["corpus"]["images"] == 24 and "machine" in record
     capsys.readouterr()
-    main(["--table", str(output)])
+    with pytest.raises(SystemExit) as ended:
+        main(["--table", str(output)])
+    assert ended.value.code == 0
     assert "| two views | 1 | dali cpu fast |" in capsys.readouterr().out
 
 

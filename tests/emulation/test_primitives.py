@@ -1,6 +1,7 @@
 """The programs that compare each primitive on the device with its emulation."""
 
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 from tests.emulation import build
 from tests.tool import load_tool
 
-gpu_check = load_tool("check/gpu")
+load_tool("check/gpu")
+gpu_stages, find_tool = sys.modules["gpu_stages"], sys.modules["sass"].find_tool
 
-PATHS = gpu_check.kernel_paths()
+PATHS = gpu_stages.kernel_paths()
 
 
 def test_every_path_has_a_program_of_its_primitives():
@@ -51,13 +53,13 @@ def test_the_program_of_primitives_compares_every_primitive(path, tmp_path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_program_of_primitives_compiles_for_the_device(path, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
-    nvcc = gpu_check.find_tool("nvcc")
+    monkeypatch.setattr(gpu_stages, "WORK", tmp_path / "work")
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         pytest.skip("nvcc not found")
     (tmp_path / "work").mkdir()
     # CUDA 13 has no sm_70; later GPUs have its instructions.
-    _, compile_device, _, run_device = gpu_check.commands_of_primitives(path, "90" if path != "sm80" else "80", nvcc)
+    _, compile_device, _, run_device = gpu_stages.commands_of_primitives(path, "90" if path != "sm80" else "80", nvcc)
     done = subprocess.run(compile_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if not torch.cuda.is_available():

@@ -88,6 +88,28 @@ def test_writes_rates_and_splits_of_every_variant(images: Path, tmp_path: Path) 
     assert table.count("| CaCo as released |") == 2 and "share of the copy" not in table
 
 
+def test_a_variant_that_fails_is_a_row_and_the_others_are_measured(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, output, right = tmp_path / "tiny.yaml", tmp_path / "result.json", bench_train.make
+    settings.write_text(to_yaml(config(images)))
+
+    def make(variant: str, *arguments: object) -> object:
+        if variant == bench_train.RELEASED:
+            raise RuntimeError("out of something\nmore")
+        return right(variant, *arguments)
+
+    monkeypatch.setattr(bench_train, "make", make)
+    options = ["--steps", "1", "--rounds", "1", "--warmup", "1", "--output", str(output)]
+    bench_train.main(["--config", str(settings), *options, "--variants", "CaCo", bench_train.RELEASED])
+    record = json.loads(output.read_text())
+    found = record["results"][0]["variants"]
+    assert found["CaCo"]["pairs_per_s"] > 0 and found[bench_train.RELEASED] == {
+        "error": "RuntimeError: out of something"
+    }
+    assert "| CaCo as released | not measured: RuntimeError: out of something |" in bench_train.table(record)
+
+
 def test_a_configuration_without_data_is_measured_on_synthetic_views(tmp_path: Path) -> None:
     settings, output = tmp_path / "tiny.yaml", tmp_path / "result.json"
     settings.write_text(to_yaml(config(Path(""), "data.path=")))

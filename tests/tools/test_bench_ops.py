@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def test_a_wrong_bank_variant_is_not_timed(monkeypatch):
     monkeypatch.setattr(ops_worker, "make_work", wrong)
     dense, first, second = measured(TASK)
     assert "ms" in dense and "ms" in second
-    assert first["error"] == "wrong: its result differs by 0.2 of the norm of the peer's" and "ms" not in first
+    assert first["error"] == "wrong: its result differs by 0.2 of the norm of the expected one" and "ms" not in first
     assert f"| {first['error']} |" in ops.table(record_of([dense, first, second], {}))
 
 
@@ -228,25 +229,62 @@ def test_a_wrong_list_variant_is_not_timed(few_tensors, monkeypatch):
 
 
 def test_an_exception_is_the_result_of_its_variant(monkeypatch):
+    """Where memory lacks for the dense form, the tiled one in f32 is what others are compared with."""
     right = ops_worker.make_work
 
-    def failing(operation, variant, *arguments):
+    def failing(row, variant, *arguments):
         if variant == "dense eager":
             raise torch.OutOfMemoryError("of memory")
-        if variant == "tiled float32":
+        if variant == "tiled bfloat16":
             raise RuntimeError("backend is not there\nmore")
-        return right(operation, variant, *arguments)
+        return right(row, variant, *arguments)
 
     monkeypatch.setattr(ops_worker, "make_work", failing)
     dense, first, second = measured(TASK)
-    assert dense["error"] == "out of memory" and first["error"] == "RuntimeError: backend is not there"
-    assert "ms" in second
+    assert dense["error"] == "out of memory" and second["error"] == "RuntimeError: backend is not there"
+    assert "ms" in first and first["difference"] == 0
 
 
-def test_a_worker_that_crashes_is_a_row():
-    *_, last = ops.run_worker(replace(TASK, operations=("bank_stop",), sizes=((0, 0, 0),), threads=0))
-    assert last["variant"] == "the rest"
-    assert last["error"].startswith("the measuring process ended with status 1: ")
+def test_a_process_that_ends_early_is_an_error_of_its_rows_and_the_next_case_is_measured(monkeypatch, tmp_path):
+    """The stand-in for a worker ends in its first case, breaks the GPU in its second, and is well in its third."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys\n"
+        "first = json.loads(sys.argv[1])['first']\n"
+        "if first == 0: sys.exit('it has ended')\n"
+        "for name in ('dense eager', 'tiled float32', 'tiled bfloat16'):\n"
+        "    print(json.dumps({'variant': name, 'first': first}), flush=True)\n"
+        f"sys.exit({ops_worker.BROKEN} * (first == 1))\n"
+    )
+    monkeypatch.setattr(ops, "WORKER", worker)
+    found = list(ops.run_worker(replace(TASK, sizes=((1, 2, 3), (4, 5, 6), (7, 8, 9)))))
+    assert [row.get("error") for row in found] == ["the measuring process ended with status 1: it has ended"] * 3 + [
+        None
+    ] * 6
+    assert [row["size"] for row in found[:3]] == [{"R": 1, "K": 2, "C": 3}] * 3
+    assert [row["first"] for row in found[3:]] == [1] * 3 + [2] * 3
+
+
+def test_a_kernel_that_hangs_is_an_error_of_its_row(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys, time\n"
+        "first = json.loads(sys.argv[1])['first']\n"
+        "for number in range(first, 5):\n"
+        "    if number == 1: time.sleep(60)\n"
+        "    print(json.dumps({'number': number}), flush=True)\n"
+    )
+    monkeypatch.setattr(ops, "WORKER", worker)
+    monkeypatch.setattr(ops, "LONGEST_SECONDS", 1)
+    task = replace(TASK, operations=("bank_step",), device="cuda")
+    found = list(ops.run_worker(task))
+    assert [row.get("number", row.get("error")) for row in found] == [
+        0,
+        "the measuring process ended with status -9: no output",
+        2,
+        3,
+        4,
+    ]
 
 
 def test_out_of_time_names_the_sizes_that_did_not_run():
@@ -260,12 +298,108 @@ def test_a_gpu_covers_these_sizes_and_variants():
     sizes = [size for _, size in task.cases()]
     assert len(sizes) == len(set(sizes)) == 5 * 3 * 2
     assert sizes[0] == (2048, 65536, 256)
-    peers, kernels = ["dense eager", "dense eager TF32"], ["cuda float32", "cuda bfloat16"]
-    assert task.variants("bank", sizes[0]) == [*peers, "dense compiled TF32", "tiled bfloat16", *kernels]
-    assert task.variants("bank", (1024, 65536, 256)) == [*peers, "tiled bfloat16", *kernels]
+    kernels = ["cuda float32 1 t", "cuda float32 2 t", "cuda bfloat16 1 t", "cuda bfloat16 2 t"]
+    peers = ["tiled bfloat16", "dense eager", "dense eager TF32"]
+    assert task.variants("bank", sizes[0]) == [*kernels, *peers, "dense compiled TF32"]
+    assert task.variants("bank", (1024, 65536, 256)) == [*kernels, *peers]
     assert task.variants("bank", sizes[-1]) == kernels
+    assert task.variants("bank_step", sizes[-1]) == ["cuda float32", "cuda bfloat16"]
+    assert [len(group) for group in task.groups()] == [1] * len(task.groups())
+    only = replace(task, sizes=sizes[:1], only=("cuda bfloat16", "dense compiled"))
+    assert [row["variant"] for (row,) in only.groups()] == [*kernels[2:], "dense compiled TF32"]
     # Sizes that a user names are compared whatever they are.
-    assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[0] == "dense eager"
+    assert replace(task, sizes=((7, 8, 9),)).variants("bank", (7, 8, 9))[-3:] == peers
+
+
+def test_a_process_measures_the_task_that_it_was_given():
+    task = replace(TASK, device="cuda", sizes=((2048, 65536, 256),), only=("cuda", "dense"))
+    again = ops_worker.Task(**json.loads(json.dumps(ops.asdict(task))))
+    assert again == task and again.groups() == task.groups()
+
+
+class StandInEvent:
+    """torch.cuda.Event over the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "StandInEvent") -> float:
+        return 1000 * (end.time - self.time)
+
+
+def test_on_a_gpu_every_variant_is_measured_alone_and_a_broken_one_ends_the_process(monkeypatch):
+    """The tensors are on the CPU, and the functions of torch.cuda are stand-ins; the kernels are the tiled form."""
+    broken = []
+    for name in ("set_device", "_sleep", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    # As the real one, it takes no device without an index.
+    monkeypatch.setattr(torch.cuda, "set_device", torch.cuda._utils._get_device_index)
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
+
+    def synchronize(*device: object) -> None:
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    for name in ("start_peak", "peak_bytes"):
+        of_gpu = getattr(ops_worker, name)
+        monkeypatch.setattr(ops_worker, name, lambda device, of_gpu=of_gpu: of_gpu(torch.device("cuda")))
+
+    def make_work(row, variant, device):
+        if variant.startswith("cuda float16"):
+            broken.append(variant)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        inputs = ops_work.BankInputs(*row["size"].values(), "cpu")
+        return ops_work.bank_work(row["operation"], variant.replace("cuda", "tiled"), inputs)
+
+    class StandInTimer(ops_worker.Timer):
+        def __init__(self, device: str) -> None:
+            super().__init__("cpu")
+            self.on_gpu = True
+
+    monkeypatch.setattr(ops_worker, "make_work", make_work)
+    monkeypatch.setattr(ops_worker, "Timer", StandInTimer)
+    monkeypatch.setattr(ops_worker, "ceilings", lambda *_: {"copy_gb_per_s": 100.0, "cublas_bf16_tflop_per_s": 1.0})
+    task = replace(TASK, device="cuda", dtypes=("bfloat16", "float16"))
+    found = []
+    with pytest.raises(SystemExit) as ended:
+        for row in ops_worker.rows(task):
+            found.append(row)
+    assert ended.value.code == ops_worker.BROKEN
+    ceilings, one, two, failed = found
+    assert [one["variant"], two["variant"]] == ["cuda bfloat16 1 t", "cuda bfloat16 2 t"]
+    for row in (one, two):
+        assert row["extra_bytes"] == 7 and row["difference"] < 0.02 and row["other_positives"] == 0
+        assert len(row["samples"]["whole"]) == len(row["samples"]["host"]) == 2
+    assert failed["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    broken.clear()
+    rest = list(ops_worker.rows(replace(task, first=4)))
+    rows = [ops_report.figures(row, ceilings["ceilings"]) for row in (one, two, failed, *rest)]
+    assert [row["variant"] for row in rest] == ["tiled bfloat16", "dense eager", "dense eager TF32"]
+    table = ops.table(record_of(rows, ceilings["ceilings"], "some GPU"))
+    assert "| faster | than tiled |" in table and "| of cuBLAS |" in table and "| host ms |" in table
+
+
+def test_the_time_of_a_bank_row_is_held_against_that_in_the_smallest_bank():
+    row = {"operation": "bank", "variant": "cuda bfloat16 1 t", "samples": {"whole": [1.0]}}
+    rows = [
+        {**row, "size": {"R": 8, "K": k, "C": 16}, "samples": {"whole": [ms]}} for k, ms in ((64, 1.0), (640, 12.0))
+    ]
+    limits = {"copy_gb_per_s": 100.0, "cublas_bf16_tflop_per_s": 1.0}
+    table = ops.table(record_of([ops_report.figures(row, limits) for row in rows], limits, "some GPU"))
+    cells = [
+        dict(zip(*(map(str.strip, line.split("|")) for line in (table.splitlines()[2], line))))
+        for line in table.splitlines()[4:]
+    ]
+    assert [found["of linear in K"] for found in cells] == ["", "1.20"]
 
 
 def test_lists_have_times_rates_and_aten_calls_of_every_variant(few_tensors):
@@ -298,15 +432,8 @@ def test_base_is_measured_in_turns_and_reported_as_a_ratio(monkeypatch):
     def worker(task, tree):
         trees.append(tree)
         yield {**row, "samples": {"whole": [3.0 if tree == base else 1.5] * 3}}
-        yield (
-            {**row, "variant": "new", "samples": {"whole": [1.0]}}
-            if tree != base
-            else {
-                **row,
-                "variant": ops.THE_REST,
-                "error": "status 1",
-            }
-        )
+        new = {**row, "variant": "new"}
+        yield {**new, "error": "status 1"} if tree == base else {**new, "samples": {"whole": [1.0]}}
 
     monkeypatch.setattr(ops, "run_worker", worker)
     *_, (_, (found, new)) = ops.compare(TASK, base)

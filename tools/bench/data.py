@@ -22,7 +22,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from caco_fast.benchmarking import ROOT, read_result, spread, synchronize, write_result
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, synchronize, write_result
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
 from caco_fast.data.loaders.torchvision import worker_options
@@ -263,41 +262,32 @@ def describe_corpus(folder: Path) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path, nargs="?", help="folder with train/<class>/*.JPEG")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="device of the views: cpu, cuda, cuda:1 ...")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument(
-        "--loaders", nargs="+", metavar="NAME", help="loaders besides torchvision, e.g. 'dali cpu exact'"
-    )
+    bench = Bench(__doc__, table, "bench_data_<device>.json")
+    add, device = bench.parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, nargs="+", default=[cores], help=f"processes or threads ({cores})")
-    parser.add_argument("--batch-size", type=int, default=32, help="B (32)")
-    parser.add_argument("--batches", type=int, default=24, help="batches that are timed in each round (24)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (7)")
-    parser.add_argument("--output", type=Path, help="JSON file, default benchmarks/results/bench_data_DEVICE.json")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
-    options = parser.parse_args(arguments)
-    for name in ("batch_size", "batches", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {getattr(options, name)}, expected 1 or more")
+    add("corpus", type=Path, nargs="?", help="folder with train/<class>/*.JPEG")
+    add("--device", default=device, help="device of the views: cpu, cuda, cuda:1 ...")
+    add("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    add("--loaders", nargs="+", metavar="NAME", help="loaders besides torchvision, e.g. 'dali cpu exact'")
+    add("--workers", type=int, nargs="+", default=[cores], help=f"processes or threads ({cores})")
+    add("--batch-size", type=int, default=32, help="B (32)")
+    add("--batches", type=int, default=24, help="batches that are timed in each round (24)")
+    add("--repeats", type=int, default=7, help="rounds (7)")
+    options = bench.parse(arguments, positive=("batch_size", "batches", "repeats"))
     if min(options.workers) < 1:
-        parser.error(f"--workers: found {min(options.workers)}, expected 1 or more")
-    if options.table is None and options.corpus is None:
-        parser.error("corpus: found none, expected a folder; tools/make/jpeg_corpus.py makes one")
+        bench.parser.error(f"--workers: found {min(options.workers)}, expected 1 or more")
+    if options.corpus is None:
+        bench.parser.error("corpus: found none, expected a folder; tools/make/jpeg_corpus.py makes one")
+    options.bench = bench
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if options.table:
-        print(table(read_result(options.table)))
-        return
     # This process does its own part of the work with one thread.
     torch.set_num_threads(1)
     kind = torch.device(options.device).type
-    output = options.output or ROOT / "benchmarks" / "results" / f"bench_data_{kind}.json"
+    output = options.output or RESULTS / f"bench_data_{kind}.json"
     settings = {
         "corpus": describe_corpus(options.corpus),
         "device": options.device,
@@ -307,14 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "prefetch": PREFETCH,
         "cpu_ms": "processor time of this process and its workers, for each image",
     }
-    path = write_result(output, settings=settings, results=run(options))
-    print(table(read_result(path)))
-    print(f"\nwritten to {path}")
+    options.bench.show(write_result(output, settings=settings, results=run(options)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

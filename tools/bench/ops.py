@@ -13,7 +13,9 @@ exit status is 1. A variant whose result differs from that of the peer is not ti
 The peer of the bank is a dense eager step with the passes of the released algorithm (ops_work.py). The peer of EMA and
 LARS is a loop over the tensors of ResNet-50 with CaCo's projector. GPU times are device events around work that was
 launched while the GPU slept, with a cold L2 cache. Extra memory is the peak above what the process held before. On the
-CPU it is resident memory in a process of its own.
+CPU it is resident memory in a process of its own. On a GPU the kernels come first, attend at one and at two
+temperatures. The result is written after every row. A variant that fails, hangs or ends its process is a row with an
+error, and the next one runs.
 
 With --base, processes of both versions alternate. `x base` is the time of this version over that of the base.
 
@@ -28,14 +30,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from ops_report import figures, table
-from ops_work import BANK_OPERATIONS, BANK_TEMPERATURE, LIST_OPERATIONS, PARTS, TEMPERATURE
-from ops_worker import COMPARED_SIZES, CPU_SIZES, Row, Size, Task
+from ops_work import BANK_OPERATIONS, LIST_OPERATIONS, OTHER_TEMPERATURE, PARTS, TEMPERATURE
+from ops_worker import BROKEN, COMPARED_SIZES, CPU_SIZES, Row, Size, Task
 
 from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, write_result
 from caco_fast.errors import UserError
@@ -46,8 +49,7 @@ WORKER = Path(__file__).with_name("ops_worker.py")
 # Operations on lists of tensors are plain torch, so that their tests need no GPU.
 TESTS = {"cpu": "not (sm70 or sm80 or sm90 or gpu)", "cuda": f"(gpu and not sm80) or {' or '.join(LIST_OPERATIONS)}"}
 TURNS = 5
-THE_REST = "the rest"  # what a worker had not measured when it crashed
-MISSING = {"error": "not measured"}
+LONGEST_SECONDS = 100  # of one variant on a GPU; torch.compile takes some 40
 # A step alone is not here: the allocator keeps what the parts before it took.
 MEMORY_IN_A_PROCESS = ("bank", "bank_attend", "bank_select")
 
@@ -75,17 +77,41 @@ def gate(operations: Iterable[str], device: str) -> str:
 
 
 def run_worker(task: Task, tree: Path = ROOT) -> Iterator[Row]:
-    """The rows of ops_worker.py with the package of a tree. The last row is its error if it ends by one."""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    command = [sys.executable, str(WORKER), json.dumps(asdict(task))]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as worker:
-            yield from map(json.loads, worker.stdout or ())
-        if worker.returncode != 0:
-            errors.seek(0)
-            last = (errors.read().strip() or "no output").splitlines()[-1]
-            error = f"the measuring process ended with status {worker.returncode}: {last}"
-            yield {"operation": " ".join(task.operations), "size": {}, "variant": THE_REST, "error": error}
+    """The rows of ops_worker.py with the package of a tree. Where its process ends early, another continues."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
+    groups = task.groups()
+    count = len(groups)
+    while groups:
+        rest = replace(task, first=count - len(groups))
+        command = [sys.executable, str(WORKER), json.dumps(asdict(rest))]
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as worker:
+                for row in lines_in_time(worker, LONGEST_SECONDS if task.on_gpu else None):
+                    yield row
+                    if "ceilings" not in row:
+                        groups[0].pop(0)
+                        groups = groups if groups[0] else groups[1:]
+            if groups and worker.returncode != BROKEN:
+                errors.seek(0)
+                last = (errors.read().strip() or "no output").splitlines()[-1]
+                error = f"the measuring process ended with status {worker.returncode}: {last}"
+                yield from ({**row, "error": error} for row in groups.pop(0))
+
+
+def lines_in_time(worker: subprocess.Popen, seconds: float | None) -> Iterator[Row]:
+    """What a process prints, line by line. If it prints nothing for so long, it is ended: a kernel may hang."""
+    lines = iter(worker.stdout or ())
+    while True:
+        alarm = threading.Timer(seconds, worker.kill) if seconds else None
+        if alarm:
+            alarm.daemon = True
+            alarm.start()
+        line = next(lines, None)
+        if alarm:
+            alarm.cancel()
+        if line is None:
+            return
+        yield json.loads(line)
 
 
 def measure(task: Task) -> Iterator[tuple[dict[str, float], list[Row]]]:
@@ -97,9 +123,9 @@ def measure(task: Task) -> Iterator[tuple[dict[str, float], list[Row]]]:
             limits = row["ceilings"]
             continue
         if not task.on_gpu and row["operation"] in MEMORY_IN_A_PROCESS and "error" not in row:
-            size = (row["size"]["R"], row["size"]["K"], row["size"]["C"])
-            alone = replace(task, operations=(row["operation"],), sizes=(size,), memory_of=row["variant"])
-            row |= {"extra_bytes": None} | next(run_worker(alone))
+            variant, size = row["variant"], tuple(row["size"].values())
+            alone = replace(task, operations=(row["operation"],), sizes=(size,), only=(variant,), memory_of=variant)
+            row["extra_bytes"] = next(run_worker(alone)).get("extra_bytes")
         results.append(figures(row, limits))
         yield limits, results
 
@@ -117,9 +143,7 @@ def compare(task: Task, base: Path) -> Iterator[tuple[dict[str, float], list[Row
                     continue
                 key = json.dumps([row["operation"], row["size"], row["variant"]])
                 found[tree].setdefault(key, []).append(row)
-        # A row that the base lacks shows the error that ended the base's process.
-        ended = next((rows for rows in found[base].values() if rows[0]["variant"] == THE_REST), [MISSING])
-        yield limits, [paired(rows, found[base].get(key, ended), limits) for key, rows in found[ROOT].items()]
+        yield limits, [paired(rows, found[base][key], limits) for key, rows in found[ROOT].items()]
 
 
 def paired(here: list[Row], base: list[Row], limits: dict[str, float]) -> Row:
@@ -187,10 +211,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--base", metavar="REF", help="a commit to compare with, in the same run")
     add("--sizes", nargs="+", metavar="R,K,C", help="sizes of bank operations; the default depends on the device")
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    add("--variants", nargs="+", default=[], metavar="NAME", help="variants whose names begin so, such as cuda")
     add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     add("--rounds", type=int, default=20, help="most timed rounds of a variant")
     add("--seconds", type=float, default=300, help="time after which no further size begins")
     add("--gate-only", action="store_true", help="only run the tests of the operations")
+    add("--no-gate", action="store_true", help="do not run the tests; tools/check/gpu.py runs them apart")
     options = bench.parse(arguments, positive=("threads", "rounds"))
     unknown = [name for name in options.operations if name not in (*OPERATIONS, "all")]
     if unknown or not options.operations:
@@ -208,11 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: torch finds no CUDA GPU here; use --device cpu")
-    try:
-        tested = gate(operations, device.type)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    tested = "left to the caller"
+    if not options.no_gate:
+        try:
+            tested = gate(operations, device.type)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     if options.gate_only:
         print(f"tests: {tested}")
         return 0
@@ -221,15 +249,17 @@ def main(arguments: list[str] | None = None) -> int:
         sizes = (COMPARED_SIZES if device.type == "cuda" else CPU_SIZES)[0:1]
     named = "ops" if everything else "_".join(operations)
     output = options.output or RESULTS / f"bench_{named}{'_to_base' * bool(options.base)}_{device.type}.json"
-    task = Task(
-        operations, sizes, options.device, tuple(options.dtype), options.rounds, options.seconds, options.threads
-    )
+    limits = {name: getattr(options, name) for name in ("rounds", "seconds", "threads")}
+    only = tuple(options.variants)
+    task = Task(operations, sizes, options.device, tuple(options.dtype), **limits, only=only)
+    if not any(task.groups()):
+        raise UserError(f"--variants: found {' '.join(only)}, expected the beginnings of some of {known(task)}")
     settings = {
-        **{name: value for name, value in asdict(task).items() if name != "memory_of"},
+        **{name: value for name, value in asdict(task).items() if name not in ("first", "memory_of")},
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "base": options.base,
         "tests": tested,
-        "temperatures": [TEMPERATURE, BANK_TEMPERATURE],
+        "temperatures": {"1 t": [TEMPERATURE], "2 t": [TEMPERATURE, OTHER_TEMPERATURE]},
         "flop": "R K C times 4 (attend), 2 (select), 4 (step), counted for all variants",
         "bytes": "each input read and each output written once",
     }
@@ -243,6 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
             write_result(output, settings=settings, results={"ceilings": limits, "rows": rows})
     options.bench.show(output)
     return 0
+
+
+def known(task: Task) -> str:
+    """The variants of a task, whatever it is limited to."""
+    return ", ".join(dict.fromkeys(row["variant"] for group in replace(task, only=()).groups() for row in group))
 
 
 if __name__ == "__main__":

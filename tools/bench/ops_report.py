@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ops_work import DENSE, LIST_OPERATIONS, LOOP, PARTS
-from ops_worker import Row
+from ops_worker import COMPILED, TILED_BF16, Row
 
 from caco_fast.benchmarking import spread
 
@@ -17,7 +17,7 @@ BANK_WORK = {"bank_attend": (4, 2, 6), "bank_select": (2, 2, 2), "bank_step": (4
 LIST_BYTES = {"ema_update": 12, "lars_step": 28}
 TEXT_COLUMNS = ("operation", "size", "variant", "not measured")
 # Only next to the ceilings of a GPU do rates say something.
-RATE_COLUMNS = ("GFLOP/s", "of cuBLAS", "GB/s", "of copy", "host ms")
+RATE_COLUMNS = ("than compiled", "than tiled", "of linear in K", "GFLOP/s", "of cuBLAS", "GB/s", "of copy", "host ms")
 
 
 def figures(row: Row, limits: dict[str, float]) -> Row:
@@ -88,16 +88,29 @@ def table(record: dict[str, Any]) -> str:
 
 def columns_of(rows: list[Row]) -> dict[str, list[str]]:
     """Heads and cells."""
-    peers = {key_of(row): row for row in rows if row["variant"] in (DENSE, LOOP) and "ms" in row}
+    timed_rows = [row for row in rows if "ms" in row]
 
-    def compared(name: str, form: Callable[[Any, Any], str]) -> Callable[[Row], str]:
-        """A cell that sets a figure of the peer in relation to the row's."""
+    def compared(name: str, form: Callable[[Any, Any], str], *variants: str) -> Callable[[Row], str]:
+        """A cell that sets a figure of a peer in relation to the row's."""
+        peers = {key_of(row): row for row in timed_rows if row["variant"] in variants}
 
         def cell(row: Row) -> str:
             peer = peers.get(key_of(row), {})
             return form(peer[name], row[name]) if peer.get(name) and row.get(name) is not None else ""
 
         return cell
+
+    def faster(*variants: str) -> Callable[[Row], str]:
+        return compared("ms", lambda peer, own: f"{peer['median'] / own['median']:.1f} x", *variants)
+
+    def of_linear(row: Row) -> str:
+        """The time of a bank row, over that in the smallest bank of the same work."""
+        like = [other for other in timed_rows if row in timed_rows and same_but_bank(row, other)]
+        least = min(like, key=lambda other: other["size"]["K"], default=row)
+        if least["size"] == row["size"]:
+            return ""
+        of_bank_row = [found["ms"]["median"] / found["size"]["K"] for found in (row, least)]
+        return f"{of_bank_row[0] / of_bank_row[1]:.2f}"
 
     def of_part(part: str) -> Callable[[Row], str]:
         return lambda row: f"{row['parts'][part]['ms']['median']:.3g}" if "parts" in row else ""
@@ -120,17 +133,21 @@ def columns_of(rows: list[Row]) -> dict[str, list[str]]:
         "variant": lambda row: row["variant"],
         **{f"{part.removeprefix('bank_')} ms": of_part(part) for part in PARTS},
         "ms (p20-p80)": times("ms"),
-        "faster": compared("ms", lambda peer, own: f"{peer['median'] / own['median']:.1f} x"),
+        "faster": faster(DENSE, LOOP),
+        "than compiled": faster(COMPILED),
+        "than tiled": faster(TILED_BF16),
+        "of linear in K": of_linear,
         "base ms (p20-p80)": times("base_ms"),
         "x base (p20-p80)": times("times_base", 3),
         "extra MiB": number("extra_bytes", "{:.1f}", 2**-20),
-        "of the memory": compared("extra_bytes", lambda peer, own: f"1/{peer / max(own, 1):.0f}"),
+        "of the memory": compared("extra_bytes", lambda peer, own: f"1/{peer / max(own, 1):.0f}", DENSE, LOOP),
         "host ms": lambda row: f"{row['host_ms']['median']:.2g}" if "host_ms" in row else "",
         "aten calls": number("aten_calls", "{}"),
         "GFLOP/s": number("gflop_per_s", "{:,.0f}"),
         "of cuBLAS": number("share_of_cublas", "{:.0f} %", 100),
         "GB/s": number("gb_per_s", "{:,.0f}"),
         "of copy": number("share_of_copy", "{:.0f} %", 100),
+        "other positives": number("other_positives", "{}"),
         "not measured": lambda row: row.get("error") or row.get("base_error", ""),
     }
     return {head: [cell(row) for row in rows] for head, cell in heads.items()}
@@ -138,6 +155,12 @@ def columns_of(rows: list[Row]) -> dict[str, list[str]]:
 
 def key_of(row: Row) -> tuple[str, str]:
     return row["operation"], label(row["size"])
+
+
+def same_but_bank(row: Row, other: Row) -> bool:
+    sizes = [{name: n for name, n in found["size"].items() if name != "K"} for found in (row, other)]
+    named = [(found["operation"], found["variant"]) for found in (row, other)]
+    return sizes[0] == sizes[1] and named[0] == named[1] and "K" in row["size"]
 
 
 def label(size: dict[str, int]) -> str:

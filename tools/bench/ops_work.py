@@ -1,8 +1,10 @@
 """The work that `ops.py` times: every operation through caco_fast, and written in plain torch for comparison.
 
 A variant of a bank operation is `dense eager`, `dense eager TF32`, `dense compiled TF32`, or a backend with the dtype
-of its rows, such as `tiled bfloat16`. The dense form has the passes of the released algorithm: normalise the bank,
-similarities [R, K], softmax at both temperatures, coefficients [R, K], gradient [K, C], tangent, momentum, update.
+of its rows, such as `tiled bfloat16`. Loss and bank have the same temperature, as by CaCo's defaults; a variant that
+ends in `2 t` has another one for the bank, so that attend takes two exponentials of a score. The dense form has the
+passes of the released algorithm: normalise the bank, similarities [R, K], softmax at both temperatures, coefficients
+[R, K], gradient [K, C], tangent, momentum, update.
 A variant of an operation on lists of tensors is `loop`, `foreach`, `foreach, flag` or `foreach compiled`.
 
 This module calls only what `caco_fast.ops` and `caco_fast.bank` export, so that it can run an older version of the
@@ -24,7 +26,7 @@ from torch.nn.functional import normalize
 from caco_fast.bank import LearnableBank
 from caco_fast.ops import ema_update_, lars_step_
 
-TEMPERATURE, BANK_TEMPERATURE, LR, MOMENTUM = 0.08, 0.1, 3.0, 0.9
+TEMPERATURE, OTHER_TEMPERATURE, LR, MOMENTUM = 0.08, 0.1, 3.0, 0.9
 EMA_WEIGHT = 0.01
 LARS = dict(lr=0.1, momentum=0.9, weight_decay=1.5e-6, trust=0.001)
 
@@ -67,15 +69,20 @@ class BankInputs:
         self.row_weight = torch.full((rows,), 2 / rows, device=device)  # [R], two views of R / 2 images
 
 
+def temperatures(variant: str) -> tuple[float, float]:
+    """The temperatures of the loss and of the bank."""
+    return TEMPERATURE, OTHER_TEMPERATURE if variant.endswith("2 t") else TEMPERATURE
+
+
 def bank_work(operation: str, variant: str, inputs: BankInputs) -> Work:
     """The bank's step, or one part of it. The parts that `bank_step` needs have run before."""
     kept: dict[str, Tensor] = {}
     if variant.startswith("dense"):
         transform = functools.partial(torch.compile, dynamic=False) if "compiled" in variant else lambda call: call
-        calls = dense_parts(inputs, kept, transform)
+        calls = dense_parts(inputs, kept, temperatures(variant)[1], transform)
     else:
-        backend, dtype = variant.split()
-        calls = package_parts(inputs, kept, backend, getattr(torch, dtype))
+        backend, dtype = variant.split()[:2]
+        calls = package_parts(inputs, kept, temperatures(variant), backend, getattr(torch, dtype))
     parts = dict(zip(PARTS, calls, strict=True))
     if operation == "bank_step":
         parts["bank_attend"]()
@@ -107,21 +114,23 @@ def dense_select(keys: Tensor, bank: Tensor) -> Tensor:
     return (keys @ normalize(bank, dim=1).T).argmax(dim=1)  # [R]
 
 
-def dense_update_(inputs: tuple[Tensor, ...], unit: Tensor, similarity: Tensor, positive: Tensor) -> None:
+def dense_update_(
+    inputs: tuple[Tensor, ...], temperature: float, unit: Tensor, similarity: Tensor, positive: Tensor
+) -> None:
     queries, bank, velocity, row_weight = inputs
     rows = torch.arange(len(queries), device=queries.device)
-    p = torch.softmax(similarity / BANK_TEMPERATURE, dim=1)  # [R, K]
+    p = torch.softmax(similarity / temperature, dim=1)  # [R, K]
     p[rows, positive] = 1 - p[rows, positive]
     pull = p * row_weight.unsqueeze(1)  # [R, K]
     along = (pull * similarity).sum(dim=0)  # [K]
     tangent = pull.T @ queries - along.unsqueeze(1) * unit  # [K, C]
-    gradient = -tangent / bank.norm(dim=1, keepdim=True) / BANK_TEMPERATURE
+    gradient = -tangent / bank.norm(dim=1, keepdim=True) / temperature
     velocity.mul_(MOMENTUM).add_(gradient)
     bank.sub_(LR * velocity)
 
 
 def dense_parts(
-    inputs: BankInputs, kept: dict[str, Tensor], transform: Callable[[Callable], Callable]
+    inputs: BankInputs, kept: dict[str, Tensor], bank_temperature: float, transform: Callable[[Callable], Callable]
 ) -> tuple[Call, Call, Call]:
     """The three parts in plain torch. The step takes attend's similarities, as in the released code."""
     attend_part, select_part, update_part_ = map(transform, (dense_attend, dense_select, dense_update_))
@@ -134,29 +143,29 @@ def dense_parts(
         kept["positive"] = select_part(inputs.keys, inputs.bank)
 
     def step() -> None:
-        update_part_(changed, kept["unit"], kept["similarity"], kept["positive"])
+        update_part_(changed, bank_temperature, kept["unit"], kept["similarity"], kept["positive"])
 
     return attend, select, step
 
 
 def package_parts(
-    inputs: BankInputs, kept: dict[str, Tensor], backend: str, dtype: torch.dtype
+    inputs: BankInputs, kept: dict[str, Tensor], temperatures: tuple[float, float], backend: str, dtype: torch.dtype
 ) -> tuple[Call, Call, Call]:
     """The three parts by a LearnableBank, as a run calls them, with rows of the given dtype and a bank in f32."""
     queries, keys = inputs.queries.to(dtype), inputs.keys.to(dtype)
     bank = LearnableBank(*inputs.bank.shape, momentum=MOMENTUM, backend=backend).to(inputs.bank.device)
     bank.bank.copy_(inputs.bank)
     inputs.bank, inputs.velocity = bank.bank, bank.velocity
-    bank.attend(queries[:1], TEMPERATURE)  # Here the kernels' copy of the bank is made, which a run keeps.
+    bank.attend(queries[:1], temperatures[0])  # Here the kernels' copy of the bank is made, which a run keeps.
 
     def attend() -> None:
-        (_, kept["lse"]), kept["mean row"] = bank.attend(queries, (TEMPERATURE, BANK_TEMPERATURE))
+        (_, kept["lse"]), kept["mean row"] = bank.attend(queries, temperatures)
 
     def select() -> None:
         kept["positive"], _ = bank.select(keys)
 
     def step() -> None:
-        bank.record(queries, kept["lse"], BANK_TEMPERATURE, inputs.row_weight, kept["positive"].unsqueeze(1))
+        bank.record(queries, kept["lse"], temperatures[1], inputs.row_weight, kept["positive"].unsqueeze(1))
         bank.step(LR)
 
     return attend, select, step

@@ -21,9 +21,10 @@ encoder. It is 651 MB if BatchNorm and ReLU are fused with the convolutions, and
 import argparse
 import math
 import os
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch
 from peers import PHASES, Phases, ReleasedStep, TrainerStep
 from PIL import Image
 
-from caco_fast.benchmarking import ROOT, read_result, seconds, spread, write_result
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, seconds, spread, write_result
 from caco_fast.config import Config, load_config, settings_of
 from caco_fast.distributed import barrier, rank, world_size
 from caco_fast.engine.launch import launched
@@ -92,68 +93,63 @@ def lacks_data(config: Config) -> bool:
     return config.data.source != "embedded" and not config.data.path
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The peak since `start_peak`: of the device's allocations, or of this process's resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM")
-
-
-def start_peak(device: torch.device) -> int:
-    """The memory in use now; the next peak is counted from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # Sets the high-water mark back to what is resident now.
-    return _resident("VmRSS")
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(
     variants: list[str], batch: int, device: torch.device, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Measurements by variant: milliseconds per step over the rounds, pairs/s, the split, peak memory."""
+    """Measurements by variant: milliseconds per step over the rounds, pairs/s, the split, peak memory; or its error."""
+    rounds: dict[str, list[float]] = {variant: [] for variant in variants}
+    splits = {variant: Phases(device) for variant in variants}
+    processor: dict[str, list[float]] = {variant: [] for variant in variants}
+    steps: dict[str, Step] = {}
+    peaks, errors = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        steps, peaks = {}, {}
         for variant in variants:
-            before = start_peak(device)
-            steps[variant] = make(variant, options.config, options.settings, batch, device, Path(folder))
-            for _ in range(max(options.warmup, steps[variant].warmup)):
-                steps[variant]()
-            peaks[variant] = peak_bytes(device) - before
-        rounds: dict[str, list[float]] = {variant: [] for variant in variants}
-        splits = {variant: Phases(device) for variant in variants}
-        processor: dict[str, list[float]] = {variant: [] for variant in variants}
+            with guarded(variant, errors):
+                before = timing.start_peak(device)
+                steps[variant] = make(variant, options.config, options.settings, batch, device, Path(folder))
+                for _ in range(max(options.warmup, steps[variant].warmup)):
+                    steps[variant]()
+                peaks[variant] = timing.peak_bytes(device) - before
         for _ in range(options.rounds):
-            for variant, step in steps.items():
-                barrier()
-                start = time.process_time()
-                rounds[variant].append(seconds(lambda s=step: [s() for _ in range(options.steps)], device))
-                processor[variant].append(time.process_time() - start)
-                step.split(splits[variant])
-        results = {}
-        for variant, step in steps.items():
-            times = spread([1000 * value / options.steps for value in rounds[variant]], 3)
-            split = splits[variant].seconds
-            names = (*PHASES, *sorted(set(split) - set(PHASES)))
-            results[variant] = {
-                "step_ms": times,
-                "pairs_per_s": round(1000 * batch / times["median"], 1),
-                "processor_ms": spread([1000 * value / options.steps for value in processor[variant]], 3),
-                "split_ms": {name: round(1000 * split[name] / options.rounds, 3) for name in names},
-                "peak_bytes": peaks[variant],
-            }
+            for variant in [variant for variant in variants if variant not in errors]:
+                with guarded(variant, errors):
+                    step = steps[variant]
+                    barrier()
+                    start = time.process_time()
+                    rounds[variant].append(seconds(lambda s=step: [s() for _ in range(options.steps)], device))
+                    processor[variant].append(time.process_time() - start)
+                    step.split(splits[variant])
+        for step in steps.values():
             step.close()
-        return results
+    results: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        if variant in errors:
+            results[variant] = {"error": errors[variant]}
+            continue
+        times = spread([1000 * value / options.steps for value in rounds[variant]], 3)
+        split = splits[variant].seconds
+        names = (*PHASES, *sorted(set(split) - set(PHASES)))
+        results[variant] = {
+            "step_ms": times,
+            "pairs_per_s": round(1000 * batch / times["median"], 1),
+            "processor_ms": spread([1000 * value / options.steps for value in processor[variant]], 3),
+            "split_ms": {name: round(1000 * split[name] / options.rounds, 3) for name in names},
+            "peak_bytes": peaks[variant],
+        }
+    return results
+
+
+@contextmanager
+def guarded(variant: str, errors: dict[str, str]) -> Iterator[None]:
+    """On one rank, an exception is the result of its variant. Several ranks would wait for each other."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if world_size() > 1:
+            raise
+        errors[variant] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def has_floor(config: Config) -> bool:
@@ -175,8 +171,13 @@ def table(record: dict[str, Any]) -> str:
     for point in record["results"]:
         released = point["variants"].get(RELEASED)
         for variant, result in point["variants"].items():
+            if "error" in result:
+                lines.append(f"| {point['batch']} | {variant} | not measured: {result['error']} |")
+                continue
             step = result["step_ms"]
-            ratio = f"{released['step_ms']['median'] / step['median']:.2f}" if released else ""
+            ratio = (
+                f"{released['step_ms']['median'] / step['median']:.2f}" if released and "step_ms" in released else ""
+            )
             cells = [str(point["batch"]), variant, f"{result['pairs_per_s']:,.0f}"]
             cells += [f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})", ratio]
             cells += [f"{result['split_ms'].get(name, 0):.1f}" for name in (*PHASES, "other")]
@@ -189,35 +190,25 @@ def table(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with settings; see caco_fast/configs/")
-    parser.add_argument("--batch", type=int, nargs="+", help="global batch sizes; default: the one in the settings")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"variants to measure: {', '.join(VARIANTS)}"
-    )
-    parser.add_argument("--steps", type=int, default=5, help="steps in a round")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of every variant, after the warm-up")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="seconds after which no batch size begins")
-    parser.add_argument(
-        "--output", type=Path, help="JSON; default benchmarks/results/bench_train_<device>_<ranks>.json"
-    )
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
-    options = parser.parse_intermixed_args(arguments)
-    for name in ("steps", "rounds", "warmup"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: found {getattr(options, name)}, expected 1 or more")
-    if not (options.config or options.table):
-        parser.error("--config: found none, expected a file; or give --table JSON")
+    bench = Bench(__doc__, table, "bench_train_<device>_<ranks>.json")
+    add = bench.parser.add_argument
+    add("--config", type=Path, help="YAML file with settings; see caco_fast/configs/")
+    add("--batch", type=int, nargs="+", help="global batch sizes; default: the one in the settings")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"variants to measure: {', '.join(VARIANTS)}")
+    add("--steps", type=int, default=5, help="steps in a round")
+    add("--rounds", type=int, default=7, help="rounds of every variant, after the warm-up")
+    add("--warmup", type=int, default=3, help="steps before the first round")
+    add("--seconds", type=float, default=math.inf, help="seconds after which no batch size begins")
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    options = bench.parse(arguments, positive=("steps", "rounds", "warmup"))
+    if not options.config:
+        bench.parser.error("--config: found none, expected a file; or give --table JSON")
+    options.bench = bench
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.table:
-        print(table(read_result(options.table)))
-        return
     config = load_config(options.config, options.settings)
     start, results = time.monotonic(), []
     with launched(config.trainer) as device:
@@ -239,7 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure(variants, batch, device, options)
             point: dict[str, Any] = {"batch": batch, "variants": found}
             if ceiling is not None:
-                per_rank = {name: result["pairs_per_s"] / world_size() for name, result in found.items()}
+                timed = {name: result for name, result in found.items() if "error" not in result}
+                per_rank = {name: result["pairs_per_s"] / world_size() for name, result in timed.items()}
                 point["copy_gb_per_s"] = ceiling
                 point["share_of_copy"] = {
                     name: [round(pairs * megabytes / 1000 / ceiling, 4) for megabytes in FLOOR_MB]
@@ -253,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _write(options: argparse.Namespace, config: Config, device: torch.device, results: list[dict[str, Any]]) -> None:
     """Write the result after every batch size, so that a killed benchmark keeps the earlier ones."""
-    output = options.output or ROOT / "benchmarks" / "results" / f"bench_train_{device.type}_{world_size()}.json"
+    output = options.output or RESULTS / f"bench_train_{device.type}_{world_size()}.json"
     name = options.config.resolve()
     settings = {
         "config": str(name.relative_to(ROOT)) if name.is_relative_to(ROOT) else name.name,
@@ -267,14 +259,8 @@ def _write(options: argparse.Namespace, config: Config, device: torch.device, re
         "variants": {variant: list(VARIANTS[variant]) for variant in results[0]["variants"]},
         "floor_mb_per_pair": FLOOR_MB,
     }
-    path = write_result(output, settings=settings, results=results)
-    print(table(read_result(path)))
-    print(f"\nwritten to {path}", flush=True)
+    options.bench.show(write_result(output, settings=settings, results=results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

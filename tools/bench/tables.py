@@ -18,6 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "check")]
+
+import gpu_status  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.S)
 
 
@@ -52,19 +56,19 @@ def run_here(script: Path, *arguments: str) -> str:
 def results() -> str:
     """The list of all results, and on which GPUs which kernels are proved."""
     lines = ["| result | what | where | when | commit |", "|---|---|---|---|---|"]
-    proofs = []
-    for path in sorted(RESULTS.glob("*.json")):
+    checks = gpu_status.read_results(RESULTS)
+    # What a check of a GPU has measured is named in its own row.
+    measured = {name for check in checks for name in check["results"].get("files", ())}
+    proofs = [gpu_status.short(record) for record in gpu_status.together(checks)]
+    for path in sorted(path for path in RESULTS.glob("*.json") if path.name not in measured):
         result = json.loads(path.read_text())
         gpus = ", ".join(result["machine"]["gpus"])
         where, commit = gpus or f"{result['machine']['cpu']}, no GPU", (result["commit"] or "")[:7]
         if result["dirty"]:
             commit += " with changes"
-        link = f"[{path.stem}](benchmarks/results/{path.name})"
+        files = result["results"].get("files", ()) if path.stem.startswith("gpu_check") else ()
+        link = ", ".join(f"[{name.removesuffix('.json')}](benchmarks/results/{name})" for name in (path.name, *files))
         lines.append(f"| {link} | {purpose(ROOT / result['script'])} | {where} | {result['time'][:10]} | {commit} |")
-        if path.stem.startswith("gpu_check"):
-            stages = [stage["status"] for stage in result["results"]["stages"].values()]
-            passed = f"{stages.count('passed')} of {len(stages)} stages passed"
-            proofs.append(f"`csrc/` with the content hash {result['settings']['csrc_hash']} on {gpus}: {passed}.")
     return "\n".join([*lines, "", *(proofs or ["On a GPU `csrc/` has not been proved, nor anything else measured."])])
 
 

@@ -11,9 +11,7 @@ FACTOR times the largest difference that the moved runs have shown so far. The s
 small batch, and `key=value` changes them. The exit status is 1 if a switch is not equal.
 """
 
-import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +21,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from caco_fast.benchmarking import ROOT, read_result, write_result
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, write_result
 from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, load_config
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.launch import launched
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.run_folder import RunFolder
-from caco_fast.errors import UserError
 
 STEPS, FACTOR, MOVED_RUNS = 50, 4.0, 2
 # Below this a relative difference of losses is rounding of the loss itself.
@@ -120,20 +117,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, default=ROOT / "caco_fast" / "configs" / "quickstart.yaml", help="YAML file"
-    )
-    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="switches to prove; default: all of the device")
-    parser.add_argument("--precision", nargs="+", default=["f32", "bf16"], help="precisions; default: f32 bf16")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each run; default: {STEPS}")
-    parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/prove_switches_<device>.json")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a result as Markdown and do nothing else")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
-    options = parser.parse_intermixed_args(arguments)
-    if options.table:
-        print(table(read_result(options.table)))
-        return 0
+    bench = Bench(__doc__, table, "prove_switches_<device>.json")
+    add, quickstart = bench.parser.add_argument, ROOT / "caco_fast" / "configs" / "quickstart.yaml"
+    add("--config", type=Path, default=quickstart, help="YAML file")
+    add("--switches", nargs="+", choices=SWITCHES, help="switches to prove; default: all of the device")
+    add("--precision", nargs="+", default=["f32", "bf16"], help="precisions; default: f32 bf16")
+    add("--steps", type=int, default=STEPS, help=f"steps of each run; default: {STEPS}")
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    options = bench.parse(arguments)
     common = [*SETTINGS, f"trainer.max_steps={options.steps}", *options.settings]
     device = load_config(options.config, common).trainer.device
     device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -149,18 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
             found = losses(load_config(options.config, [*of_precision, *SWITCHES[switch]]))
             results[precision]["switches"][switch] = judged = judge(found, reference, moved)
             print(precision, switch, "is equal" if judged["equal"] else "is NOT equal", flush=True)
-    output = options.output or ROOT / "benchmarks" / "results" / f"prove_switches_{device}.json"
+    output = options.output or RESULTS / f"prove_switches_{device}.json"
     settings = {"config": options.config.name, "settings": common, "factor": FACTOR, "device": device}
     settings["switches"] = {switch: list(SWITCHES[switch]) for switch in switches}
-    path = write_result(output, settings=settings, results=results)
-    print(table(read_result(path)))
-    print(f"written to {path}")
+    bench.show(write_result(output, settings=settings, results=results))
     return 0 if all(s["equal"] for found in results.values() for s in found["switches"].values()) else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)
