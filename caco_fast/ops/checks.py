@@ -161,13 +161,14 @@ def check_step(p: Problem, operand: Tensor | None = None) -> Iterator[Check]:
     moved = p.bank.double() - LR * exact_velocity
     of_bank = LR * allowed + 1e-6 * moved.abs().amax()
     if p.norm == "project":
-        of_bank = 2 * of_bank / moved.norm(dim=1, keepdim=True) + 1e-6
+        length, unit = moved.norm(dim=1, keepdim=True), exact_bank.abs()
+        of_bank = 1.1 * (of_bank + (of_bank * unit).sum(dim=1, keepdim=True) * unit) / length + 1e-6
     yield compare("bank", bank, exact_bank, of_bank)
     yield same("step twice the same bits", (bank, velocity), again)
     if first is not None:
-        # The copy that the next step's kernels read.
-        unit = torch.nn.functional.normalize(bank.double(), dim=1)
-        yield compare("unit rows", first[:, : unit.shape[1]], unit, 1.01 * p.rounding * unit.abs() + 1e-6)
+        # The copy that the kernels of the next step read.
+        written, exact = first[:, : bank.shape[1]], torch.nn.functional.normalize(bank.double(), dim=1)
+        yield compare("unit rows", written, exact, 1.01 * p.rounding * exact.abs() + 1e-6)
 
 
 def step(
@@ -217,3 +218,19 @@ def compare(name: str, found: Tensor, exact: Tensor, allowed: Tensor | float) ->
 def same(name: str, found: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> Check:
     equal = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     return Check(name, 0.0 if equal else float("inf"), "two calls with the same rows differ")
+
+
+class BankUse(NamedTuple):
+    """What the steps of a method ask of the bank operations on one rank."""
+
+    setting: str  # the setting that chooses the backend, such as "caco.backend"
+    backend: str
+    rows: int  # R
+    bank_rows: int  # K
+    channels: int  # C
+    temperatures: tuple[tuple[float, ...], ...]  # of each kind of call of `bank_attend`
+    step_temperature: float | None = None  # None: neither `bank_select` nor `bank_step_` is called
+    dtype: torch.dtype = torch.float32  # of the queries; keys are f32
+    positives: int = 1  # M
+    norm: str = "implicit"
+    reason: str | None = None  # why the method asks for this backend, if no setting names it
