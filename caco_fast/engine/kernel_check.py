@@ -6,9 +6,10 @@ Legend: R query rows, K bank rows, C channels, B images on this rank.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -25,9 +26,11 @@ from caco_fast.ops.checks import BankUse, Check, check_attend, check_select, che
 
 log = logging.getLogger(__name__)
 
-# Bank rows that are checked, and multiplications of one product (R K C): f64 takes less than a second for them on most
-# GPUs, and about a GiB.
+# Bank rows that are checked, and multiplications of one product (R K C), so that the tiled form in f64 should take less
+# than a second, and takes less than 2 GiB.
 LEAST_BANK_ROWS, MOST_BANK_ROWS, MOST_WORK = 256, 65536, 2**33
+# After which a line says that the check has not ended. A kernel that waits for ever can't be stopped from here.
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def require_backend(setting: str, backend: str, device: torch.device) -> None:
 def settle_banks(
     method: Method, images: int, views: int, device: torch.device, seed: int, timeout: float
 ) -> list[BankBackend]:
-    """Choose the backend of every bank of a method, and check the kernels where they are it (collective).
+    """Choose the backend of every bank of a method, and check the kernels where they are chosen (collective).
 
     images: B. views: of each image. seed: of the rows that are compared. timeout: seconds to wait for another rank.
 
@@ -94,9 +97,22 @@ def settle(use: BankUse, device: torch.device, seed: int) -> tuple[BankBackend, 
         return BankBackend(backend, reason, products), None
     kernels: Any = dispatch.cuda_backend()
     start = time.perf_counter()
-    fault = first_fault(use, kernels, device, seed)
+    with _says_if_it_hangs(use.setting):
+        fault = first_fault(use, kernels, device, seed)
     seconds = round(time.perf_counter() - start, 3)
     return BankBackend(backend, reason, products, kernels.path_name(device), seconds), fault
+
+
+@contextmanager
+def _says_if_it_hangs(setting: str) -> Iterator[None]:
+    line = "the check of the kernels has not ended after %.0f s; if one hangs, kill the run and set %s=tiled"
+    timer = threading.Timer(PATIENCE_SECONDS, log.error, (line, PATIENCE_SECONDS, setting))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def first_fault(use: BankUse, kernels: Any, device: torch.device, seed: int) -> str | None:
@@ -125,8 +141,17 @@ def _checks(
     use: BankUse, shape: tuple[int, int, int], kernels: Any, device: torch.device, seed: int
 ) -> list[tuple[str, Callable[[], Iterator[Check]]]]:
     """The operations that the method calls, each with its checks."""
-    settings = {"positives": use.positives, "norm": use.norm, "exact": "tiled"}
-    problem = make_problem(shape, use.dtype, device, use.temperatures[0], seed=seed, copies=True, **settings)
+    problem = make_problem(
+        shape,
+        use.dtype,
+        device,
+        use.temperatures[0],
+        generator=torch.Generator(device).manual_seed(seed),
+        copies=True,
+        positives=use.positives,
+        norm=use.norm,
+        exact="tiled",
+    )
     # A bank hands its copy of the unit rows to every call.
     operand = kernels.unit_operand(problem.bank, problem.operand, kernels.target_for(device))
     checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [

@@ -60,30 +60,32 @@ def make_problem(
     device: torch.device,
     temperatures: tuple[float, ...],
     *,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     copies: bool = False,
     **settings: Any,
 ) -> Problem:
     """A random problem of R rows in dtype, K bank rows and C channels.
 
+    generator: draws the rows, on its device; by default on the CPU, so that they are the same for every device.
     copies: whether the last quarter of the bank repeats rows before it, such that there are ties. settings: further
     fields of the problem.
     """
     rows, bank_rows, channels = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
     # Unit rows of 4^n elements +-2^-n, in lengths that are powers of 2: exact in every dtype, and so are their norms.
     halvings = next(n for n in (4, 3, 2, 1, 0) if 4**n <= channels)
-    places = torch.rand(bank_rows, channels, generator=generator).argsort(dim=1)[:, : 4**halvings]
-    signs = 2.0 * torch.randint(0, 2, places.shape, generator=generator) - 1
-    unit = torch.zeros(bank_rows, channels).scatter_(1, places, signs / 2**halvings)
-    lengths = 2.0 ** torch.randint(-3, 4, (bank_rows, 1), generator=generator)
-    queries = torch.nn.functional.normalize(torch.randn(rows, channels, generator=generator), dim=1)
+    places = torch.rand(bank_rows, channels, **drawn).argsort(dim=1)[:, : 4**halvings]
+    signs = 2.0 * torch.randint(0, 2, places.shape, **drawn) - 1
+    unit = torch.zeros(bank_rows, channels, device=places.device).scatter_(1, places, signs / 2**halvings)
+    lengths = 2.0 ** torch.randint(-3, 4, (bank_rows, 1), **drawn)
+    queries = torch.nn.functional.normalize(torch.randn(rows, channels, **drawn), dim=1)
     near = min(rows, bank_rows)
     queries[:near] += unit[:near]  # some rows much more similar than all others, as in training
-    first = torch.arange(bank_rows)
+    first = torch.arange(bank_rows, device=places.device)
     repeated = bank_rows // 4 if copies else 0
     if repeated:
-        first[-repeated:] = torch.randint(0, bank_rows - repeated, (repeated,), generator=generator)
+        first[-repeated:] = torch.randint(0, bank_rows - repeated, (repeated,), **drawn)
         unit, lengths = unit[first], lengths[first]
     queries = torch.nn.functional.normalize(queries, dim=1).to(device, dtype)
     kernels = dispatch.cuda_backend()

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from caco_fast.bank import KeyQueue, LearnableBank
 from caco_fast.distributed import rank
+from caco_fast.engine import kernel_check
 from caco_fast.engine.kernel_check import first_fault, require_backend, settle, settle_banks
 from caco_fast.engine.precision import use_tf32
 from caco_fast.errors import UserError
@@ -148,10 +150,19 @@ def test_a_queue_is_checked_without_select_and_step(cuda_ops, monkeypatch, path)
 
 def test_a_large_bank_is_checked_in_part(monkeypatch):
     seen = []
-    monkeypatch.setattr("caco_fast.engine.kernel_check._checks", lambda use, shape, *rest: seen.append(shape) or [])
+    monkeypatch.setattr(kernel_check, "_checks", lambda use, shape, *rest: seen.append(shape) or [])
     for rows, bank_rows in ((512, 65536), (2048, 2**22), (2**20, 65536), (512, 100)):
         first_fault(USE._replace(rows=rows, bank_rows=bank_rows, channels=256), None, CPU, seed=3)
     assert seen == [(512, 65536, 256), (2048, 16384, 256), (2**20, 256, 256), (512, 100, 256)]
+
+
+@one_path
+def test_a_check_that_hangs_says_so(cuda_ops, monkeypatch, path, caplog):
+    monkeypatch.setattr(kernel_check, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(kernel_check, "first_fault", lambda *arguments: time.sleep(0.3))
+    settle(USE, CPU, seed=0)
+    line = "the check of the kernels has not ended after 0 s; if one hangs, kill the run and set caco.backend=tiled"
+    assert [record.message for record in caplog.records] == [line]
 
 
 # What a method says of its bank
@@ -268,9 +279,8 @@ def short(images: Path, *overrides: str):
 @one_path
 def test_each_start_of_a_run_checks_once_and_says_so(cuda_ops, monkeypatch, path, images, tmp_path, caplog):
     calls = []
-    module = sys.modules["caco_fast.engine.kernel_check"]
-    right = module.first_fault
-    monkeypatch.setattr(module, "first_fault", lambda *arguments: calls.append(arguments) or right(*arguments))
+    right = kernel_check.first_fault
+    monkeypatch.setattr(kernel_check, "first_fault", lambda *arguments: calls.append(arguments) or right(*arguments))
     with caplog.at_level("INFO", "caco_fast"):
         train(short(images), tmp_path / "run")
         train(short(images, "trainer.max_steps=3"), tmp_path / "run", resume="auto")
