@@ -11,6 +11,7 @@ from caco_fast.data import Source, build_eval_loader, build_source, build_train_
 from caco_fast.distributed import broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.compiling import compile_step
+from caco_fast.engine.kernel_check import require_backend
 from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision, use_tf32
 from caco_fast.engine.progress import Progress
@@ -26,7 +27,15 @@ from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 
 def settled(config: Config, device: torch.device) -> Config:
-    """The configuration with `trainer.precision` decided for the device, so that a run's copy says what it ran with."""
+    """The configuration with `trainer.precision` decided for the device, so that a run's copy says what it ran with.
+
+    Raises:
+        UserError: the named backend of the bank does not run on the device, or there is no such method.
+    """
+    registered(config.method)
+    # Here, before anything is listed, built or written.
+    if backend := getattr(getattr(config, config.method), "backend", ""):
+        require_backend(f"{config.method}.backend", backend, device)
     # Rank 0 decides, because one step has one precision.
     precision = broadcast_object(settled_precision(config.trainer.precision, device))
     return replace(config, trainer=replace(config.trainer, precision=precision))

@@ -1,6 +1,7 @@
 """One run from its configuration: prepare, build, resume, train, report."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import yaml
 from caco_fast import report
 from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, flat_settings, to_yaml
-from caco_fast.distributed import broadcast_object, rank
+from caco_fast.distributed import broadcast_object, rank, world_size
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
+from caco_fast.engine.kernel_check import BankBackend, settle_banks
 from caco_fast.engine.launch import launched
 from caco_fast.engine.progress import log_to_console
 from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.training")
@@ -77,6 +80,7 @@ def _run(
 ) -> dict[str, Any]:
     trainer = build_trainer(config, run, store, device, state["position"]["total_steps"] if state else None)
     try:
+        banks = check_banks(config, trainer, device)
         if trainer.evaluator is not None and config.evaluation.baselines:
             report.score_baselines(config, run, trainer.evaluator, trainer.encoders.query)
         if state is not None:
@@ -84,7 +88,7 @@ def _run(
             trainer.load_state_dict(state, str(checkpoint))
             at = trainer.position
             log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
-        run.start(to_yaml(config), resumed_from=checkpoint)
+        run.start(to_yaml(config), resumed_from=checkpoint, banks=[asdict(bank) for bank in banks])
         if not trainer.finished:
             trainer.metrics.open()
             trainer.run()
@@ -97,6 +101,22 @@ def _run(
         return summary
     finally:
         trainer.close()
+
+
+def check_banks(config: Config, trainer: Trainer, device: torch.device) -> list[BankBackend]:
+    """Log which backend the bank's operations run on, and why; kernels are checked first (collective)."""
+    settings = config.trainer
+    banks = settle_banks(
+        trainer.method,
+        images=-(-settings.batch_size // world_size()),
+        views=sum(view.count for view in config.views),
+        device=device,
+        seed=settings.seed,
+        timeout=settings.collective_timeout,
+    )
+    for bank in banks:
+        log.info("%s", bank)
+    return banks
 
 
 def _report_changes(config: Config, before: str) -> None:

@@ -1,7 +1,7 @@
 """The folder of one run: what ran, the checkpoints to resume from, and the results.
 
 config.yaml        the resolved configuration (config.1.yaml, ...: those of earlier starts, if it changed)
-environment.json   commit, versions, machine, command line: one entry for each start of the run
+environment.json   commit, versions, machine, command line, backend of the bank: one entry for each start of the run
 log.txt            the log of all starts
 log.rank1.txt      warnings of the other ranks, such as bad images that rank 0 never met; only if there are any
 metrics.jsonl      see metrics.py; tensorboard/ holds the same values
@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -92,12 +92,17 @@ class RunFolder:
             self.log.touch()
         self._log_to(self.log, logging.INFO)
 
-    def start(self, config_yaml: str, *, resumed_from: Path | None = None) -> None:
-        """Write the configuration and the environment, once all components are built."""
+    def start(
+        self, config_yaml: str, *, resumed_from: Path | None = None, banks: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write the configuration and the environment, once all components are built.
+
+        banks: the backend of every bank, and how it was chosen.
+        """
         if rank() == 0:
             with self._writing():
                 self._write_config(config_yaml)
-                self._write_environment(resumed_from)
+                self._write_environment(resumed_from, banks)
 
     def resume_in_restart(self, resume: str, latest: Path | None) -> str:
         """The value of `--resume` to follow: the given one, but `auto` if torchrun or SLURM restarted this very run.
@@ -177,7 +182,7 @@ class RunFolder:
         """The latest starts in this folder, newest first, as far as their launcher is the one of this restart."""
         return list(itertools.takewhile(lambda start: is_restart_of(start.get("job", {})), reversed(self._starts())))
 
-    def _write_environment(self, resumed_from: Path | None) -> None:
+    def _write_environment(self, resumed_from: Path | None, banks: Sequence[Mapping[str, Any]]) -> None:
         starts = self._starts()
         starts.append(
             {
@@ -188,6 +193,7 @@ class RunFolder:
                 **provenance.commit(),
                 "versions": provenance.versions(),
                 "machine": provenance.hardware(),
+                "banks": list(banks),
             }
         )
         atomic_write_text(self.environment, json.dumps(starts, indent=2) + "\n")

@@ -1,19 +1,27 @@
 """The interface of a method (views and encoders in, loss and bank or queue update out), and all methods by name.
 
-Legend: B images on this rank, C embedding size.
+Legend: B images on this rank, R query rows, C embedding size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from caco_fast.bank import KeyQueue, LearnableBank, ShardedBank
+from caco_fast.distributed import world_size
 from caco_fast.errors import UserError
 from caco_fast.models import EncoderPair
+from caco_fast.ops.checks import BankUse
 from caco_fast.ops.dispatch import BACKENDS
 from caco_fast.ops.rates import Rate
+
+BACKEND_HELP = (
+    "backend of the bank operations: auto (the CUDA kernels where they run, else tiled), reference, tiled or cuda; the "
+    "start of a run checks the kernels against tiled"
+)
 
 
 class Embeddings(NamedTuple):
@@ -122,9 +130,38 @@ class Method(nn.Module, ABC):
         """The parts of `loss` that torch.compile may take, each without a graph break."""
         return ()
 
+    def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
+        """How a step uses the bank operations, for the check of the kernels before the first step.
+
+        images: B. views: of each image. Every bank and queue is found, but not with which rows and temperatures the
+        method calls it; a method that knows says so.
+        """
+        return list(_uses_within(self, f"{self.section}.backend", images, views))
+
     def rates(self, warmup: float) -> dict[str, float]:
         """The rates of `update` at this warm-up, and other values that are read on log steps only."""
         return {}
+
+
+def use_of(bank: LearnableBank | KeyQueue, setting: str, rows: int, **known: Any) -> BankUse:
+    """The use of a bank by R rows of this rank, with what else is known of it."""
+    known = {"temperatures": ((0.1,),), **known}
+    if isinstance(bank, KeyQueue):
+        return BankUse(setting, bank.backend, rows, *bank.queue.shape, **known)
+    if isinstance(bank, ShardedBank):
+        rows *= world_size()
+    known = {"step_temperature": known["temperatures"][0][-1], "norm": bank.norm, **known}
+    return BankUse(setting, bank.backend, rows, *bank.bank.shape, **known)
+
+
+def _uses_within(module: nn.Module, setting: str, images: int, views: int) -> Iterator[BankUse]:
+    for child in module.children():
+        if isinstance(child, Method):
+            yield from child.bank_uses(images, views)
+        elif isinstance(child, (LearnableBank, KeyQueue)):
+            yield use_of(child, setting, images * views)
+        else:
+            yield from _uses_within(child, setting, images, views)
 
 
 class Registered(NamedTuple):

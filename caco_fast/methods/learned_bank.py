@@ -13,9 +13,10 @@ from torch import Tensor
 from caco_fast.bank import NORMS, LearnableBank, ShardedBank
 from caco_fast.distributed import is_distributed
 from caco_fast.errors import UserError
-from caco_fast.methods.base import Method, Phase, StepOutput, check_settings
+from caco_fast.methods.base import BACKEND_HELP, Method, Phase, StepOutput, check_settings, use_of
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
+from caco_fast.ops.checks import BankUse
 from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 
 # How several ranks hold the bank; `auto` is sharded on several ranks.
 BANKS = {"sharded": ShardedBank, "replicated": LearnableBank}
-OPERANDS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Dtype of the queries. The kernels multiply f32 queries in bf16, which `auto` accepts and `f32` does not.
+OPERANDS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,22 @@ class LearnedBankConfig:
         0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
     )
     warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
-    operands: str = setting("f32", "dtype of the queries in bank_attend and bank_step: f32, bf16 or fp16")
-    backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
+    operands: str = setting(
+        "auto",
+        "dtype of the queries in bank_attend and bank_step: bf16, fp16, f32 (products too: no CUDA kernels), or auto: "
+        "f32, but the kernels multiply in bf16 (fp16 before sm_80)",
+    )
+    backend: str = setting("auto", BACKEND_HELP)
 
     def check(self, section: str) -> None:
         """Raise UserError for a value out of range; `section` is the method's name."""
         if self.operands not in OPERANDS:
             raise UserError(f"{section}.operands: found '{self.operands}', expected one of {', '.join(OPERANDS)}")
+        if self.operands == "f32" and self.backend == "cuda":
+            raise UserError(
+                f"{section}.operands: found 'f32' with {section}.backend=cuda, but the kernels multiply in bf16 or "
+                "fp16; set operands to auto, bf16 or fp16, or backend to auto"
+            )
         if self.warm_start_steps < 0:
             raise UserError(f"{section}.warm_start_steps: found {self.warm_start_steps}, expected 0 or more")
         check_settings(section, self, ("temperature", "bank_temperature", "warm_start_temperature"))
@@ -68,7 +79,13 @@ class LearnedBankConfig:
     def make_bank(self, dim: int) -> LearnableBank:
         many = "sharded" if is_distributed() else "replicated"
         kind = BANKS[many if self.bank_parallel == "auto" else self.bank_parallel]
-        return kind(self.bank_size, dim, momentum=self.bank_momentum, norm=self.norm, backend=self.backend)
+        backend = "tiled" if self.needs_f32_products else self.backend
+        return kind(self.bank_size, dim, momentum=self.bank_momentum, norm=self.norm, backend=backend)
+
+    @property
+    def needs_f32_products(self) -> bool:
+        """Whether `auto` may not take the kernels, which have no f32 products."""
+        return self.operands == "f32" and self.backend == "auto"
 
 
 class LearnedBankMethod(Method):
@@ -91,6 +108,22 @@ class LearnedBankMethod(Method):
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         """Step the bank with the rows that `loss` recorded on it."""
         self.bank.step(self.config.bank_lr * warmup, skip=skip)
+
+    def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
+        config = self.config
+        reason = f"{self.section}.operands=f32 needs f32 products, which the kernels do not have"
+        use = use_of(
+            self.bank,
+            f"{self.section}.backend",
+            images * views,
+            temperatures=((config.temperature, config.bank_temperature), (config.warm_start_temperature,)),
+            step_temperature=config.bank_temperature,
+            dtype=OPERANDS[config.operands],
+            # A small view has both large ones as positives.
+            positives=2 if views > 2 else 1,
+            reason=reason if config.needs_f32_products else None,
+        )
+        return [use]
 
     def rates(self, warmup: float) -> dict[str, float]:
         return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}

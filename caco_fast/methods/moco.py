@@ -11,9 +11,10 @@ from torch import Tensor
 
 from caco_fast.bank import KeyQueue
 from caco_fast.errors import UserError
-from caco_fast.methods.base import Embeddings, Method, StepOutput, check_settings, register
+from caco_fast.methods.base import BACKEND_HELP, Embeddings, Method, StepOutput, check_settings, register, use_of
 from caco_fast.methods.info_nce import info_nce
 from caco_fast.models import EncoderPair
+from caco_fast.ops.checks import BankUse
 from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
@@ -23,7 +24,7 @@ class MoCoConfig:
     queue_size: int = setting(65536, "K, keys in the queue")
     temperature: float = setting(0.2, "t, temperature of the loss")
     symmetric: bool = setting(False, "use each view once as query and once as key; the loss is the mean of both")
-    backend: str = setting("auto", "backend of the bank operations: auto, reference, tiled or cuda")
+    backend: str = setting("auto", BACKEND_HELP)
 
     def __post_init__(self) -> None:
         check_settings("moco", self, ("temperature",))
@@ -59,3 +60,7 @@ class MoCo(Method):
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         for keys in rows:
             self.queue.enqueue(keys, skip=skip)
+
+    def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
+        # The halves of a symmetric loss attend one after the other.
+        return [use_of(self.queue, f"{self.section}.backend", images, temperatures=((self.config.temperature,),))]

@@ -10,14 +10,18 @@ import functools
 import importlib
 import math
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from caco_fast.ops.tiling import operand_dtype
 
 BACKENDS = ("auto", "reference", "tiled", "cuda")
 ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BANK_DTYPES = (torch.float32, torch.float64)
 OPERAND_DTYPES = (torch.bfloat16, torch.float16)
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f32", torch.float64: "f64"}
 
 
 @functools.cache
@@ -40,12 +44,23 @@ def served_by_kernels(backend: str, device: torch.device, dtype: torch.dtype) ->
     return bool(kernels.available(device))
 
 
-def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: the named one, or for `auto` the fastest that can. A named backend is never replaced."""
+class Choice(NamedTuple):
+    """The backend that runs, and why it does."""
+
+    backend: str
+    reason: str
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """The named backend, or for `auto` the fastest that can run. A named backend is never replaced.
+
+    op: who asks, for the error line. dtype: of the bank. Raises RuntimeError if the named backend is not there.
+    """
     if backend == "auto":
         if dtype == torch.float64:
-            return "reference"
-        return "cuda" if served_by_kernels(backend, device, dtype) else "tiled"
+            return Choice("reference", "the bank is f64")
+        reason = why_no_kernels(device)
+        return Choice("cuda", "the kernels run on this device") if reason is None else Choice("tiled", reason)
     if backend == "cuda":
         kernels = cuda_backend()
         if kernels is None:
@@ -55,7 +70,36 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
             )
         if not kernels.available(device):
             raise RuntimeError(f"{op}: backend='cuda': {kernels.why_not(device)}, or use backend='auto'")
-    return backend
+    return Choice(backend, "the settings name it")
+
+
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `choose` takes."""
+    return choose(op, backend, device, dtype).backend
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the compiled kernels do not serve a device, or None if they do."""
+    kernels = cuda_backend()
+    if kernels is not None and kernels.available(device):
+        return None
+    if device.type != "cuda":
+        return f"device is {device.type}"
+    if kernels is None:
+        return "the extension was not built (CACO_CUDA=1 python setup.py build_ext builds it)"
+    return str(kernels.why_not(device))
+
+
+def products(chosen: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The precision of the matrix products of rows in this dtype on a chosen backend, against an f32 bank."""
+    kernels, rows = cuda_backend(), torch.empty(0, dtype=dtype)
+    if chosen == "cuda" and kernels is not None:
+        dtype = kernels.operand_dtype(rows, kernels.target_for(device))
+    else:
+        dtype = operand_dtype(rows) if chosen == "tiled" else torch.float32
+        if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+            return "TF32"
+    return PRECISIONS[dtype]
 
 
 def check_backend(op: str, backend: str) -> None:

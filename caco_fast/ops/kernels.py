@@ -36,6 +36,12 @@ def available(device: torch.device) -> bool:
     return serving_path(device) != 0
 
 
+def path_name(device: torch.device) -> str:
+    """The family of kernels that serves a device: sm_70, sm_80 or sm_90a."""
+    path = serving_path(device)
+    return f"sm_{path}a" if path == 90 else f"sm_{path}"
+
+
 def why_not(device: torch.device) -> str | None:
     """One line for the user if the kernels do not run on this device, else None."""
     if available(device):

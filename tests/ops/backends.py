@@ -76,6 +76,7 @@ def kernels_over(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, path: in
     monkeypatch.delitem(sys.modules, "caco_fast.ops.kernels", raising=False)
     module = importlib.import_module("caco_fast.ops.kernels")
     monkeypatch.setattr(module, "available", lambda device: True)
+    monkeypatch.setattr(module, "serving_path", lambda device: path)
     monkeypatch.setattr(module, "target_for", lambda device: emulated.Target(path, 0, 3, 0))
     dispatch.cuda_backend.cache_clear()
     emulated.set_schedule()
