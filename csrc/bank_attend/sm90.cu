@@ -29,7 +29,7 @@ struct Softmax {
     float sum0[2] = {0.f, 0.f}, sum1[2] = {0.f, 0.f};  // over this lane's columns
 
     // Scores become 2^14 p, sums grow. Returns whether the maximum of a row of this warp has grown; what was summed up
-    // before is then to be multiplied by `shrink`. hold() keeps the compiler from moving instructions across it.
+    // before is then to be multiplied by `shrink`. hold(sums) keeps the compiler from moving instructions across it.
     template <class Hold>
     __device__ __forceinline__ bool update(typename Tile::Scores &s, float (&shrink)[2], Hold &&hold) {
         float larger[2];
@@ -51,34 +51,21 @@ struct Softmax {
             if (kTwoTemperatures) sum1[half] *= fast_exp2((maximum[half] - larger[half]) * scale1);
             maximum[half] = larger[half];
         }
-        if (kTwoTemperatures) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float shift = -maximum[half] * scale1;
-#pragma unroll
-                for (auto &fragment : s) {
-#pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) {
-                        sum1[half] += fast_exp2(fmaf(fragment[e], scale1, shift));
-                    }
-                }
-            }
-            hold();
-        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float shift = kProbabilityScaleLog2 - maximum[half] * scale0;
+            const float shift0 = kProbabilityScaleLog2 - maximum[half] * scale0, shift1 = -maximum[half] * scale1;
 #pragma unroll
             for (auto &fragment : s) {
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    fragment[e] = fast_exp2(fmaf(fragment[e], scale0, shift));
+                    if (kTwoTemperatures) sum1[half] += fast_exp2(fmaf(fragment[e], scale1, shift1));
+                    fragment[e] = fast_exp2(fmaf(fragment[e], scale0, shift0));
                     sum0[half] += fragment[e];
                 }
             }
         }
         finish_before_wait(s);
-        hold();
+        hold((sum0[0] + sum0[1]) + (kTwoTemperatures ? sum1[0] + sum1[1] : 0.f));
         return grown;
     }
 };
@@ -109,8 +96,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         Softmax<Tile, kTwoTemperatures> softmax{scale0, scale1};
         Turn<Tile::kStages> turn;
         float shrink[2];
-        // A barrier that has completed: no wait, but a loop, over which ptxas moves no wait for a product.
-        auto hold = [&] { mbarrier_wait(tile.full(turn.stage), turn.parity); };
+        // A barrier that has completed: no wait, but a loop, over which ptxas moves no wait for a product. As far as
+        // the compiler knows it depends on the sums, so it comes after every exponential; they are never negative.
+        auto hold = [&](float sums) { mbarrier_wait(tile.full(turn.stage), turn.parity ^ (sums == -1.f ? 1u : 0u)); };
 
         mbarrier_wait(tile.resident_full(), 0);
         mbarrier_wait(tile.full(turn.stage), turn.parity);

@@ -8,8 +8,9 @@ namespace caco {
 // Select's workspace: per split, row and list the best two by low-precision score, lower index first on ties. A list is
 // the columns that one of the four lanes of a row sees.
 constexpr int kListsPerRow = 4;
+constexpr float kUnits = 1 << 23;  // that a score of |k| counts
 struct BestTwo {
-    float score[2];
+    float score[2];  // in |k| / kUnits
     int index[2];  // -1: none
 };
 constexpr int64_t select_workspace(int64_t rows, int splits) {

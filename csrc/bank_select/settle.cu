@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     best_score = warp_max(best_score);
     Row<kPadded> key, row;
     key.load(keys + at * channels, channels, lane);
-    // Two scores of rounded operands are each off by at most 2 rounding |k| (Cauchy-Schwarz; a little more for the
-    // sum).
-    const float threshold = best_score - 4.1f * rounding * sqrtf(key.dot(key));
+    // Two scores of rounded operands are each off by at most 2 rounding |k| (Cauchy-Schwarz; a little more for the sum
+    // and for what Comparison rounds).
+    const float threshold = best_score - 4.1f * rounding * kUnits;
 
     float best = -INFINITY;
     int best_index = -1;

@@ -3,12 +3,16 @@
 // Tile map   as attend's, with keys for queries, ascending tiles, and at P = 512 tiles of its own. Each of the four
 //            lanes of a row keeps the best two of the columns that it sees; settle_select compares those that rounding
 //            leaves in question in f32. The contract is that of tiles.cuh.
-// Overlap    one computing warpgroup compares while the other one's products are under way. By instruction counts,
-//            comparing should take about a third of the products' time (not measured).
+// Overlap    a warpgroup has two sets of scores: tile t is compared (best_two.cuh) while the products of tile t + 1 are
+//            under way. The last tile is the only one that may be ragged, and the only one that is masked. By its
+//            machine code the loop has 455 instructions a warp and tile at P = 256, 180 of them of the ALU at half
+//            rate. A scheduler has two warps, so that is 910 issue slots and 720 cycles of its ALU, while the products
+//            take 1536 cycles. Products and copies use shared memory for 1660 cycles: that should be the limit (a
+//            prediction).
 // Bytes      reads 2 K P per row tile and 2 R P; writes 64 R splits bytes of candidates.
-// Flop       2 R K P. Limits: K < 2^31; C <= 512.
+// Flop       2 R K P. Limits: K < 2^31; C <= 512; |k| is 0, or between 2^-60 and 2^60.
 #include "../tiles/sm90.cuh"
-#include "bank_select.h"
+#include "best_two.cuh"
 
 namespace caco::sm90 {
 namespace {
@@ -28,45 +32,57 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         tile.template copy_stream<false>(&bank, run.first_tile, run.tiles);
     };
     auto compute = [&] {
-        typename Tile::Scores s;
-        set_zero(s);
         Turn<Tile::kStages> turn;
-        BestTwo best[2];
-#pragma unroll
-        for (BestTwo &two : best) two = {{-INFINITY, -INFINITY}, {-1, -1}};
-
         mbarrier_wait(tile.resident_full(), 0);
-        for (int t = 0; t < run.tiles; t++, turn.next()) {
+        auto square = [&](int half) {
+            return square_of_row<typename Tile::T, Tile::kPadded>(
+                tile.lane % 4, 1, [&](int chunk) { return tile.resident(tile.row(half), 8 * chunk); });
+        };
+        Comparison best[2] = {Comparison(square(0)), Comparison(square(1))};
+
+        auto start = [&](typename Tile::Scores &s) {
             mbarrier_wait(tile.full(turn.stage), turn.parity);
             wgmma_fence();
             tile.scores(s, tile.stage(turn.stage));
+        };
+        auto compare = [&](typename Tile::Scores &s, int t) {
+            const int first_column = int(run.first_tile + t) * Tile::kColumns + tile.column(0, 0);
+#pragma unroll
+            for (int half = 0; half < 2; half++) best[half].add(s, half, first_column);
+        };
+        // Starts tile t + 1 in `next`, then compares tile t meanwhile.
+        auto advance = [&](typename Tile::Scores &s, typename Tile::Scores &next, int t) {
+            const int stage = turn.stage;
+            turn.next();
+            start(next);
+            wgmma_wait<1>(s);
+            tile.release(stage);
+            compare(s, t);
+        };
+        auto finish = [&](typename Tile::Scores &s, int t) {
             wgmma_wait<0>(s);
-            tile.release(turn.stage);
-            const int64_t first_column = (run.first_tile + t) * Tile::kColumns;
-            mask(tile, s, bank_rows - first_column);
-#pragma unroll
-            for (int n = 0; n < Tile::kColumns / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int column = int(first_column) + tile.column(n, e);
-                    // Columns come in ascending order, so a strict comparison keeps the lower index on ties.
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        BestTwo &two = best[half];
-                        const float score = s[n][2 * half + e];
-                        if (score > two.score[0]) {
-                            two = {{score, two.score[0]}, {column, two.index[0]}};
-                        } else if (score > two.score[1]) {
-                            two.score[1] = score, two.index[1] = column;
-                        }
-                    }
-                }
-            }
+            mask(tile, s, bank_rows - (run.first_tile + t) * Tile::kColumns);
+            compare(s, t);
+        };
+        typename Tile::Scores even, odd;
+        set_zero(even);
+        set_zero(odd);
+        start(even);
+        int t = 0;
+        for (; t + 2 < run.tiles; t += 2) {
+            advance(even, odd, t);
+            advance(odd, even, t + 1);
+        }
+        if (t + 1 < run.tiles) {
+            advance(even, odd, t);
+            finish(odd, t + 1);
+        } else {
+            finish(even, t);
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t row = run.first_row + tile.row(half);
-            if (row < rows) candidates[(blockIdx.y * rows + row) * kListsPerRow + tile.lane % 4] = best[half];
+            if (row < rows) candidates[(blockIdx.y * rows + row) * kListsPerRow + tile.lane % 4] = best[half].best;
         }
     };
     tile.run(start_copies, compute);

@@ -74,6 +74,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     }
 }
 
+// The two values of such a register.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t both) {
+    if constexpr (std::is_same_v<T, bf16>) return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&both));
+    else return __half22float2(*reinterpret_cast<__half2 *>(&both));
+}
+
 // 2^x; on the device to 2 ulp, subnormal results become zero.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;

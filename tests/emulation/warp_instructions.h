@@ -9,6 +9,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
 }
 
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t both) {
+    auto value = [](uint16_t bits) {
+        return std::is_same_v<T, bf16> ? emu::bfloat16_to_float(bits) : emu::half_to_float(bits);
+    };
+    return {value(both & 0xFFFF), value(both >> 16)};
+}
+
 __device__ __forceinline__ float fast_exp2(float x) { return std::exp2(x); }
 
 template <class T>

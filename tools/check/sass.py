@@ -198,7 +198,7 @@ HEADERS = {
     "cstdint": f"#include <cuda/std/cstdint>\n{IN_STD}using namespace cuda::std;\n",
     "type_traits": f"#include <cuda/std/type_traits>\n{IN_STD}",
     "algorithm": "namespace std {\n"
-    "template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }\n"
+    "template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }\n"
     "template <class T> constexpr T clamp(T x, T low, T high) { return x < low ? low : high < x ? high : x; }\n}\n",
 }
 OPTIONS = (
