@@ -40,7 +40,7 @@ from ops_report import figures, table
 from ops_work import BANK_OPERATIONS, LIST_OPERATIONS, OTHER_TEMPERATURE, PARTS, TEMPERATURE
 from ops_worker import BROKEN, COMPARED_SIZES, CPU_SIZES, Row, Size, Task
 
-from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, write_result
+from caco_fast.benchmarking import RESULTS, ROOT, Bench, checked_out, run_script, spread, write_result
 from caco_fast.errors import UserError
 
 OPERATIONS = (*BANK_OPERATIONS, *LIST_OPERATIONS)
@@ -169,25 +169,12 @@ def merged(rows: list[Row]) -> Row:
     return {**rows[0], "samples": samples}
 
 
-@contextlib.contextmanager
-def checked_out(ref: str, build: bool) -> Iterator[Path]:
-    """A folder with another commit of this repository, its kernels built if they are to be timed."""
-
-    def run(*command: object, folder: Path = ROOT) -> None:
-        done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
-        if done.returncode != 0:
-            last = (done.stderr.strip() or "no output").splitlines()[-1]
-            raise UserError(f"--base {ref}: {' '.join(map(str, command[:3]))} failed: {last}")
-
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "base")
-        run("git", "worktree", "add", "--detach", tree, ref)
-        try:
-            if build:
-                run(sys.executable, "setup.py", "build_ext", folder=tree)
-            yield tree
-        finally:
-            run("git", "worktree", "remove", "--force", tree)
+def build_kernels(tree: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise UserError(f"--base: the kernels of that commit do not build: {last}")
 
 
 # The command line
@@ -265,7 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with contextlib.ExitStack() as stack:
         if options.base:
-            tree = stack.enter_context(checked_out(options.base, build=device.type == "cuda"))
+            tree = stack.enter_context(checked_out(options.base))
+            if device.type == "cuda":
+                build_kernels(tree)
             found = compare(task, tree)
         else:
             found = measure(task)
