@@ -11,7 +11,7 @@ constexpr int kListsPerRow = 4;
 constexpr float kUnits = 1 << 23;  // that a score of |k| counts
 struct BestTwo {
     float score[2];  // in |k| / kUnits
-    int index[2];  // -1: none
+    int index[2];    // -1: none
 };
 constexpr int64_t select_workspace(int64_t rows, int splits) {
     return splits * rows * kListsPerRow * int64_t(sizeof(BestTwo));

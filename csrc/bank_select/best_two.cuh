@@ -5,7 +5,7 @@
 // score and column together, equal scores go to the lower column whatever their sign, and -infinity and NaN never win.
 //
 // Cost per score: 3 instructions of the multiply-add pipe to pack, 3 of the ALU to compare, no branch. Rounding adds
-// 2^-18 |k| to what settle_select allows for, which is a thirtieth of its spare 0.1 roundings of fp16.
+// 2^-18 |k| to what settle_select allows for, which is a twelfth of its spare 0.1 roundings of fp16.
 #pragma once
 #include "../tiles/rows.cuh"
 #include "bank_select.h"

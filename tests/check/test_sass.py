@@ -103,3 +103,19 @@ def test_static_gate_finds_a_fault(fault, arch, registers, stack, code):
 def test_static_gate_passes_a_kernel_of_sm90():
     code = [*SETMAXNREG, "HGMMA.64x96x16.F32.BF16 R24"]
     assert check_sass.Kernel("90a", "_ZN4caco4sm9013attend_kernelEv", 168, 0, 0, code).faults() == []
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_static_gate_finds_exponentials_that_no_product_covers(late):
+    """In the loop only: those before it, in its first tile, have no product to run under."""
+    exponential = "MUFU.EX2 R4, R4 "
+    products = [*8 * ["HGMMA.64x96x16.F32.BF16 R24"], "WARPGROUP.DEPBAR.LE gsb0, 0x1 ", *2 * [exponential]]
+    loop = [*products, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", *late * [exponential], "F2FP.BF16.F32.PACK_AB R5, R4, R4 "]
+    code = [*SETMAXNREG, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", exponential]
+    code += [*loop, f"@P0 BRA {16 * len(code):#x} ", *4 * ["HGMMA.64x96x16.F32.BF16 R24"], "EXIT "]
+    addresses = [16 * index for index in range(len(code))]
+    symbol = "_ZN4caco4sm9013attend_kernelINS0_4TileI13__nv_bfloat16Li256EEELb1EEEv"
+    faults = check_sass.Kernel("90a", symbol, 168, 0, 0, code, addresses).faults()
+    assert faults == (
+        [] if late == 0 else [f"{late} exponentials after the loop's last wait for products, expected none: see `hold`"]
+    )

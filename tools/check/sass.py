@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tools" / "check")]
+import sass_walk  # noqa: E402
 import sources  # noqa: E402
 
 # The path of a kernel with a tile loop, and the matrix instruction that its code must contain: HMMA.884 is mma.m8n8k4,
@@ -52,6 +53,7 @@ class Kernel:
     stack: int
     local: int
     code: list[str] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)  # of the code; none for PTX
 
     @property
     def name(self) -> str:
@@ -97,6 +99,10 @@ class Kernel:
                 faults.append("no setmaxnreg: ptxas has ignored it, see its message C7508")
             elif after["DEALLOC"] + 2 * after["TRY_ALLOC"] > 3 * self.registers:
                 faults.append(f"setmaxnreg beyond the {self.registers} registers of the launch: it would wait for ever")
+        if self.path == "sm90" and "attend" in self.symbol and self.addresses:
+            loop = sass_walk.Code(self.addresses, self.code).tile_loop("HGMMA")
+            if late := sass_walk.late_exponentials(loop):
+                faults.append(f"{late} exponentials after the loop's last wait for products, expected none: see `hold`")
         return faults
 
 
@@ -138,13 +144,15 @@ def read_kernels(module: Path) -> list[Kernel]:
             usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
             kernels[arch, symbol] = Kernel(arch, symbol, usage["REG"], usage["STACK"], usage["LOCAL"])
     code: list[str] = []
+    addresses: list[int] = []
     for line in dump(tool, "-sass", module).splitlines():
         if found := re.match(r"\s*code for sm_(\d+)", line):
             arch = named[found.group(1)]
         elif found := re.match(r"\s*Function : (\S+)", line):
-            code = kernels[arch, found.group(1)].code
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(found.group(1))
+            code, addresses = kernels[arch, found.group(1)].code, kernels[arch, found.group(1)].addresses
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            addresses.append(int(found.group(1), 16))
+            code.append(found.group(2).strip())
     return in_order(kernels.values())
 
 
