@@ -41,21 +41,29 @@ struct StepShape {
 template <class Tile>
 __device__ __forceinline__ void make_resident(const Tile &tile, const StepParams &params, int64_t first_row, int warp) {
     using Shape = StepShape<Tile>;
+    constexpr int kAtOnce = Shape::kRowsAtOnce;
+    const bool aligned = rows_are_aligned(params.bank, params.channels);
 #pragma unroll 1
-    for (int r = warp; r < Tile::kRows; r += Shape::kWarps * Shape::kRowsAtOnce) {
-        Row<Tile::kPadded> row[Shape::kRowsAtOnce];
+    for (int r = warp; r < Tile::kRows; r += Shape::kWarps * kAtOnce) {
+        Row<Tile::kPadded> row[kAtOnce];
+        float square[kAtOnce];
 #pragma unroll
-        for (int n = 0; n < Shape::kRowsAtOnce; n++) {
+        for (int n = 0; n < kAtOnce; n++) {
             const int64_t j = first_row + r + n * Shape::kWarps;
-            row[n].load(params.bank + j * params.channels, j < params.bank_rows ? params.channels : 0, tile.lane);
+            row[n].load(params.bank + j * params.channels, j < params.bank_rows ? params.channels : 0, tile.lane,
+                        aligned);
         }
 #pragma unroll
-        for (int n = 0; n < Shape::kRowsAtOnce; n++) {
-            const float inverse_norm = row[n].inverse_norm();
+        for (int n = 0; n < kAtOnce; n++) square[n] = row[n].part_of_dot(row[n]);
+        warp_sums(square);
 #pragma unroll
-            for (int c = 0; c < row[n].kValues; c++) {
-                store_for_products(tile.resident(r + n * Shape::kWarps, tile.lane + 32 * c),
-                                   from_float<typename Tile::T>(row[n].value[c] * inverse_norm));
+        for (int n = 0; n < kAtOnce; n++) {
+            const float inverse_norm = inverse_root(square[n]);
+#pragma unroll
+            for (int i = 0; i < row[n].kValues; i += row[n].kTogether) {
+                auto *to = tile.resident(r + n * Shape::kWarps, row[n].channel(i, tile.lane));
+                store_for_products(reinterpret_cast<typename Row<Tile::kPadded>::Operands *>(to),
+                                   row[n].template operands<typename Tile::T>(i, inverse_norm));
             }
         }
     }

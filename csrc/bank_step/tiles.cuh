@@ -53,9 +53,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(StepParams para
                      first_row + r < params.bank_rows ? params.channels : 0, tile.lane);
             const float inverse_norm = row.inverse_norm();
 #pragma unroll
-            for (int c = 0; c < row.kValues; c++) {
-                const int channel = tile.lane + 32 * c;
-                tile.resident[Tile::offset(r, channel / 8) + channel % 8] = from_float<T>(row.value[c] * inverse_norm);
+            for (int i = 0; i < row.kValues; i += row.kTogether) {
+                const int channel = row.channel(i, tile.lane);
+                T *to = tile.resident + Tile::offset(r, channel / 8) + channel % 8;
+                *reinterpret_cast<typename Row<kPadded>::Operands *>(to) = row.template operands<T>(i, inverse_norm);
             }
         }
 
