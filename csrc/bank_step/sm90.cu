@@ -12,7 +12,7 @@
 // Proxies    products read the unit rows that threads stored, and TMA overwrites row terms that threads have read: both
 //            are behind async_proxy_fence and a barrier. Copies and products that have been waited for need none.
 // Bytes      reads 4 K C of the bank twice (the second time likely from L2) and of the velocity once, writes both once
-//            and 2 K P of operand; 2 R P of queries per block from the L2 cache.
+//            and 2 K P of operand; 2 R P of queries and 8 R M of positives per block from the L2 cache.
 // Flop       4 R K P (6 R K P at P = 512). Limits: as sm80's, see tiles.cuh.
 #include "../tiles/sm90.cuh"
 #include "bank_step.h"
