@@ -1,12 +1,12 @@
 // The positives of a block's rows of the bank, for bank_step on every path.
 //
-// c_ij differs from p_ij in the R M pairs of a row and its positives only. Their share a_i o_im (1 - 2 p_ij) q_i is added
-// to G in f32 and in ascending order of i, so the result does not depend on who found them or when.
+// c_ij differs from p_ij in the R M pairs of a row and its positives only. Their share a_i o_im (1 - 2 p_ij) q_i is
+// added to G in f32 and in ascending order of i, so the result does not depend on who found them or when.
 //
 // Nothing is sorted beforehand: one warp of each block goes through all R M entries in order and lists those of the
-// block's rows in shared memory. Then each listed positive gets its weight from one warp, and threads that own a channel
-// each add the list to the rows. A block with more positives than a list holds, such as one with a row that all queries
-// chose, goes on with the next list, so that its work is spread over all its warps.
+// block's rows in shared memory. Then each listed positive gets its weight from one warp, and threads that own a
+// channel each add the list to the rows. A block with more positives than a list holds, such as one with a row that all
+// queries chose, goes on with the next list, so that its work is spread over all its warps.
 #pragma once
 #include "../tiles/rows.cuh"
 
@@ -27,8 +27,8 @@ struct PositiveList {
 };
 static_assert(sizeof(PositiveList) % 16 == 0);
 
-// Lists the positives of `rows` bank rows from `first` on, as many as fit, from entry `from` on. By one warp, with kAhead
-// loads under way in each lane.
+// Lists the positives of `rows` bank rows from `first` on, as many as fit, from entry `from` on. By one warp, with
+// kAhead loads under way in each lane.
 template <int kAhead>
 __device__ __forceinline__ void find_positives(const StepParams &params, PositiveList &list, int from, int64_t first,
                                                int rows, int lane) {

@@ -1,6 +1,6 @@
 // What bank_step does with whole rows of the bank, the same on every path: unit rows before the tile loop; tangent,
-// velocity, row and operand copy after it. A warp has several rows at once. One row after another would wait for each of
-// its sums; here their steps run under each other.
+// velocity, row and operand copy after it. A warp has several rows at once. One row after another would wait for
+// each of its sums; here their steps run under each other.
 #pragma once
 #include "../tiles/rows.cuh"
 

@@ -5,8 +5,9 @@
 // Overlap    as attend's: the scores of a tile and the second product of the tile before are both started, then the
 //            weights of this tile are computed while the second product is under way. lse is given, so there is no
 //            maximum; rows beyond R have weight 0, so no tile is masked.
-// Meanwhile  the copying thread asks for the block's velocity and for the bank rows of the block that will follow here in
-//            the L2 cache, a piece with every tile; the next warp finds and weighs the block's positives (positives.cuh).
+// Meanwhile  the copying thread asks for the block's velocity and for the bank rows of the block that will follow here
+//            in the L2 cache, a piece with every tile; the next warp finds and weighs the block's positives
+//            (positives.cuh).
 // Epilogue   G = sum_i a_i p_ij q_i goes through shared memory, all of it at once into the tiles' room; threads add the
 //            positives, and a warp finishes four whole rows at a time, two at P = 512 (row.cuh).
 // Proxies    products read the unit rows that threads stored, and TMA overwrites row terms that threads have read: both

@@ -10,8 +10,8 @@
 //            given, so no maximum is needed.
 // Bytes      reads 4 K C of the bank twice and of the velocity once, writes both once and 2 K P of operand; 2 R P of
 //            queries and 8 R M of positives per block from the L2 cache.
-// Flop       4 R K P (6 R K P at P = 512). Limits: K < 2^31; C <= 512; M <= 8; R M < 2^30; |q| below 6e4 in fp16; lse not smaller
-//            than the true one by more than 0.6 in fp16.
+// Flop       4 R K P (6 R K P at P = 512). Limits: K < 2^31; C <= 512; M <= 8; R M < 2^30; |q| below 6e4 in fp16; lse
+//            not smaller than the true one by more than 0.6 in fp16.
 #pragma once
 #include "../tiles/tile.cuh"
 #include "bank_step.h"
