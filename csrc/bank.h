@@ -90,16 +90,15 @@ void bank_select(const SelectParams &params, const Target &target);
 // p_ij = exp(s_ij / t - lse_i), c_ij = p_ij + sum_m o_im [j = positive_im] (1 - 2 p_ij),
 // g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j);  V <- mu V + g;  W <- W - eta V;  project: w_j <- w_j / |w_j|.
 struct StepParams {
-    float *bank;                    // [K, C] in and out
-    float *velocity;                // [K, C] in and out
-    void *bank_operand;             // [K, P] out: unit rows of the new bank, as bank_operand writes them; may be null
-    const void *queries;            // [R, P] operand
-    const float *exact_queries;     // [R, C]
-    const float *lse;               // [R]
-    const float *row_weight;        // [R], a_i
-    const int64_t *positive_row;    // [R * M] bank rows of all positives, ascending; entries outside [0, K) are ignored
-    const int64_t *positive_place;  // [R * M] the place of each of them in the flattened [R, M]
-    const float *positive_weight;   // [R, M], o_im
+    float *bank;                   // [K, C] in and out
+    float *velocity;               // [K, C] in and out
+    void *bank_operand;            // [K, P] out: unit rows of the new bank, as bank_operand writes them; may be null
+    const void *queries;           // [R, P] operand
+    const float *exact_queries;    // [R, C]; null if `queries` are exact
+    const float *lse;              // [R]
+    const float *row_weight;       // [R], a_i
+    const int64_t *positive;       // [R, M], R M < 2^31; entries outside [0, K) are ignored
+    const float *positive_weight;  // [R, M], o_im
     void *workspace;
     int64_t rows, bank_rows;
     int channels, positives;  // C, M

@@ -15,7 +15,7 @@ Time     python tools/bench/ops.py bank_step
 Keep     the errors within tests/ops/tolerances.py; the same bits from launch to launch, also if many rows share a
          positive; neither [R, K] nor a [K, C] gradient in memory; `skip` and `lr` read on the device; the operand that
          it writes is that of the bank as it then is; the host never waits for the device
-Free     tile shapes, the order of tiles, the order of sums, the dtype of products, how positives are sorted
+Free     tile shapes, the order of tiles, the order of sums, the dtype of products, how positives are found
 
 Legend: R query rows, K bank rows, C channels, P padded channels, M positives per row; a tile is k bank rows by r query
 rows.
@@ -277,27 +277,29 @@ def step_cuda_(
     many = 0 if positives is None or rows == 0 else positives.shape[1]
     if many > kernels._C.max_positives:
         raise ValueError(f"{OP}: positives: found M = {many}, expected at most {kernels._C.max_positives}")
+    if rows * many >= 2**30:
+        raise ValueError(f"{OP}: positives: found R M = {rows * many}, expected below 2^30")
     target = kernels.target_for(bank.device)
     dtype = kernels.operand_dtype(queries, target) if operand is None else operand.dtype
     if operand is not None:
         kernels.check_layout(operand, bank)
     exact_bank, exact_velocity = bank.contiguous(), velocity.contiguous()
-    sorted_rows = places = weights = None
+    # Rows in the dtype of the products are exact there.
+    products = kernels.row_operand(queries, dtype, target)
+    chosen = weights = None
     if many > 0 and positives is not None and positive_weight is not None:
-        sorted_rows, places = positives.flatten().long().sort(stable=True)  # the order of the rows i within a bank row
-        weights = positive_weight.float().contiguous()
+        chosen, weights = positives.long().contiguous(), positive_weight.float().contiguous()
     kernels.launch(
         "bank_step",
         target,
         bank=exact_bank,
         velocity=exact_velocity,
         bank_operand=operand,
-        queries=kernels.row_operand(queries, dtype, target),
-        exact_queries=queries.float().contiguous(),
+        queries=products,
+        exact_queries=None if queries.dtype == dtype else queries.float().contiguous(),
         lse=lse.float().contiguous(),
         row_weight=row_weight.float().contiguous(),
-        positive_row=sorted_rows,
-        positive_place=places,
+        positive=chosen,
         positive_weight=weights,
         workspace=kernels.workspace(kernels._C.bank_step_workspace(rows), bank),
         rows=rows,

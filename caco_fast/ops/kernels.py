@@ -3,13 +3,15 @@
 Products run in fp16 for fp16 rows and in bf16 for all others; on GPUs of sm_70 to 75 they run in fp16 for all. Sums are
 f32; bank and velocity stay f32. The similarity that `bank_select` returns, and its choice between rows that rounding
 leaves in question, are f32. Queries that enter products in fp16 must be shorter than 6e4. Calls only enqueue work on
-the current stream: they may be captured in a CUDA graph.
+the current stream: they may be captured in a CUDA graph, after a first call of the same kind outside of it, for CUDA
+loads a kernel when it is first called. (The trainer launches some steps before it captures one.)
 
 Memory beside the results (P: C rounded up to 64, 128, 256 or 512), from torch's allocator:
     unit rows of the bank  2 K P bytes, unless the caller holds them and passes `operand`
     attend                 2 R P, and 4 R P + 16 R for each part of the bank (64 at most, few when R is large)
     select                 2 R P, and 64 R for each part
-    step                   2 R P, 8 R with R rounded up to 384, and the sort of R M positives
+    step                   2 R P, and 8 R with R rounded up to 384
+    Queries and keys in the dtype of the products need no 2 R P if C = P.
 
 Legend: R query or key rows, K bank rows, C channels, M positives per row, P padded channels.
 """
@@ -133,7 +135,10 @@ def write_operand(operand: Tensor, rows: Tensor, unit: bool, target: _C.Target) 
 
 
 def row_operand(rows: Tensor, dtype: torch.dtype, target: _C.Target) -> Tensor:
-    """Queries or keys [R, C] as the matrix products take them. [R, P]"""
+    """Queries or keys [R, C] as the matrix products take them: a copy, or the rows if they are that already. [R, P]"""
+    ready = rows.dtype == dtype and rows.shape[1] == _C.padded_channels(rows.shape[1])
+    if ready and rows.is_contiguous() and rows.data_ptr() % 16 == 0:
+        return rows
     operand = empty_operand(rows, dtype)
     write_operand(operand, rows, unit=False, target=target)
     return operand

@@ -1,96 +1,132 @@
-// The end of a bank step for one row, the same on every path: positives, tangent, velocity, row, operand copy.
+// What bank_step does with whole rows of the bank, the same on every path: unit rows before the tile loop; tangent,
+// velocity, row and operand copy after it. A warp has several rows at once. One row after another would wait for
+// each of its sums; here their steps run under each other.
 #pragma once
 #include "../tiles/rows.cuh"
 
 namespace caco {
 
-// The first place in keys [count], ascending, whose key is not less than `key`. A warp searches together, 32 probes a
-// round.
-__device__ __forceinline__ int64_t warp_lower_bound(const int64_t *__restrict__ keys, int64_t count, int64_t key,
-                                                    int lane) {
-    int64_t low = 0, high = count;  // keys before low are less, keys from high on are not
-    while (low < high) {
-        const int64_t step = (high - low + 31) / 32, at = low + (lane + 1) * step - 1;
-        const unsigned less = __ballot_sync(kFullWarp, at < high && keys[at] < key);
-        low += __popc(less) * step;
-        high = low + step - 1 < high ? low + step - 1 : high;
-    }
-    return low;
+// |row|^-1 of each.
+template <int kPadded, int kCount>
+__device__ __forceinline__ void inverse_norms(float (&inverse)[kCount], const Row<kPadded> (&row)[kCount]) {
+#pragma unroll
+    for (int n = 0; n < kCount; n++) inverse[n] = row[n].part_of_dot(row[n]);
+    warp_sums(inverse);
+#pragma unroll
+    for (float &value : inverse) value = inverse_root(value);
 }
 
-struct Span {
-    int64_t begin, end;
-};
-
-// The places in positive_row of the bank rows first .. last - 1.
-__device__ __forceinline__ Span positives_of(const StepParams &params, int64_t first, int64_t last, int lane) {
-    const int64_t count = params.rows * params.positives;
-    return {warp_lower_bound(params.positive_row, count, first, lane),
-            warp_lower_bound(params.positive_row, count, last, lane)};
-}
-
-// A row of bank and velocity before the step, by one warp: loaded apart from step_row, so that the memory is waited for
-// while the row before is finished. Rows from `end` on read as zeros.
-template <int kPadded>
-struct RowBefore {
-    Row<kPadded> row, speed;
-
-    __device__ __forceinline__ void load(const StepParams &params, int64_t j, int64_t end, int lane) {
-        const int channels = j < end ? params.channels : 0;
-        row.load(params.bank + j * params.channels, channels, lane);
-        speed.load(params.velocity + j * params.channels, channels, lane);
-    }
-};
-
-// Row j of bank and velocity, by one warp. `pulled` is sum_i a_i p_ij q_i; `span` covers at least row j's positives.
-//
-// c_ij differs from p_ij in the R M pairs of a row and its positives only; their share a_i o_im (1 - 2 p_ij) q_i is
-// added here in f32, in ascending order of i. As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G -
-// (G . u) u.
-template <class T, int kPadded>
-__device__ __forceinline__ void step_row(const StepParams &params, int64_t j, const RowBefore<kPadded> &before,
-                                         Row<kPadded> pulled, Span span, int lane) {
-    float *bank = params.bank + j * params.channels, *velocity = params.velocity + j * params.channels;
-    Row<kPadded> row = before.row, speed = before.speed;
-    const float inverse_norm = row.inverse_norm();
-    if (params.skip != nullptr && *params.skip != 0.f) {
-        if (params.bank_operand == nullptr) return;
-        return row.store_operand(static_cast<T *>(params.bank_operand) + j * kPadded, inverse_norm, lane);
-    }
-    Row<kPadded> unit;
+// Unit rows of the bank from first_row on in operand type, kRows of them by kWarps warps, kAtOnce at a time: calls
+// store(row, channel, operands) for each group of neighbouring channels. Zeros beyond the bank.
+template <class T, int kPadded, int kRows, int kWarps, int kAtOnce, class Store>
+__device__ __forceinline__ void make_unit_rows(const StepParams &params, int64_t first_row, int warp, int lane,
+                                               Store &&store) {
+    static_assert(kRows % (kWarps * kAtOnce) == 0, "each warp makes the same number");
+    const bool aligned = rows_are_aligned(params.bank, params.channels);
+#pragma unroll 1
+    for (int r = warp; r < kRows; r += kWarps * kAtOnce) {
+        Row<kPadded> row[kAtOnce];
+        float inverse[kAtOnce];
 #pragma unroll
-    for (int c = 0; c < row.kValues; c++) unit.value[c] = row.value[c] * inverse_norm;
-
-    for (int64_t first = span.begin; first < span.end; first += 32) {
-        const bool mine = first + lane < span.end && params.positive_row[first + lane] == j;
-        for (unsigned left = __ballot_sync(kFullWarp, mine); left != 0; left &= left - 1) {
-            const int64_t place = params.positive_place[first + __ffs(left) - 1];
-            const int64_t i = place / params.positives;
-            Row<kPadded> query;
-            query.load(params.exact_queries + i * params.channels, params.channels, lane);
-            const float p = expf(query.dot(unit) / params.temperature - params.lse[i]);
-            const float pull = params.row_weight[i] * params.positive_weight[place] * (1.f - 2.f * p);
+        for (int n = 0; n < kAtOnce; n++) {
+            const int64_t j = first_row + r + n * kWarps;
+            row[n].load(params.bank + j * params.channels, j < params.bank_rows ? params.channels : 0, lane, aligned);
+        }
+        inverse_norms(inverse, row);
 #pragma unroll
-            for (int c = 0; c < row.kValues; c++) pulled.value[c] = fmaf(pull, query.value[c], pulled.value[c]);
+        for (int n = 0; n < kAtOnce; n++) {
+#pragma unroll
+            for (int i = 0; i < row[n].kValues; i += row[n].kTogether) {
+                store(r + n * kWarps, row[n].channel(i, lane), row[n].template operands<T>(i, inverse[n]));
+            }
         }
     }
+}
 
-    const float along = pulled.dot(unit), scale = -inverse_norm / params.temperature, lr = *params.lr;
+// What all rows share, read once.
+struct StepRate {
+    float lr, momentum, inverse_temperature;
+    bool skip, aligned;
+
+    __device__ __forceinline__ explicit StepRate(const StepParams &params)
+        : lr(*params.lr),
+          momentum(params.momentum),
+          inverse_temperature(1.f / params.temperature),
+          skip(params.skip != nullptr && *params.skip != 0.f),
+          aligned(rows_are_aligned(params.bank, params.channels) &&
+                  rows_are_aligned(params.velocity, params.channels)) {}
+};
+
+// kCount rows of bank and velocity before the step, by one warp: loaded apart from finish, so that the memory is waited
+// for while the rows before are finished. The caller says which rows by row(n); those from `end` on read as zeros.
+template <int kPadded, int kCount>
+struct RowsBefore {
+    Row<kPadded> row[kCount], speed[kCount];
+
+    template <class RowAt>
+    __device__ __forceinline__ void load(const StepParams &params, const StepRate &rate, RowAt &&row_at, int64_t end,
+                                         int lane) {
 #pragma unroll
-    for (int c = 0; c < row.kValues; c++) {
-        const float gradient = scale * (pulled.value[c] - along * unit.value[c]);
-        speed.value[c] = fmaf(params.momentum, speed.value[c], gradient);
-        row.value[c] = fmaf(-lr, speed.value[c], row.value[c]);
+        for (int n = 0; n < kCount; n++) {
+            const int64_t j = row_at(n);
+            const int channels = j < end ? params.channels : 0;
+            row[n].load(params.bank + j * params.channels, channels, lane, rate.aligned);
+            speed[n].load(params.velocity + j * params.channels, channels, lane, rate.aligned);
+        }
     }
-    if (params.project) {
-        const float rescale = row.inverse_norm();
+};
+
+// Rows row_at(n) < end of bank and velocity, by one warp. `pulled` is G_j = sum_i a_i c_ij q_i.
+//
+// As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G - (G . u) u.
+template <class T, int kPadded, int kCount, class RowAt>
+__device__ __forceinline__ void step_rows(const StepParams &params, const StepRate &rate,
+                                          const RowsBefore<kPadded, kCount> &before, Row<kPadded> (&pulled)[kCount],
+                                          RowAt &&row_at, int64_t end, int lane) {
+    Row<kPadded> row[kCount];
+    float inverse[kCount], along[kCount];
 #pragma unroll
-        for (int c = 0; c < row.kValues; c++) row.value[c] *= rescale;
+    for (int n = 0; n < kCount; n++) {
+        row[n] = before.row[n];
+        along[n] = pulled[n].part_of_dot(row[n]);
     }
-    speed.store(velocity, params.channels, lane);
-    row.store(bank, params.channels, lane);
+    inverse_norms(inverse, row);
+    if (!rate.skip) {
+        warp_sums(along);
+#pragma unroll
+        for (int n = 0; n < kCount; n++) {
+            const float scale = -inverse[n] * rate.inverse_temperature, of_row = along[n] * inverse[n] * inverse[n];
+            Row<kPadded> speed = before.speed[n];
+#pragma unroll
+            for (int c = 0; c < row[n].kValues; c++) {
+                const float gradient = scale * fmaf(-of_row, row[n].value[c], pulled[n].value[c]);
+                speed.value[c] = fmaf(rate.momentum, speed.value[c], gradient);
+                row[n].value[c] = fmaf(-rate.lr, speed.value[c], row[n].value[c]);
+            }
+            const int64_t j = row_at(n);
+            if (j < end) speed.store(params.velocity + j * params.channels, params.channels, lane, rate.aligned);
+        }
+        if (params.project) {
+            inverse_norms(inverse, row);
+#pragma unroll
+            for (int n = 0; n < kCount; n++) {
+#pragma unroll
+                for (float &value : row[n].value) value *= inverse[n];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kCount; n++) {
+            const int64_t j = row_at(n);
+            if (j < end) row[n].store(params.bank + j * params.channels, params.channels, lane, rate.aligned);
+        }
+        if (params.bank_operand != nullptr) inverse_norms(inverse, row);
+    }
     if (params.bank_operand == nullptr) return;
-    row.store_operand(static_cast<T *>(params.bank_operand) + j * kPadded, row.inverse_norm(), lane);
+#pragma unroll
+    for (int n = 0; n < kCount; n++) {
+        const int64_t j = row_at(n);
+        if (j < end) row[n].store_operand(static_cast<T *>(params.bank_operand) + j * kPadded, inverse[n], lane);
+    }
 }
 
 }  // namespace caco

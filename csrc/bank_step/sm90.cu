@@ -5,15 +5,19 @@
 // Overlap    as attend's: the scores of a tile and the second product of the tile before are both started, then the
 //            weights of this tile are computed while the second product is under way. lse is given, so there is no
 //            maximum; rows beyond R have weight 0, so no tile is masked.
-// Epilogue   G = sum_i a_i p_ij q_i goes through shared memory, all of it at once into the tiles' room, and a warp
-//            finishes whole rows (row.cuh).
+// Meanwhile  the copying thread asks for the block's velocity and for the bank rows of the block that will follow here
+//            in the L2 cache, a piece with every tile; the next warp finds and weighs the block's positives
+//            (positives.cuh).
+// Epilogue   G = sum_i a_i p_ij q_i goes through shared memory, all of it at once into the tiles' room; threads add the
+//            positives, and a warp finishes four whole rows at a time, two at P = 512 (row.cuh).
 // Proxies    products read the unit rows that threads stored, and TMA overwrites row terms that threads have read: both
 //            are behind async_proxy_fence and a barrier. Copies and products that have been waited for need none.
 // Bytes      reads 4 K C of the bank twice (the second time likely from L2) and of the velocity once, writes both once
-//            and 2 K P of operand; 2 R P of queries per block from the L2 cache.
+//            and 2 K P of operand; 2 R P of queries and 8 R M of positives per block from the L2 cache.
 // Flop       4 R K P (6 R K P at P = 512). Limits: as sm80's, see tiles.cuh.
 #include "../tiles/sm90.cuh"
 #include "bank_step.h"
+#include "positives.cuh"
 #include "row.cuh"
 
 namespace caco::sm90 {
@@ -22,44 +26,20 @@ namespace {
 template <class Tile>
 struct StepShape {
     static constexpr int kTermsBytes = Tile::kColumns * int(sizeof(RowTerms));  // per stage
-    static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kStages * kTermsBytes;
+    static constexpr int kListAt = Tile::kSharedBytes + Tile::kStages * kTermsBytes;
+    static constexpr int kSharedBytes = kListAt + int(sizeof(PositiveList));
     static constexpr int kWarps = 4 * kComputeWarpgroups;
     static constexpr int kRowsAtOnce = 8;  // of the bank, that a warp loads before it uses the first
+    static constexpr int kRowsFinished = Tile::kPadded == 512 ? 2 : 4;  // at once
     // A row of the staged accumulator; 8 more floats send the four rows of a store phase to different banks.
     static constexpr int kStagedFloats = Tile::kPadded + 8;
     static_assert(Tile::kRows * kStagedFloats * 4 <= Tile::kTileBytes, "the accumulator fits the tiles' room");
     static_assert(kSharedBytes <= 227 * 1024, "sm_90 has 227 KB per block");
     static_assert(kRowTermsPad % Tile::kColumns == 0, "a tile of row terms is never ragged");
     static_assert(kRowTermsOffset % 16 == 0 && kTermsBytes % 16 == 0, "what a copy asks for");
-    static_assert(Tile::kRows % (kWarps * kRowsAtOnce) == 0, "each warp makes the same number of unit rows");
 };
 
 #ifdef CACO_SM90A
-
-// The unit rows of the bank from first_row on into the resident tile, for products; zeros beyond the bank. By warp
-// number `warp` of the computing ones.
-template <class Tile>
-__device__ __forceinline__ void make_resident(const Tile &tile, const StepParams &params, int64_t first_row, int warp) {
-    using Shape = StepShape<Tile>;
-#pragma unroll 1
-    for (int r = warp; r < Tile::kRows; r += Shape::kWarps * Shape::kRowsAtOnce) {
-        Row<Tile::kPadded> row[Shape::kRowsAtOnce];
-#pragma unroll
-        for (int n = 0; n < Shape::kRowsAtOnce; n++) {
-            const int64_t j = first_row + r + n * Shape::kWarps;
-            row[n].load(params.bank + j * params.channels, j < params.bank_rows ? params.channels : 0, tile.lane);
-        }
-#pragma unroll
-        for (int n = 0; n < Shape::kRowsAtOnce; n++) {
-            const float inverse_norm = row[n].inverse_norm();
-#pragma unroll
-            for (int c = 0; c < row[n].kValues; c++) {
-                store_for_products(tile.resident(r + n * Shape::kWarps, tile.lane + 32 * c),
-                                   from_float<typename Tile::T>(row[n].value[c] * inverse_norm));
-            }
-        }
-    }
-}
 
 // Scores become 2^14 a_i p_ij / max |a|.
 template <class Tile>
@@ -78,21 +58,43 @@ __device__ __forceinline__ void weigh(const Tile &tile, typename Tile::Scores &s
 
 #endif
 
+// Asks for rows first .. end - 1 of `rows` in the L2 cache, in `pieces` calls, of which this is number `piece`.
+__device__ __forceinline__ void prefetch_piece(const float *rows, int64_t first, int64_t end, int channels, int pieces,
+                                               int piece) {
+    if (first >= end || !rows_are_aligned(rows, channels)) return;
+    const int units = int(end - first) * channels / 4;  // of 16 bytes
+    const int most = (units + pieces - 1) / pieces, left = units - piece * most;
+    if (left > 0) bulk_prefetch(rows + first * channels + 4 * piece * most, 16 * (left < most ? left : most));
+}
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_constant__ TensorMap queries,  // [R, P]
                                                                  const __grid_constant__ StepParams params,
-                                                                 int tiles) {  // of queries
+                                                                 int tiles,  // of queries
+                                                                 int blocks_at_once) {
 #ifdef CACO_SM90A
     using Shape = StepShape<Tile>;
+    using T = typename Tile::T;
     char *memory = shared_memory();
     const Tile tile(memory);
-    const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows;
+    auto end_of = [&](int64_t first) {
+        return first + Tile::kRows < params.bank_rows ? first + Tile::kRows : params.bank_rows;
+    };
+    const int64_t first_row = int64_t(blockIdx.x) * Tile::kRows, end = end_of(first_row);
+    const int rows = int(end - first_row);
+    const int total = int(params.rows) * params.positives;
     auto terms = [&](int stage) { return memory + Tile::kSharedBytes + stage * Shape::kTermsBytes; };
+    PositiveList &list = *reinterpret_cast<PositiveList *>(memory + Shape::kListAt);
+    Mbarrier *listed = tile.resident_full();  // nothing is copied into the resident tile
 
     auto start_copies = [&] {
         const char *all_terms = static_cast<const char *>(params.workspace) + kRowTermsOffset;
+        // The block that is likely to follow here; only it will write its rows.
+        const int64_t following = first_row + int64_t(blocks_at_once) * Tile::kRows;
         auto copy_terms = [&](int64_t t, int stage) {
             bulk_load(terms(stage), all_terms + t * Shape::kTermsBytes, Shape::kTermsBytes, tile.full(stage));
+            prefetch_piece(params.velocity, first_row, end, params.channels, tiles, int(t));
+            prefetch_piece(params.bank, following, end_of(following), params.channels, tiles, int(t));
         };
         tile.template copy_stream<false, Shape::kTermsBytes>(&queries, 0, tiles, copy_terms);
     };
@@ -101,6 +103,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_co
         typename Tile::Scores s;
         typename Tile::Weights weights;
         Turn<Tile::kStages> turn;
+        const int thread = int(threadIdx.x) - kWarpgroupThreads;
         const int warp = int(threadIdx.x - kWarpgroupThreads) / 32;
         const float scale = kLog2E / params.temperature;  // as a parameter of the kernel it made ptxas spill
         // A barrier that has completed: see ../bank_attend/sm90.cu.
@@ -110,7 +113,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_co
             hold();
         };
 
-        make_resident(tile, params, first_row, warp);
+        using Operands = typename Row<Tile::kPadded>::Operands;
+        make_unit_rows<T, Tile::kPadded, Tile::kRows, Shape::kWarps, Shape::kRowsAtOnce>(
+            params, first_row, warp, tile.lane, [&](int row, int channel, const Operands &operands) {
+                store_for_products(reinterpret_cast<Operands *>(tile.resident(row, channel)), operands);
+            });
         async_proxy_fence();
         tile.barrier();
 
@@ -143,12 +150,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_co
         wgmma_wait<0>(o);
 
         const float factor = *static_cast<const float *>(params.workspace);
-        const Span span = positives_of(params, first_row, first_row + Tile::kRows, tile.lane);
-        const int64_t end = first_row + Tile::kRows < params.bank_rows ? first_row + Tile::kRows : params.bank_rows;
-        RowBefore<Tile::kPadded> next;
-        next.load(params, first_row + warp, end, tile.lane);
+        const StepRate rate(params);
+        constexpr int kAtOnce = Shape::kRowsFinished, kTurn = Shape::kWarps * kAtOnce;
+        auto rows_from = [&](int r) { return [=](int n) { return first_row + r + n * Shape::kWarps; }; };
+        RowsBefore<Tile::kPadded, kAtOnce> next;
+        next.load(params, rate, rows_from(warp), end, tile.lane);
         float *staged = reinterpret_cast<float *>(memory);  // [kRows, kStagedFloats]
-        tile.barrier();                                     // all products are done with the tiles
+        mbarrier_wait(listed, 0);
+        tile.barrier();  // all products are done with the tiles
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -157,16 +166,41 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_co
                     make_float2(o[n][2 * half] * factor, o[n][2 * half + 1] * factor);
             }
         }
+        bool weighed = list.count <= kFewPositives;
+        while (true) {
+            if (!weighed) weigh_positives<T, Tile::kPadded, 8>(params, list, first_row, warp, Shape::kWarps, tile.lane);
+            tile.barrier();
+            add_positives<T, Tile::kPadded, 16>(params, list, staged, Shape::kStagedFloats, thread,
+                                                kWarpgroupThreads * kComputeWarpgroups, [](int row) { return row; });
+            const int next_entry = list.next;
+            if (next_entry >= total) break;
+            tile.barrier();
+            if (warp == 0) find_positives<4>(params, list, next_entry, first_row, rows, tile.lane);
+            tile.barrier();
+            weighed = false;
+        }
         tile.barrier();
-        for (int r = warp; first_row + r < end; r += Shape::kWarps) {
-            const RowBefore<Tile::kPadded> before = next;
-            next.load(params, first_row + r + Shape::kWarps, end, tile.lane);
-            Row<Tile::kPadded> pulled;
-            pulled.load(staged + r * Shape::kStagedFloats, Tile::kPadded, tile.lane);
-            step_row<typename Tile::T>(params, first_row + r, before, pulled, span, tile.lane);
+#pragma unroll 1
+        for (int r = warp; first_row + r < end; r += kTurn) {
+            const RowsBefore<Tile::kPadded, kAtOnce> before = next;
+            next.load(params, rate, rows_from(r + kTurn), end, tile.lane);
+            Row<Tile::kPadded> pulled[kAtOnce];
+#pragma unroll
+            for (int n = 0; n < kAtOnce; n++) {
+                pulled[n].load(staged + (r + n * Shape::kWarps) * Shape::kStagedFloats, Tile::kPadded, tile.lane, true);
+            }
+            step_rows<T>(params, rate, before, pulled, rows_from(r), end, tile.lane);
         }
     };
-    tile.run(start_copies, compute);
+    auto find = [&] {
+        const int lane = tile.lane;
+        find_positives<2>(params, list, 0, first_row, rows, lane);
+        __syncwarp();
+        if (list.count <= kFewPositives) weigh_positives<T, Tile::kPadded, 1>(params, list, first_row, 0, 1, lane);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(listed);
+    };
+    tile.run(start_copies, compute, find);
 #endif
 }
 
@@ -193,7 +227,7 @@ void BankStep<Path::kSm90>::enqueue(const StepParams &params, const Target &targ
         const dim3 grid(static_cast<unsigned>(ceil_div(params.bank_rows, Shape::kRows)));
         launch("bank_step", sm90::step_kernel<Shape>, grid, Shape::kThreads, kSharedBytes, target.stream,
                make_tensor_map(params.queries, params.rows, Shape::kPadded, params.type, Shape::kColumns), params,
-               int(ceil_div(params.rows, Shape::kColumns)));
+               int(ceil_div(params.rows, Shape::kColumns)), target.multiprocessors);
     });
 }
 

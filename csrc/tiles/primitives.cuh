@@ -51,6 +51,9 @@ __device__ __forceinline__ T from_float(float x) {
     else return __float2half(x);
 }
 
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
 // How the operand B of mma.m8n8k4 lies.
 enum LayoutOfB { kColumnsOfB, kRowsOfB };
 

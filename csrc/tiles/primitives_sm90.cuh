@@ -155,6 +155,12 @@ __device__ __forceinline__ void bulk_load(void *to, const void *from, int bytes,
                  : "memory");
 }
 
+// Asks for so many bytes of global memory in the L2 cache; address and size are multiples of 16. Nobody waits for them.
+__device__ __forceinline__ void bulk_prefetch(const void *from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+                 : "memory");
+}
+
 // A store to shared memory that products will read. TMA and wgmma are of another proxy than a thread's own loads and
 // stores: they see it once the thread that stored has called async_proxy_fence, and a barrier has told the others.
 template <class T>

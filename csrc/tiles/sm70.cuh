@@ -26,6 +26,8 @@ struct Instructions {
     __device__ static __forceinline__ int row_of(int half_row, int half) {
         return (half_row & 1) + 2 * half + 2 * (half_row & 2) + 2 * (half_row & 4);
     }
+    __device__ static __forceinline__ int half_of(int row) { return row >> 1 & 1; }
+    __device__ static __forceinline__ int half_row_of(int row) { return (row & 1) + (row >> 1 & 6); }
     __device__ static __forceinline__ int pair(int lane) { return lane & 6; }
     // Fragment n = 8 N + 4 j + 2 f + b; see accumulate.
     __device__ static __forceinline__ int channel(int lane, int n) {

@@ -16,6 +16,8 @@ struct Instructions {
     static constexpr int kRowLane = 1;
     __device__ static __forceinline__ int half_row(int lane) { return lane / 4; }
     __device__ static __forceinline__ int row_of(int half_row, int half) { return half_row + 8 * half; }
+    __device__ static __forceinline__ int half_of(int row) { return row / 8; }
+    __device__ static __forceinline__ int half_row_of(int row) { return row % 8; }
     __device__ static __forceinline__ int pair(int lane) { return 2 * (lane % 4); }
     __device__ static __forceinline__ int channel(int lane, int n) { return 8 * n + pair(lane); }
 

@@ -86,9 +86,10 @@ struct Tile {
     }
 
 #ifdef CACO_SM90A
-    // The block's whole work: start_copies() by one thread of the first warpgroup, compute() by the other two.
-    template <class StartCopies, class Compute>
-    __device__ __forceinline__ void run(StartCopies &&start_copies, Compute &&compute) const {
+    // The block's whole work: start_copies() by one thread of the first warpgroup, help() by its second warp, compute()
+    // by the other two warpgroups.
+    template <class StartCopies, class Compute, class Help>
+    __device__ __forceinline__ void run(StartCopies &&start_copies, Compute &&compute, Help &&help) const {
         if (threadIdx.x == 0) {
             for (int at = 0; at < kStages; at++) {
                 mbarrier_init(full(at), 1);
@@ -101,10 +102,15 @@ struct Tile {
         if (threadIdx.x < kWarpgroupThreads) {
             give_registers_back<kProducerRegisters>();
             if (threadIdx.x == 0) start_copies();
+            else if (threadIdx.x / 32 == 1) help();
         } else {
             take_registers<kComputeRegisters>();
             compute();
         }
+    }
+    template <class StartCopies, class Compute>
+    __device__ __forceinline__ void run(StartCopies &&start_copies, Compute &&compute) const {
+        run(start_copies, compute, [] {});
     }
 
     // Starts the copy of the resident rows from first_row on.

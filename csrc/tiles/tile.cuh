@@ -15,7 +15,7 @@
 // column of 8 consecutive rows falls into 8 different groups of banks.
 //
 // Instructions (sm70.cuh, sm80.cuh) have: kCompiled, kWarps, kStages, columns(P), kMostTileBytes, kMostBytes,
-// kLoadsAhead; the places of a lane's elements (half_row, row_of, pair, channel, kRowLane); CopyResident, stream, scores
+// kLoadsAhead; the places of a lane's elements (half_row, row_of, half_of, half_row_of, pair, channel, kRowLane); CopyResident, stream, scores
 // and accumulate.
 #pragma once
 #include "rows.cuh"
@@ -74,6 +74,11 @@ struct Tile {
     __device__ __forceinline__ int half_row() const { return 8 * row_group + Instructions::half_row(lane); }
     __device__ static __forceinline__ int row_of(int half_row, int half) {
         return half_row / 8 * 16 + Instructions::row_of(half_row % 8, half);
+    }
+    // The other way round: the half and the half_row of a resident row.
+    __device__ static __forceinline__ int half_of(int row) { return Instructions::half_of(row % 16); }
+    __device__ static __forceinline__ int half_row_of(int row) {
+        return row / 16 * 8 + Instructions::half_row_of(row % 16);
     }
     __device__ __forceinline__ int row(int half) const {
         return 16 * row_group + Instructions::row_of(Instructions::half_row(lane), half);

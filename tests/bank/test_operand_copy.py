@@ -17,6 +17,8 @@ from tests.ops.cases import unit_rows
 SIZE, DIM, ROWS = 70, 64, 10
 # Launches of an attend: queries, attend, merge, and the bank where there is no copy.
 WITH_COPY, WITHOUT_COPY = 3, 4
+# Of the queries there is none if they are what the products take.
+AS_THEY_ARE = 1
 KINDS = {"learnable": LearnableBank, "sharded": ShardedBank, "queue": KeyQueue}
 
 
@@ -60,7 +62,8 @@ def test_attend_decides_its_dtype_and_select_reads_it(cuda_ops, emulated):
     bank.select(queries)
     assert bank.operand.rows is None
     only_fp16 = not cuda_ops.target_for(queries.device).takes_bfloat16
-    assert [launches(emulated, bank, queries.half()) for _ in range(2)] == [WITHOUT_COPY, WITH_COPY]
+    found = [launches(emulated, bank, queries.half()) for _ in range(2)]
+    assert found == [WITHOUT_COPY - AS_THEY_ARE, WITH_COPY - AS_THEY_ARE]
     assert bank.operand.rows.dtype == torch.float16
     assert launches(emulated, bank, queries) == (WITH_COPY if only_fp16 else WITHOUT_COPY)
     emulated.take_counters()
@@ -77,7 +80,8 @@ def test_a_step_writes_it(cuda_ops, emulated, norm, channels, dtype):
     bank, queries = make(dim=channels, norm=norm), unit_rows(ROWS, channels, dtype)
     for skip in (None, torch.tensor(0.0), torch.tensor(1.0)):
         step(bank, queries, skip)
-        assert launches(emulated, bank, queries) == WITH_COPY
+        ready = channels != 80 and queries.dtype == bank.operand.rows.dtype
+        assert launches(emulated, bank, queries) == WITH_COPY - ready * AS_THEY_ARE
         assert_current(bank, queries)
 
 
@@ -85,7 +89,7 @@ def test_a_step_of_the_other_dtype_renews_it(cuda_ops, emulated):
     bank, queries = make(), unit_rows(ROWS, DIM)
     bank.attend(queries.half(), 0.1)
     step(bank, queries.bfloat16())
-    assert launches(emulated, bank, queries.half()) == WITH_COPY
+    assert launches(emulated, bank, queries.half()) == WITH_COPY - AS_THEY_ARE
     assert_current(bank, queries.half())
 
 
@@ -216,18 +220,25 @@ def test_a_capture_makes_none_and_does_not_believe_a_stale_one(cuda_ops, emulate
     assert not bank.operand.is_current(bank.bank)
 
 
-def test_a_capture_reads_and_writes_the_one_that_is_current(cuda_ops, emulated, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_a_step_reads_and_writes_the_one_that_is_current(cuda_ops, emulated, monkeypatch, captured):
     """Attend, select and step convert their queries and nothing else: the step writes the copy, once."""
     bank, queries = make(), unit_rows(ROWS, DIM)
     step(bank, queries)
-    converted = []
+    where = bank.operand.rows.data_ptr()
+    launched = []
     launch = cuda_ops.launch
-    monkeypatch.setattr(
-        cuda_ops, "launch", lambda name, *rest, **fields: converted.append(name) or launch(name, *rest, **fields)
-    )
-    monkeypatch.setattr(cuda_ops, "capturing", lambda device: True)
+
+    def recorded(name: str, target: object, **fields: object) -> None:
+        launched.append((name, fields.get("normalise"), fields.get("bank_operand")))
+        launch(name, target, **fields)
+
+    monkeypatch.setattr(cuda_ops, "launch", recorded)
+    monkeypatch.setattr(cuda_ops, "capturing", lambda device: captured)
     step(bank, queries)
-    assert converted.count("bank_operand") == 3 and converted.count("bank_step") == 1
+    assert [name for name, *_ in launched].count("bank_operand") == 3
+    assert not any(unit for name, unit, _ in launched if name == "bank_operand"), "no pass over the bank"
+    assert [operand.data_ptr() for name, _, operand in launched if name == "bank_step"] == [where]
     assert bank.operand.is_current(bank.bank)
     assert_current(bank, queries)
 

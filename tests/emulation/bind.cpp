@@ -23,6 +23,7 @@ void bind_emulation(py::module_ &m) {
         take("bank_conflicts", emu::counters.bank_conflicts);
         take("async_copies", emu::counters.async_copies);
         take("bulk_copies", emu::counters.bulk_copies);
+        take("prefetches", emu::counters.prefetches);
         take("barriers", emu::counters.barriers);
         return counts;
     });

@@ -22,14 +22,13 @@ struct Problem {
     int channels;
     caco::OperandType type;
     std::vector<float> queries, bank, velocity, row_weight, positive_weight;
-    std::vector<int64_t> positive_row, positive_place;  // ascending by bank row
-    std::vector<int64_t> positives;                     // [R, M]
+    std::vector<int64_t> positives;  // [R, M]
 };
 
 Problem make_problem(int64_t rows, int64_t bank_rows, int channels, caco::OperandType type) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
-    Problem p{rows, bank_rows, channels, type, {}, {}, {}, {}, {}, {}, {}, {}};
+    Problem p{rows, bank_rows, channels, type, {}, {}, {}, {}, {}, {}};
     for (int64_t i = 0; i < rows * channels; i++) p.queries.push_back(normal(random) / std::sqrt(float(channels)));
     for (int64_t i = 0; i < bank_rows * channels; i++) p.bank.push_back(normal(random));
     for (int64_t i = 0; i < bank_rows * channels; i++) p.velocity.push_back(0.01f * normal(random));
@@ -37,11 +36,6 @@ Problem make_problem(int64_t rows, int64_t bank_rows, int channels, caco::Operan
     for (int64_t i = 0; i < rows * kPositives; i++) {
         p.positives.push_back(random() % bank_rows);
         p.positive_weight.push_back(0.5f);
-    }
-    for (int64_t j = 0; j < bank_rows; j++) {
-        for (int64_t place = 0; place < rows * kPositives; place++) {
-            if (p.positives[place] == j) p.positive_row.push_back(j), p.positive_place.push_back(place);
-        }
     }
     return p;
 }
@@ -89,26 +83,9 @@ Result run(const Problem &p, caco::Path path) {
                        r.similarity.data(), workspace.data(), p.rows, p.bank_rows, p.channels, p.type},
                       target);
     workspace = filled_with_nan<float>(caco::bank_step_workspace(p.rows) / 4);
-    caco::bank_step({r.bank.data(),
-                     r.velocity.data(),
-                     unit.data(),
-                     queries.data(),
-                     p.queries.data(),
-                     r.lse.data(),
-                     p.row_weight.data(),
-                     p.positive_row.data(),
-                     p.positive_place.data(),
-                     p.positive_weight.data(),
-                     workspace.data(),
-                     p.rows,
-                     p.bank_rows,
-                     p.channels,
-                     kPositives,
-                     p.type,
-                     kTemperature[0],
-                     kMomentum,
-                     &kLr,
-                     false},
+    caco::bank_step({r.bank.data(), r.velocity.data(), unit.data(), queries.data(), p.queries.data(), r.lse.data(),
+                     p.row_weight.data(), p.positives.data(), p.positive_weight.data(), workspace.data(), p.rows,
+                     p.bank_rows, p.channels, kPositives, p.type, kTemperature[0], kMomentum, &kLr, false},
                     target);
     return r;
 }

@@ -40,7 +40,8 @@ inline Schedule schedule;
 
 // What a launch did; reset by the tests. `bank_conflicts` counts 16-byte rows of one ldmatrix phase that share a bank.
 struct Counters {
-    std::atomic<long> launches, matrix_products, matrix_loads, bank_conflicts, async_copies, bulk_copies, barriers;
+    std::atomic<long> launches, matrix_products, matrix_loads, bank_conflicts, async_copies, bulk_copies, prefetches,
+        barriers;
 };
 inline Counters counters;
 

@@ -58,6 +58,8 @@ void kernel(const Arguments &a) {
     __syncthreads();
     if (threadIdx.x >= caco::kWarpgroupThreads) {
         if (threadIdx.x != caco::kWarpgroupThreads) return;
+        const int rest = bug("prefetch beyond the end") ? 16 : 0, misplaced = bug("misaligned prefetch") ? 1 : 0;
+        caco::bulk_prefetch(a.factors + misplaced, kTiles * kFactorBytes + rest);
         for (int t = 0; t < kTiles; t++) {
             if (!bug("missing wait for empty")) caco::mbarrier_wait(empty + t % kStages, (t / kStages & 1) ^ 1);
             const int bytes = kSlabBytes + kFactorBytes + (bug("too many bytes") ? 16 : bug("too few bytes") ? -16 : 0);
@@ -140,6 +142,7 @@ int main(int argc, char **argv) {
             }
         }
     }
+    factors.shrink_to_fit();
     const caco::TensorMap map =
         caco::make_tensor_map(bank.data(), kTiles * kColumns, kChannels, caco::OperandType::kBfloat16, kColumns);
     Arguments arguments{bug, queries.data(), map, factors.data(), sums.data()};

@@ -81,6 +81,8 @@ PLANTED_SM90 = [
     ("diverged warpgroup", "", "error: deadlock: .*wgmma"),
     ("operand beyond its slab", "", "error: wgmma: operand beyond shared memory"),
     ("misaligned source", "", "error: bulk copy: addresses and size"),
+    ("misaligned prefetch", "", "error: bulk prefetch: address and size"),
+    ("prefetch beyond the end", "address", "heap-buffer-overflow"),
     ("plain stores", "", "error: wgmma: a thread has stored to an operand, unfenced"),
     ("missing proxy fence", "", "error: wgmma: a thread has stored to an operand, unfenced"),
     ("proxy fence before the stores", "", "error: wgmma: a thread has stored to an operand, unfenced"),

@@ -39,6 +39,8 @@ __device__ __forceinline__ void bulk_load(void *to, const void *from, int bytes,
     emu::bulk_copy(to, from, bytes, barrier);
 }
 
+__device__ __forceinline__ void bulk_prefetch(const void *from, int bytes) { emu::bulk_prefetch(from, bytes); }
+
 template <class T>
 __device__ __forceinline__ void store_for_products(T *to, T value) {
     emu::store_for_products(to, value);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caco_fast.ops import bank_attend, bank_select, bank_step_
+from caco_fast.ops import bank_attend, bank_select, bank_step, bank_step_
 from tests import oracle
 from tests.ops.backends import EMULATED, KERNELS, PLAIN, Backend, over
 from tests.ops.cases import ADVERSARIAL, KINDS, RAGGED, SHAPES, Case, inputs, make_for_precision, unit_rows
@@ -177,6 +177,81 @@ def test_all_rows_choose_the_same_bank_row(backend: Backend):
     step = Step(Case(150, 70, 64, torch.bfloat16), 2)
     step.positives.fill_(69)
     torch.testing.assert_close(step.run(backend)[1][69].double(), step.expected()[1][69], rtol=1e-3, atol=1e-4)
+
+
+@over(*KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("case", [(450, 150, 64), (300, 140, 256), (210, 70, 512)], ids=str)
+def test_a_row_that_all_queries_chose(backend: Backend, case, dtype):
+    """More positives than a block lists at once, in both halves of its rows, some of rows beside them."""
+    step = Step(Case(*case, dtype), 1)
+    step.positives[:] = 9
+    step.positives[1::7] = 3
+    step.positives[5::50] = case[1] - 1
+    (_, found), expected = step.run(backend), step.expected()[1]
+    assert share(found, expected, step.bound(backend)) <= 1
+    for schedule in (dict(seed=1), dict(seed=7, greedy=True, lazy_copies=False)):
+        backend.set_schedule(**schedule)
+        assert torch.equal(step.run(backend)[1], found)
+
+
+@over(*EMULATED)
+def test_positives_outside_of_the_bank_are_ignored(backend: Backend, monkeypatch):
+    """As on a GPU, where the host does not read them; the last block has rows beyond the bank."""
+    monkeypatch.setattr(bank_step, "check_positive_range", lambda positives, bank_rows: None)
+    step = Step(Case(40, 150, 64), 2)
+    step.positives[::3, 0], step.positives[1::3, 1] = -1, 150
+    found = step.run(backend)
+    outside = (step.positives < 0) | (step.positives >= 150)
+    step.positives[outside], step.positive_weight[outside] = 0, 0
+    for value, expected in zip(found, step.run(backend)):
+        torch.testing.assert_close(value, expected)
+
+
+@over(*KERNELS)
+@pytest.mark.parametrize("channels", [1, 5, 66, 130, 257, 500])
+def test_rows_that_begin_anywhere(backend: Backend, channels):
+    check(backend, Case(20, 140, channels), many=2)
+
+
+@over(*KERNELS)
+def test_a_bank_that_begins_anywhere(backend: Backend):
+    """Contiguous, but not at a multiple of 16 bytes."""
+    step = Step(Case(20, 140, 64, torch.bfloat16), 1)
+    expected = step.run(backend)
+
+    def one_further(value: Tensor) -> Tensor:
+        memory = value.new_zeros(value.numel() + 1)[1:].view(value.shape)
+        return memory.copy_(value)
+
+    step.queries = one_further(step.queries)
+    bank, velocity = one_further(step.bank), one_further(step.velocity)
+    bank_step_(
+        bank, velocity, step.queries, step.lse, temperature=TEMPERATURE, lr=LR, momentum=MOMENTUM,
+        row_weight=step.row_weight, positives=step.positives, positive_weight=step.positive_weight,
+        backend=backend.name,
+    )  # fmt: skip
+    assert torch.equal(bank, expected[0]) and torch.equal(velocity, expected[1])
+
+
+@over(*EMULATED)
+@pytest.mark.parametrize("dtype, launches", [(torch.float32, 3), (torch.float16, 2)], ids=["f32", "fp16"])
+def test_a_step_is_three_launches_or_two(backend: Backend, dtype, launches):
+    """Row terms and step, and the operand of queries that are not in its dtype; no sort."""
+    step = Step(Case(20, 150, 64, dtype), 1)
+    backend.take("launches")
+    step.run(backend)
+    assert backend.take("launches") == launches
+
+
+@over("sm90")
+@pytest.mark.parametrize("rows, bank_rows, prefetches", [(20, 128, 1), (20, 150, 2), (300, 150, 6), (20, 640, 7)])
+def test_velocity_and_the_next_blocks_rows_are_prefetched(backend: Backend, rows, bank_rows, prefetches):
+    """A piece a tile for each block's velocity, and for the bank rows of the block three further, if there is one."""
+    step = Step(Case(rows, bank_rows, 64), 1)
+    backend.take("prefetches")
+    step.run(backend)
+    assert backend.take("prefetches") == prefetches
 
 
 @over(*PLAIN, *KERNELS)
