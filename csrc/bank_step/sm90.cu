@@ -56,8 +56,6 @@ __device__ __forceinline__ void weigh(const Tile &tile, typename Tile::Scores &s
     finish_before_wait(s);
 }
 
-#endif
-
 // Asks for rows first .. end - 1 of `rows` in the L2 cache, in `pieces` calls, of which this is number `piece`.
 __device__ __forceinline__ void prefetch_piece(const float *rows, int64_t first, int64_t end, int channels, int pieces,
                                                int piece) {
@@ -66,6 +64,8 @@ __device__ __forceinline__ void prefetch_piece(const float *rows, int64_t first,
     const int most = (units + pieces - 1) / pieces, left = units - piece * most;
     if (left > 0) bulk_prefetch(rows + first * channels + 4 * piece * most, 16 * (left < most ? left : most));
 }
+
+#endif
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) step_kernel(const __grid_constant__ TensorMap queries,  // [R, P]
