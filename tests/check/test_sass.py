@@ -105,14 +105,28 @@ def test_static_gate_passes_a_kernel_of_sm90():
     assert check_sass.Kernel("90a", "_ZN4caco4sm9013attend_kernelEv", 168, 0, 0, code).faults() == []
 
 
+@pytest.mark.parametrize("register", [23, 24])
+def test_static_gate_finds_a_register_that_the_copying_warps_gave_back(register):
+    """Code that the other warps run may use it."""
+    take, give = SETMAXNREG
+    code = ["@P0 BRA 0x60 ", take, "HGMMA.64x96x16.F32.BF16 R24", "MOV R200, RZ ", "EXIT ", "NOP ", give]
+    code += [f"MOV R{register}, RZ ", "EXIT "]
+    symbol = "_ZN4caco4sm9011step_kernelINS0_4TileI13__nv_bfloat16Li256EEEEEvPK"
+    kernel = check_sass.Kernel("90a", symbol, 168, 0, 0, code, [16 * index for index in range(len(code))])
+    assert kernel.faults() == [f"the copying warps use {register + 1} registers of the 24 that they keep"] * (
+        register > 23
+    )
+
+
 @pytest.mark.parametrize("late", [0, 2])
 def test_static_gate_finds_exponentials_that_no_product_covers(late):
     """In the loop only: those before it, in its first tile, have no product to run under."""
     exponential = "MUFU.EX2 R4, R4 "
     products = [*8 * ["HGMMA.64x96x16.F32.BF16 R24"], "WARPGROUP.DEPBAR.LE gsb0, 0x1 ", *2 * [exponential]]
     loop = [*products, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", *late * [exponential], "F2FP.BF16.F32.PACK_AB R5, R4, R4 "]
-    code = [*SETMAXNREG, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", exponential]
-    code += [*loop, f"@P0 BRA {16 * len(code):#x} ", *4 * ["HGMMA.64x96x16.F32.BF16 R24"], "EXIT "]
+    take, give = SETMAXNREG
+    code = [take, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", exponential]
+    code += [*loop, f"@P0 BRA {16 * len(code):#x} ", *4 * ["HGMMA.64x96x16.F32.BF16 R24"], "EXIT ", give, "EXIT "]
     addresses = [16 * index for index in range(len(code))]
     symbol = "_ZN4caco4sm9013attend_kernelINS0_4TileI13__nv_bfloat16Li256EEELb1EEEv"
     faults = check_sass.Kernel("90a", symbol, 168, 0, 0, code, addresses).faults()

@@ -71,6 +71,21 @@ def test_ties_go_to_the_lowest_index(backend: Backend, copies, channels):
     assert similarity[4] == pytest.approx(1, abs=1e-6)
 
 
+@over(*PLAIN, *KERNELS)
+@pytest.mark.parametrize("channels", [64, 512])
+def test_ties_go_to_the_lowest_index_below_zero(backend: Backend, channels):
+    """Every row points away from the key, the equal ones the least."""
+    keys, bank = Case(9, 230, channels).make()
+    key, unit = oracle.unit_rows(keys)[0][4].float(), oracle.unit_rows(bank)[0].float()
+    across = unit - (unit @ key).unsqueeze(1) * key
+    bank = across - 0.5 * key
+    places = torch.tensor([11, 12, 77, 100, 228])
+    bank[places] = across[3] - 0.1 * key
+    index, similarity = bank_select(keys, bank, backend.name)
+    assert index[4] == 11
+    assert -0.2 < similarity[4] < 0
+
+
 @over(*PLAIN)
 def test_the_lowest_of_equal_rows_across_tiles(backend: Backend):
     directions = unit_rows(40, 16)

@@ -78,6 +78,9 @@ class Kernel:
         names = (instruction, IN_PTX.get(instruction, instruction))
         return any(re.search(rf"\b{re.escape(name)}\b", line) for line in self.code for name in names)
 
+    def walk(self) -> sass_walk.Code:
+        return sass_walk.Code(self.addresses, self.code)
+
     def faults(self) -> list[str]:
         code = "\n".join(self.code)
         faults = []
@@ -91,7 +94,8 @@ class Kernel:
             faults.append("no machine code found")
         elif self.path and not self.has_matrix_instruction():
             faults.append(f"no {MATRIX_INSTRUCTION[self.path]}")
-        elif 4 * code.count("WARPGROUP.DEPBAR") > len(re.findall(r"\bHGMMA\b", code)) > 0:
+        # At P = 64 a tile has four products, and select has five waits for every four tiles.
+        elif 2 * code.count("WARPGROUP.DEPBAR") > len(re.findall(r"\bHGMMA\b", code)) > 0:
             faults.append("wgmma waited for one by one: ptxas has serialised them, see its messages C7510 to C7518")
         elif self.path == "sm90":
             after = {kind: int(count, 16) for kind, count in REGISTERS_AFTER.findall(code)}
@@ -99,8 +103,10 @@ class Kernel:
                 faults.append("no setmaxnreg: ptxas has ignored it, see its message C7508")
             elif after["DEALLOC"] + 2 * after["TRY_ALLOC"] > 3 * self.registers:
                 faults.append(f"setmaxnreg beyond the {self.registers} registers of the launch: it would wait for ever")
+            elif self.addresses and (used := self.walk().registers_after("USETMAXREG.DEALLOC")) > after["DEALLOC"]:
+                faults.append(f"the copying warps use {used} registers of the {after['DEALLOC']} that they keep")
         if self.path == "sm90" and "attend" in self.symbol and self.addresses:
-            loop = sass_walk.Code(self.addresses, self.code).tile_loop("HGMMA")
+            loop = self.walk().tile_loop("HGMMA")
             if late := sass_walk.late_exponentials(loop):
                 faults.append(f"{late} exponentials after the loop's last wait for products, expected none: see `hold`")
         return faults

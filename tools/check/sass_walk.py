@@ -1,4 +1,5 @@
-"""A walk over machine code: its loops, and what they do after the last wait for products. Used by sass.py."""
+"""A walk over machine code: its loops, what they do after the last wait for products, and which registers a producer
+uses. Used by sass.py."""
 
 import re
 
@@ -50,6 +51,14 @@ class Code:
                         left += before.get(index, [])
                 found.append(sorted(body))
         return found
+
+    def registers_after(self, instruction: str) -> int:
+        """How many registers the code needs that can run after an instruction: one more than the highest."""
+        start = next(index for index, text in enumerate(self.text) if instruction in text)
+        after = self.reachable(start, without=-1)
+        return max(
+            (int(number) + 1 for index in after for number in re.findall(r"\bR(\d+)", self.text[index])), default=0
+        )
 
     def tile_loop(self, instruction: str) -> list[str]:
         """The longest loop that has this instruction."""
