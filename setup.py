@@ -76,7 +76,9 @@ def ninja_rules(nvcc: str, module: str) -> str:
         served = sources.arches_of(source, arches)
         return "  gencode = " + " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in served)
 
-    nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in (*sources.KERNELS, sources.BINDINGS)]
+    # The last ones take longest, so they start first.
+    longest_first = (*reversed(sources.KERNELS), sources.BINDINGS)
+    nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in longest_first]
     lines = [
         f"builddir = {OBJECTS}",  # ninja keeps its log there
         f"rule cuda\n  command = {nvcc} {flags} $gencode {of_arches} {COMPILE}",

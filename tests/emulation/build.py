@@ -89,7 +89,7 @@ def ninja_rules(sanitizer: str) -> str:
         "rule link",
         f"  command = g++ {SANITIZERS[sanitizer]} $extra -pthread $in -o $out",
     ]
-    kernels = [f"kernels/{name}.o" for name in sources.KERNELS]
+    kernels = [f"kernels/{name}.o" for name in reversed(sources.KERNELS)]  # the longest first
     lines += [f"build kernels/{name}.o: compile {sources.ROOT / name}" for name in sources.KERNELS]
     for name, with_kernels in PROGRAMS.items():
         objects = " ".join([f"{name}.o", *(kernels if with_kernels else ())])
@@ -108,7 +108,7 @@ def module_rules(kernels: list[str]) -> list[str]:
         for name, value in (("CACO_SOURCE_HASH", ""), ("CACO_COMPILER", "g++, emulated"))
     )
     binding = {f"{sources.BINDINGS}.o": sources.ROOT / sources.BINDINGS, "bind.cpp.o": HERE / "bind.cpp"}
-    lines = [f"build {MODULE}: link {' '.join([*kernels, *binding])}", "  extra = -shared"]
+    lines = [f"build {MODULE}: link {' '.join([*binding, *kernels])}", "  extra = -shared"]
     for name, source in binding.items():
         lines += [
             f"build {name}: compile {source}",
