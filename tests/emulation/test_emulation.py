@@ -29,7 +29,7 @@ def output_of(source: str, sanitizer: str, *arguments: str) -> str:
     if reason:
         pytest.skip(reason)
     command = [str(program(source, sanitizer)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=300)
     return done.stdout + done.stderr
 
 
