@@ -304,7 +304,9 @@ def test_interrupting_leaves_the_old_index_and_no_part_of_a_new_one(image_folder
     before = sorted(image_folder.iterdir())
     command = [sys.executable, str(ROOT / "tools" / "index_data.py"), str(image_folder), "--workers", "1"]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **output, start_new_session=True)
+    # A shell that starts this in the background makes it ignore SIGINT, and a child inherits that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, **output, start_new_session=True, preexec_fn=heed)
     # Opening the end to write to succeeds once the worker has the other one.
     deadline = time.monotonic() + 60
     while True:

@@ -197,7 +197,7 @@ def test_a_row_that_all_queries_chose(backend: Backend, case, dtype):
 
 @over(*EMULATED)
 def test_positives_outside_of_the_bank_are_ignored(backend: Backend, monkeypatch):
-    """As on a GPU, where the host does not read them; the last block has rows beyond the bank."""
+    """The host does not read them on a GPU. The last block has rows beyond the bank."""
     monkeypatch.setattr(bank_step, "check_positive_range", lambda positives, bank_rows: None)
     step = Step(Case(40, 150, 64), 2)
     step.positives[::3, 0], step.positives[1::3, 1] = -1, 150
