@@ -222,9 +222,9 @@ def broadcast_object(value: Any) -> Any:
     return holder[0]
 
 
-def all_gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks in rank order."""
+def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks in rank order. group: of all ranks, in place of the default one."""
     values = [value] * world_size()
     if is_distributed():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values

@@ -97,7 +97,7 @@ struct StepParams {
     const float *exact_queries;    // [R, C]; null if `queries` are exact
     const float *lse;              // [R]
     const float *row_weight;       // [R], a_i
-    const int64_t *positive;       // [R, M], R M < 2^31; entries outside [0, K) are ignored
+    const int64_t *positive;       // [R, M], R M < 2^30; entries outside [0, K) are ignored
     const float *positive_weight;  // [R, M], o_im
     void *workspace;
     int64_t rows, bank_rows;

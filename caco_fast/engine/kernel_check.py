@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from caco_fast.distributed import is_distributed, rank, world_size
+from caco_fast.distributed import all_gather_objects, is_distributed, rank
 from caco_fast.errors import UserError
 from caco_fast.methods import Method
 from caco_fast.ops import dispatch
@@ -168,9 +168,9 @@ def _checks(
 
 def _of_all_ranks(value: Any, timeout: float) -> list[Any]:
     """The values of all ranks in rank order, over gloo: a GPU computes nothing any more once a kernel has crashed."""
-    values = [value] * world_size()
-    if is_distributed():
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(1, timeout)))
-        dist.all_gather_object(values, value, group=group)
-        dist.destroy_process_group(group)
+    if not is_distributed():
+        return [value]
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(1, timeout)))
+    values = all_gather_objects(value, group)
+    dist.destroy_process_group(group)
     return values

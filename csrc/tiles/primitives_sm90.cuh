@@ -100,38 +100,34 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier *barrier, int by
                  : "memory");
 }
 
-// Whether the phase of this parity has completed. It may sleep a while for it.
-__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, unsigned parity) {
-    unsigned done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return done;
-}
-
+// A bounded wait never sleeps: the device decides how long try_wait does, so that many tries could take hours.
 #ifdef CACO_BOUNDED_WAIT
-// As above, but never asleep: the device decides how long try_wait sleeps, so that many tries could take hours.
-__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, unsigned parity) {
+#define CACO_MBARRIER_WAIT "test_wait"
+#else
+#define CACO_MBARRIER_WAIT "try_wait"
+#endif
+
+// Whether the phase of this parity has completed. try_wait may sleep a while for it.
+__device__ __forceinline__ bool mbarrier_completed(uint32_t barrier, unsigned parity) {
     unsigned done;
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    asm volatile("{\n.reg .pred p;\nmbarrier." CACO_MBARRIER_WAIT
+                 ".parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
     return done;
 }
-#endif
 
 // Waits until the phase of this parity has completed: 0 for the first, third, ...; a new barrier counts as having
 // completed one of parity 1.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier *barrier, unsigned parity) {
     const uint32_t address = shared_address(barrier);
 #ifdef CACO_BOUNDED_WAIT
-    for (int tries = 0; !mbarrier_test_wait(address, parity); tries++) {
+    for (int tries = 0; !mbarrier_completed(address, parity); tries++) {
         if (tries == kMostTries) give_up(address, parity);
     }
 #else
-    while (!mbarrier_try_wait(address, parity)) {
+    while (!mbarrier_completed(address, parity)) {
     }
 #endif
 }
