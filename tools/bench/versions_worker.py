@@ -29,7 +29,7 @@ SETTINGS = (
     "run.tensorboard=false",
     "trainer.cpu_threads=1",
     "trainer.log_every=5",
-    "trainer.max_steps=30",
+    "trainer.max_steps=45",
     "caco.warm_start_steps=15",
 )
 BATCHES = 20
