@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from caco_fast.host import computes_in_bf16
+
 # exp2 is several times faster than exp in CPU builds of torch, so exponents carry the factor 1/ln 2.
 LOG2_E = 1.4426950408889634
 
@@ -62,11 +64,16 @@ def operand_dtype(rows: Tensor) -> torch.dtype:
 # spread products this narrow over threads; oneDNN does neither, and torch reaches it by this operator only.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
+_CPU_HAS_BF16 = computes_in_bf16()
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:  # [m, n], [n, k] -> [m, k]
     """left right for operands of one dtype: bf16 accumulates in f32, and gives f32 where torch offers that."""
     if left.device.type == "cuda" and left.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
+    if left.device.type == "cpu" and left.dtype == torch.bfloat16 and not _CPU_HAS_BF16:
+        # Without instructions for it torch's bf16 product takes some 30 times longer. Both sum in f32.
+        left, right = left.float(), right.float()
     if left.device.type == "cpu" and left.dtype == torch.float32 and _ONEDNN_LINEAR is not None:
         return _ONEDNN_LINEAR(left, right.T, None, "none", [], "")
     return torch.mm(left, right)

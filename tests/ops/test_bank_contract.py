@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco_fast.ops import bank_attend, bank_select, bank_step_, dispatch
+from caco_fast.ops import bank_attend, bank_select, bank_step_, dispatch, tiling
 from caco_fast.ops.bank_attend import attend_tiled
 from caco_fast.ops.bank_select import select_tiled
 from caco_fast.ops.bank_step import step_tiled_
@@ -34,6 +34,14 @@ def make_step_arguments(rows: int = 5, bank_rows: int = 9, channels: int = 4, ma
         "positives": torch.randint(bank_rows, (rows, many)),
         "positive_weight": torch.full((rows, many), 1 / many),
     }
+
+
+def test_a_processor_without_bf16_sums_products_of_bf16_in_f32(monkeypatch):
+    monkeypatch.setattr(tiling, "_CPU_HAS_BF16", False)
+    left, right = torch.randn(5, 64).bfloat16(), torch.randn(64, 7).bfloat16()
+    found = tiling.product(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=0, atol=1e-5)
 
 
 # Errors
