@@ -52,7 +52,7 @@ class Interval:
                 self.sums[name] = value.detach().to(torch.float64, copy=True)
 
     def require_finite(self) -> None:
-        """Read the sum of the losses, for which the host waits.
+        """Read this rank's sum of the losses, for which the host waits.
 
         Raises:
             LossNotFinite: one of them was not finite.

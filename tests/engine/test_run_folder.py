@@ -1,12 +1,17 @@
 """A run folder describes its run from the start, and no other run overwrites it."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ import caco_fast
 from caco_fast import provenance
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.errors import UserError
+from tests.ranks import CONTEXT
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def test_resume_adds_an_entry_and_continues_the_log(folder: RunFolder, caplog: p
     starts = json.loads(folder.environment.read_text())
     assert [start["resumed_from"] for start in starts] == [None, "checkpoints/step_00000005.pt"]
     assert [line.split()[-1] for line in folder.log.read_text().splitlines()] == ["first", "second"]
-    assert sorted(os.listdir(folder.path)) == ["checkpoints", "config.yaml", "environment.json", "log.txt"]
+    assert sorted(os.listdir(folder.path)) == [".lock", "checkpoints", "config.yaml", "environment.json", "log.txt"]
 
 
 def test_changed_configuration_keeps_the_earlier_one(folder: RunFolder) -> None:
@@ -163,3 +169,94 @@ def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert provenance.commit() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
     (package / "__init__.py").write_text("changed = True\n")
     assert provenance.commit()["dirty"] is True
+
+
+def hold(folder: Path) -> None:
+    run = RunFolder(folder)
+    run.claim()
+    (run.path / "held").touch()
+    time.sleep(600)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[tuple[Path, BaseProcess]]:
+    """A folder that another process trains in."""
+    folder = tmp_path / "run"
+    process = CONTEXT.Process(target=hold, args=(folder,))
+    process.start()
+    while not (folder / "held").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0}\n')
+    yield folder, process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
+    held: tuple[Path, BaseProcess], resume: str
+) -> None:
+    folder, process = held
+    run = RunFolder(folder)
+    line = (
+        rf"run is in use by process {process.pid} on {socket.gethostname()}, which .*; wait for it or stop it, or choo"
+    )
+    with pytest.raises(UserError, match=line):
+        run.reserve()
+    with pytest.raises(UserError, match="already holds a run" if resume == "never" else line):
+        run.claim(resume=resume)
+    run.close()
+    process.kill()
+    process.join()
+    run.reserve()
+    run.claim()
+    run.close()
+
+
+def test_tasks_without_torchrun_are_told_so(held: tuple[Path, BaseProcess], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    run = RunFolder(held[0])
+    with pytest.raises(UserError, match="under srun or mpirun, start the ranks by torchrun"):
+        run.reserve()
+    run.close()
+
+
+def test_a_run_that_came_and_went_while_this_one_was_built_is_not_overwritten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.reserve()
+    other = RunFolder(run.path)
+    other.claim()
+    other.metrics.write_text('{"step": 1, "epoch": 0}\n')
+    other.close()
+    with pytest.raises(UserError, match="already holds a run"):
+        run.claim(resume="auto")
+    run.close()
+
+
+def test_a_file_system_without_locks_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        run = RunFolder(tmp_path / "run")
+        run.reserve()
+        run.claim()
+        run.close()
+    assert caplog.text.count("its file system has no locks") == 2
+    assert "its file system has no locks" in run.log.read_text()
+
+
+def test_lines_before_the_claim_are_in_the_log_once(tmp_path: Path) -> None:
+    log, run = logging.getLogger("caco_fast.test"), RunFolder(tmp_path / "run")
+    run.reserve()
+    log.info("before %d", 1)
+    assert not run.path.exists()
+    run.claim()
+    log.info("after")
+    assert [line.split()[-1] for line in run.log.read_text().splitlines()] == ["1", "after"]
+    run.close()
