@@ -1,7 +1,11 @@
-"""Cores, free memory and bf16 support of this machine."""
+"""Cores, free memory and bf16 support of this machine, and the signals by which it ends a process."""
 
 import os
+import signal
 from pathlib import Path
+
+# Requests to stop: Ctrl-C, torchrun, SLURM, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 # The quota of CPU time of a container and its period, in control groups of version 2 and 1.
 CPU_QUOTAS = (
