@@ -46,7 +46,7 @@ def pretrain(
 
     Raises:
         UserError: something that the user can correct, in one line.
-        Interrupted: Ctrl-C or SIGTERM stopped the run after a checkpoint; resume="auto" continues.
+        Interrupted: Ctrl-C, SIGTERM or the like ended the run after a checkpoint; resume="auto" continues.
     """
     from caco_fast.config import load_config
     from caco_fast.training import train

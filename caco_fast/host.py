@@ -1,6 +1,48 @@
-"""Free memory and bf16 support of this machine."""
+"""Cores, free memory and bf16 support of this machine, and the signals by which it ends a process."""
 
 import os
+import signal
+from pathlib import Path
+
+# Requests to stop: Ctrl-C, torchrun, SLURM, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+# The quota of CPU time of a container and its period, in control groups of version 2 and 1.
+CPU_QUOTAS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def cores() -> int:
+    """CPU cores that this process may use: those of its affinity, or fewer if its container has a quota."""
+    try:
+        found = len(os.sched_getaffinity(0))
+    except AttributeError:
+        # macOS has no affinity.
+        found = os.cpu_count() or 1
+    return max(1, int(min([found, *_quotas()])))
+
+
+def cores_of_rank() -> int:
+    """The share of a rank in `cores`, if all ranks on this machine may use the same ones."""
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores() // max(1, int(local_ranks) if local_ranks.isdecimal() else 1))
+
+
+def _quotas() -> list[float]:
+    """The CPU time of a second that each quota allows to this process, in seconds."""
+    found = []
+    for files in CPU_QUOTAS:
+        try:
+            quota, period = map(float, " ".join(Path(file).read_text() for file in files).split())
+        except (OSError, ValueError):
+            # No such file, or the word "max" in it.
+            continue
+        # Version 1 writes -1 for no quota.
+        if quota > 0 and period > 0:
+            found.append(quota / period)
+    return found
 
 
 def available_bytes() -> int | None:

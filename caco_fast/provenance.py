@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from caco_fast.host import cores
+
 PACKAGES = ("caco_fast", "torch", "torchvision", "timm", "numpy", "omegaconf")
 # Of the checkout, if this package runs from one.
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +56,7 @@ def hardware() -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,

@@ -1,4 +1,6 @@
-"""Safe writes: whole files of which a reader never sees a part, and lines that survive a full disk."""
+"""Safe writes: whole files of which a reader never sees a part, lines that survive a full disk, and output that does
+not end with its terminal.
+"""
 
 import errno
 import fcntl
@@ -9,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 TEMPORARY = ".writing"
 # Errors of the disk itself. Any other answer to fsync means that the file system has none for such a file.
@@ -141,6 +143,25 @@ class RetryingFile:
         if self._refused:
             self._refused = False
             self._report(f"{self.path} is written again, with the lines that waited")
+
+
+class LastingOutput:
+    """A text stream whose reader may go: a closed terminal, or a pipe. What is written after that is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -39,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def leave(status: int) -> NoReturn:
     """End the process. One of several ranks ends at once, because closing its connections may wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        # The terminal is gone. Python would replace the status by its own.
+        os._exit(status)
+    if status and os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(status)
     sys.exit(status)
 

@@ -9,11 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caco_fast.configs import find_config, listing
 from caco_fast.errors import UserError
+from caco_fast.storage import LastingOutput
 
 if TYPE_CHECKING:
     from caco_fast.config import Config
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             print(describe(config))
         return 0
     name = file.stem if file else config.method
-    return _train(config, Path(config.run.folder or f"runs/{name}"), options.resume, rank)
+    # A run must not end because nobody reads its output any more.
+    with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
+        return _train(config, Path(config.run.folder or f"runs/{name}"), options.resume, rank)
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:

@@ -1,10 +1,10 @@
 """Settings of the data: where the images come from, how they are read, and the recipe of the views."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from caco_fast.errors import UserError
+from caco_fast.host import cores_of_rank
 from caco_fast.settings import setting
 
 SOURCES = ("folder", "index", "webdataset", "cifar10", "embedded")
@@ -115,8 +115,7 @@ class DataConfig:
         """`workers`, or as many as this rank has cores."""
         if self.workers is not None:
             return self.workers
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(1, min(12, len(os.sched_getaffinity(0)) // ranks))
+        return min(12, cores_of_rank())
 
     def validate(self, needs_path: bool = True) -> None:
         """Raise UserError for the first field that is unknown, out of range or at odds with another; opens no file.

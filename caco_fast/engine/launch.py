@@ -16,6 +16,15 @@ import torch.distributed as dist
 from caco_fast.engine.ranks import RankLost, report_error_once
 from caco_fast.engine.settings import TrainerConfig
 from caco_fast.errors import UserError
+from caco_fast.host import cores_of_rank
+
+LEFT_OVER = "start several ranks with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process"
+# Number of processes, and a variable that each of them has, for launchers whose processes do not know of each other.
+TASKS_OF_LAUNCHERS = (
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+)
 
 
 @contextmanager
@@ -26,8 +35,9 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         RankLost: another rank is gone, or did not answer within `collective_timeout`.
         ReportedElsewhere: another rank reports the error that ends the run.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield _prepare(config)
+    ranks = _ranks_of_environment()
+    if ranks == 1:
+        yield _prepare(config, ranks)
         return
     timeout = timedelta(seconds=max(1, config.collective_timeout))
     try:
@@ -37,7 +47,7 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(f"the ranks did not meet at {place} ({' '.join(str(error).split())[:120]})") from None
     with report_error_once(dist.PrefixStore("errors", store), rank, ranks):
-        device = _prepare(config)
+        device = _prepare(config, ranks)
         backend = "gloo"
         if device.type == "cuda":
             backend = "nccl"
@@ -47,6 +57,42 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         yield device
         # Not after an error: it may wait for ranks that are gone.
         dist.destroy_process_group()
+
+
+def _ranks_of_environment() -> int:
+    """The number of ranks, once the variables that torchrun sets are known to be complete.
+
+    Raises:
+        UserError: some are left over or damaged, or another launcher started several processes without them.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for tasks, of_task in TASKS_OF_LAUNCHERS:
+            if of_task in os.environ and (count := os.environ.get(tasks, "1")) not in ("", "1"):
+                raise UserError(
+                    f"{tasks}: found {count} and no WORLD_SIZE, so each process would be a run of its own; start "
+                    f"the ranks with torchrun (docs/ranks.md), or set {tasks}=1 for a run of one process"
+                )
+        return 1
+    ranks = _number_of_environment("WORLD_SIZE", 1)
+    if ranks == 1:
+        return 1
+    if (rank := _number_of_environment("RANK", 0)) >= ranks:
+        raise UserError(f"RANK: found {rank}, expected less than WORLD_SIZE={ranks}; {LEFT_OVER}")
+    _number_of_environment("MASTER_PORT", 1)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR: found none beside WORLD_SIZE={ranks}, expected the host of rank 0; {LEFT_OVER}")
+    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        if name in os.environ:
+            _number_of_environment(name, least)
+    return ranks
+
+
+def _number_of_environment(name: str, least: int) -> int:
+    text = os.environ.get(name)
+    if text is None or not text.isdecimal() or int(text) < least:
+        found = "none" if text is None else repr(text)
+        raise UserError(f"{name}: found {found} in the environment, expected a number from {least}; {LEFT_OVER}")
+    return int(text)
 
 
 def _store_of_this_start(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> dist.Store:
@@ -80,27 +126,34 @@ def _store_of_this_start(store: dist.Store, rank: int, ranks: int, timeout: time
     raise TimeoutError(f"no sign of rank {', '.join(map(str, missing))} within {timeout.total_seconds():.0f} s")
 
 
-def _prepare(config: TrainerConfig) -> torch.device:
+def _prepare(config: TrainerConfig, ranks: int) -> torch.device:
     """Set determinism and the number of threads for this process, and return its device."""
     if config.deterministic:
         # cuBLAS reads it when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
-    device = _device(config.device)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    device = _device(config.device, ranks)
+    torch.set_num_threads(config.cpu_threads or _threads_of_environment() or cores_of_rank())
     return device
 
 
-def _device(name: str) -> torch.device:
+def _threads_of_environment() -> int:
+    """OMP_NUM_THREADS, or 0 if the user has not set it."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    # torchrun sets 1 for several ranks, whatever the cores are.
+    by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+    return int(threads) if threads.isdecimal() and not by_torchrun else 0
+
+
+def _device(name: str, ranks: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"trainer.device: found '{name}', expected auto, cpu, cuda or cuda:N") from None
-    if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device.index is not None and ranks > 1:
         raise UserError(
             f"trainer.device: found '{name}', which puts every rank on one GPU; under torchrun use trainer.device=cuda"
         )
@@ -109,7 +162,8 @@ def _device(name: str) -> torch.device:
             raise UserError(
                 f"trainer.device: found '{name}', but torch {torch.__version__} sees no GPU; use trainer.device=cpu"
             )
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        local_rank = _number_of_environment("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
+        index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"trainer.device: found GPU {index}, expected one of the {torch.cuda.device_count()} present"

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from caco_fast.distributed import is_distributed
 from caco_fast.errors import UserError
+from caco_fast.host import STOP_SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # torchrun and SLURM may both forward one Ctrl-C to the same process.
 SAME_KEYSTROKE_SECONDS = 1.0
 
@@ -61,10 +61,11 @@ class ReportedElsewhere(Exception):
 
 
 class Interrupt:
-    """A context in which the first of `SIGNALS` only sets `signal`, as a request to stop after the present step.
+    """A context in which the first of `STOP_SIGNALS` only sets `signal`, as a request to stop after the present step.
 
-    A later SIGINT acts as usual. A later SIGTERM or SIGUSR1 is ignored; a process that does not stop can still be
-    ended by SIGKILL. `timeout_s` is how long a rank waits for the answers of the others.
+    A later SIGINT acts as usual. A later one of the others is ignored; a process that does not stop can still be ended
+    by SIGKILL. SIGHUP stays ignored if it was, as under nohup. `timeout_s` is how long a rank waits for the answers of
+    the others.
     """
 
     def __init__(self, timeout_s: float = 600.0) -> None:
@@ -77,7 +78,9 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.signal = None
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous_handlers[number] = signal.signal(number, self._request)
         return self
 

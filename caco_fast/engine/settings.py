@@ -19,7 +19,7 @@ class TrainerConfig:
         "f32 on a CPU; embeddings and losses are f32",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU")
-    cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: cores / local ranks")
+    cpu_threads: int = setting(0, "threads of CPU operations on each rank; 0: OMP_NUM_THREADS, or cores / local ranks")
     joint_views: str = setting(
         "auto",
         "views of one size pass the convolutions as one batch, with BatchNorm still per view: on, off, or "

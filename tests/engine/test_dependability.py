@@ -1,11 +1,13 @@
 """A run that is stopped, killed or out of disk space ends in time, says so once, and can be resumed."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -227,3 +229,22 @@ def test_a_disk_full_to_the_end_leaves_the_last_good_checkpoint_and_reports_what
     (lost,) = (line for line in output if "metrics.jsonl" in line and "lines are lost" in line)
     assert f"{35 - len(found['steps'])} lines are lost" in lost
     assert output[-1].startswith("== refused run folder") and "No space left on device" in output[-1]
+
+
+def test_a_closed_terminal_leaves_a_checkpoint_and_status_129(file, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", str(file), f"run.folder={folder}"]
+    ours, theirs = os.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(theirs)
+    wait_for_step(folder, 7, lambda: process.poll() is None)
+    os.close(ours)
+    assert process.wait(60) == 129
+    assert CheckpointStore(folder / "checkpoints").latest()

@@ -9,14 +9,15 @@ import pytest
 import torch.distributed as dist
 
 from caco_fast.engine import ranks as module
-from caco_fast.engine.ranks import SIGNALS, Interrupt, ReportedElsewhere, report_error_once
+from caco_fast.engine.ranks import Interrupt, ReportedElsewhere, report_error_once
 from caco_fast.errors import UserError
+from caco_fast.host import STOP_SIGNALS
 from tests.ranks import CONTEXT
 
 REPORTED, SILENT = 10, 11
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
@@ -24,6 +25,17 @@ def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert interrupt.agreed() == number
     assert signal.getsignal(number) == before
+
+
+def test_a_closed_terminal_is_no_request_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.agreed() is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_signal_sent_by_torchrun_and_slurm_both_is_one_request() -> None:

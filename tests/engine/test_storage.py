@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from caco_fast.storage import ABANDONED_SECONDS, TEMPORARY, RetryingFile, atomic_write_text, lock, remove_leftovers
+from caco_fast.storage import (
+    ABANDONED_SECONDS,
+    TEMPORARY,
+    LastingOutput,
+    RetryingFile,
+    atomic_write_text,
+    lock,
+    remove_leftovers,
+)
 
 
 class Disk:
@@ -131,3 +139,16 @@ def test_leftovers_go_unless_their_writer_may_live(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == [fresh.name]
+
+
+def test_output_does_not_end_with_its_reader() -> None:
+    ours, theirs = os.pipe()
+    with open(theirs, "w", buffering=1) as stream:
+        output = LastingOutput(stream)
+        print("one", file=output)
+        assert os.read(ours, 100) == b"one\n"
+        os.close(ours)
+        for _ in range(2):
+            print("two", file=output, flush=True)
+        # Python keeps what was not written and tries again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), theirs)

@@ -40,6 +40,7 @@ from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_t
 from caco_fast.data.loaders.torchvision import worker_options
 from caco_fast.data.sources.base import as_pil
 from caco_fast.errors import UserError
+from caco_fast.host import cores
 
 CASES = {
     "decode": "decoding alone",
@@ -264,12 +265,12 @@ def describe_corpus(folder: Path) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     bench = Bench(__doc__, table, "bench_data_<device>.json")
     add, device = bench.parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    cores = len(os.sched_getaffinity(0))
+    available = cores()
     add("corpus", type=Path, nargs="?", help="folder with train/<class>/*.JPEG")
     add("--device", default=device, help="device of the views: cpu, cuda, cuda:1 ...")
     add("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     add("--loaders", nargs="+", metavar="NAME", help="loaders besides torchvision, e.g. 'dali cpu exact'")
-    add("--workers", type=int, nargs="+", default=[cores], help=f"processes or threads ({cores})")
+    add("--workers", type=int, nargs="+", default=[available], help=f"processes or threads ({available})")
     add("--batch-size", type=int, default=32, help="B (32)")
     add("--batches", type=int, default=24, help="batches that are timed in each round (24)")
     add("--repeats", type=int, default=7, help="rounds (7)")

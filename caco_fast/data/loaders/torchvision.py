@@ -30,6 +30,7 @@ from caco_fast.data.config import DataConfig, ViewConfig, require_exact_jitter
 from caco_fast.data.loaders.base import Batch, RawBatch, TrainLoader, none_readable, view_seed
 from caco_fast.data.sources.base import BadImageError, Source, as_pil
 from caco_fast.data.views.pil import keep_random_state, normalize, reseed, view_transform
+from caco_fast.host import STOP_SIGNALS
 
 
 class TorchvisionLoader(TrainLoader):
@@ -179,7 +180,7 @@ def _end_with(process: Any) -> None:
 
 def leave_interrupts_to_the_trainer() -> None:
     """Ignore the signals that Ctrl-C, torchrun and SLURM send to every process: the trainer needs its last batches."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

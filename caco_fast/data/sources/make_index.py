@@ -29,6 +29,7 @@ from caco_fast.data.sources.base import FORMATS, BadImageError, FileSource, deco
 from caco_fast.data.sources.folder import TEST_FOLDERS, FolderSource
 from caco_fast.data.sources.index import SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
+from caco_fast.host import cores
 from caco_fast.storage import atomic_write, atomic_write_text, remove_leftovers
 
 HELP = """\
@@ -271,9 +272,7 @@ def _parse(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namesp
     parser = argparse.ArgumentParser(prog=prog, description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="directory that holds train/<class>/*.JPEG and, for evaluation, val/ or test/")
     parser.add_argument("--output", metavar="FILE.npz", help=f"the index; default {NAME} in the folder")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes; default: one per core"
-    )
+    parser.add_argument("--workers", type=int, default=cores(), help="number of processes; default: one per core")
     parser.add_argument("--drop-duplicates", action="store_true", help="keep one of several equal training files")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if anything was left out")
     options = parser.parse_args(arguments)
