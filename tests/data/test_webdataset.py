@@ -146,6 +146,87 @@ def test_keys_suffixes_and_labels_are_webdatasets(tmp_path: Path) -> None:
     assert [source.encoded(index) for index in range(3)] == [encoded(1), encoded(2, "PNG"), encoded(3)]
 
 
+def test_members_of_a_sample_need_not_follow_each_other(tmp_path: Path) -> None:
+    images, labels = samples(0, 4)[::2], samples(0, 4)[1::2]
+    write_shard(tmp_path / "train.tar", images + labels[::-1])
+    source = WebDatasetSource(str(tmp_path))
+    assert [source.encoded(index) for index in range(4)] == [encoded(number) for number in range(4)]
+    assert [source.label(index) for index in range(4)] == [0, 1, 2, 0]
+
+
+def test_every_suffix_of_an_image_counts(tmp_path: Path) -> None:
+    members = [("0.webp", encoded(0, "WEBP")), ("1.png", encoded(1, "PNG")), ("2.tif", encoded(2, "TIFF"))]
+    write_shard(tmp_path / "train.tar", members)
+    source = WebDatasetSource(str(tmp_path))
+    assert [source.encoded(index) for index in range(3)] == [data for _, data in members]
+
+
+def test_links_are_the_member_to_which_they_lead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(write_shard(tmp_path / "train.tar", samples(1, 1)), "a") as archive:
+        for name, kind, target in (
+            ("x/2.jpg", tarfile.LNKTYPE, "0001.jpg"),
+            ("x/2.cls", tarfile.SYMTYPE, "../0001.cls"),
+            ("3.jpg", tarfile.SYMTYPE, "nowhere.jpg"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    source = WebDatasetSource(str(tmp_path))
+    assert [source.encoded(index) for index in range(len(source))] == [encoded(1)] * 2
+    assert source.label(1) == 1 and source.name(1).endswith(":x/2.jpg")
+    assert "1 links left out" in caplog.text and "train.tar:3.jpg" in caplog.text
+
+
+def test_what_is_left_out_is_counted_and_said_at_every_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [("a_1.5x.png", b""), ("a_1.7x.png", b""), ("b.gif", b""), ("b.jpg", encoded(0)), ("b.mask.png", b"")]
+    write_shard(tmp_path / "train-0.tar", members)
+    write_shard(tmp_path / "train-1.tar", [("c.heic", b""), ("__info__.json", b"{}"), ("d.1.png", b"")])
+    # The second time from the kept table.
+    for _ in range(2):
+        caplog.clear()
+        source = WebDatasetSource(str(tmp_path))
+        assert len(source) == 1 and source.encoded(0) == encoded(0)
+        lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert [line.split(",")[0].split(":")[0] for line in lines] == [
+            "3 images left out",
+            "2 images left out",
+            "1 samples left out",
+        ]
+        assert [line.rpartition("/")[2] for line in lines] == [
+            "train-0.tar:a_1.5x.png",
+            "train-0.tar:b.gif",
+            "train-1.tar:c.heic",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "label"),
+    [
+        ("json", b'{"label": 3.0}', 3),
+        ("cls", b"2.0", 2),
+        ("json", b'{"label": "7"}', 7),
+        ("json", b'{"text": "no label"}', None),
+        ("json", b"[1]", None),
+        ("json", b'{"label": "dog"}', "0.json holds 'dog'"),
+        ("json", b'{"label": 2.5}', "0.json holds '2.5'"),
+        ("json", b"{", "0.json holds '{'"),
+        ("cls", b"cat", "0.cls holds 'cat'"),
+        ("cls", b"-1", "0.cls holds '-1'"),
+    ],
+)
+def test_a_label_that_is_no_number_is_said_and_trained_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, content: bytes, label: int | str | None
+) -> None:
+    write_shard(tmp_path / "train.tar", [("0.jpg", encoded(0)), (f"0.{kind}", content)])
+    source = WebDatasetSource(str(tmp_path))
+    assert source.label(0) == (label if isinstance(label, int) else -1)
+    assert bool(source.classes) == isinstance(label, int)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == isinstance(label, str)
+    if warned:
+        assert warned[0].startswith("1 labels not used") and warned[0].endswith(str(label))
+
+
 def test_classes_are_named_by_a_file_beside_the_shards(shards: Path) -> None:
     (shards / "classes.txt").write_text("ant\nbee\nwasp\n")
     assert WebDatasetSource(str(shards), "test").classes == ["ant", "bee", "wasp"]
@@ -159,7 +240,7 @@ def test_images_without_labels_can_be_trained_on_but_not_half_labelled(tmp_path:
     source = WebDatasetSource(str(tmp_path))
     assert source.classes == [] and source.label(2) == -1
     write_shard(tmp_path / "train.tar", samples(0, 3)[:-1])
-    with pytest.raises(UserError, match=r"train.tar:0002.jpg has no label"):
+    with pytest.raises(UserError, match=r"train.tar:0002.jpg has no label that is a number"):
         WebDatasetSource(str(tmp_path))
 
 
@@ -188,10 +269,6 @@ def spoil(path: Path, damage: str) -> None:
             path.write_text("<html>not found</html>" * 100)
         case "compressed":
             path.write_bytes(gzip.compress(data))
-        case "label":
-            write_shard(path, [("0.jpg", encoded(0)), ("0.cls", b"cat")])
-        case "json":
-            write_shard(path, [("0.jpg", encoded(0)), ("0.json", b"{")])
 
 
 REASONS = {
@@ -202,8 +279,6 @@ REASONS = {
     "empty": "empty",
     "html": "ReadError",
     "compressed": "compressed by gzip",
-    "label": "0.cls holds 'cat'",
-    "json": "0.json is not JSON",
 }
 
 

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caco_fast.data.sources.base import Names
+from caco_fast.data.sources.base import SUFFIXES, Names
+from caco_fast.data.sources.listing import is_image
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
 
 CACHE = ".caco_fast_shards.npz"
-VERSION = 1
-IMAGES = ("jpg", "jpeg", "png")
+VERSION = 2
+# Of several images in a sample, the first with one of these suffixes is taken.
+_USUAL = (".jpg", ".jpeg", ".png")
 LABEL_KEYS = ("cls", "label")
 _BLOCK = 512
 _LISTED = 20
@@ -41,6 +43,14 @@ _MAGIC = {
 }
 
 
+# What a shard may hold that is not used, in the words of the log.
+DOTTED = "images left out: the key of a sample ends at the first dot of a name, so name them without further dots"
+FURTHER = "images left out, because their sample has another one"
+NO_IMAGE = "samples left out, because they have no image"
+LINK = "links left out, because no member before them has the name to which they lead"
+LABEL = "labels not used, because they are not numbers from 0, which evaluation needs"
+
+
 @dataclass(frozen=True)
 class ShardTable:
     """The images of one shard."""
@@ -49,6 +59,7 @@ class ShardTable:
     offsets: np.ndarray  # [N] int64: of the first byte in the tar
     lengths: np.ndarray  # [N] int64
     labels: np.ndarray  # [N] int32, -1 without one
+    notes: Mapping[str, tuple[int, str]]  # how many of DOTTED, FURTHER, ... there are, and the first of them
 
 
 class _Stamp(NamedTuple):
@@ -64,7 +75,10 @@ class _BrokenShard(Exception):
 
 
 def shard_tables(shards: Sequence[Path], cache: Path) -> list[ShardTable]:
-    """The table of each shard. UserError, with their names, if some are broken or compressed."""
+    """The table of each shard; the log says what they hold that is not used.
+
+    UserError, with their names, if some shards are broken or compressed.
+    """
     stamps = [_stamp(shard, cache) for shard in shards]
     known = _read_cache(cache / CACHE)
     missing = [number for number, stamp in enumerate(stamps) if stamp not in known]
@@ -82,23 +96,47 @@ def shard_tables(shards: Sequence[Path], cache: Path) -> list[ShardTable]:
         raise UserError("\n  ".join([first, *broken[:_LISTED], *more]))
     if missing:
         _write_cache(cache / CACHE, known)
-    return [known[stamp] for stamp in stamps]
+    tables = [known[stamp] for stamp in stamps]
+    _report(shards, tables)
+    return tables
+
+
+def _report(shards: Sequence[Path], tables: Sequence[ShardTable]) -> None:
+    for kind in (DOTTED, FURTHER, NO_IMAGE, LINK, LABEL):
+        found = [(*table.notes[kind], shard) for shard, table in zip(shards, tables) if kind in table.notes]
+        if found:
+            count, (_, first, shard) = sum(number for number, _, _ in found), found[0]
+            log.warning("%d %s; the first is %s:%s", count, kind, shard, first)
 
 
 def read_headers(shard: Path) -> ShardTable:
     """The table of one tar, made without reading the images."""
     names, offsets, lengths, labels = [], [], [], []
-    for members in _samples(shard):
-        image = next((member for suffix, member in members.items() if suffix in IMAGES), None)
-        if image is None:
+    notes = _Notes()
+    for members in _samples(shard, notes):
+        plain = [member for suffix, member in members.items() if f".{suffix}" in SUFFIXES]
+        usual = [member for suffix, member in members.items() if f".{suffix}" in _USUAL]
+        dotted = [member for suffix, member in members.items() if "." in suffix and is_image(suffix)]
+        if not plain:
+            notes.add(DOTTED if dotted else NO_IMAGE, *(member.name for member in dotted or [*members.values()][:1]))
             continue
+        image = (usual or plain)[0]
+        notes.add(FURTHER, *(member.name for member in plain + dotted if member is not image))
         names.append(os.fsencode(image.name))
         offsets.append(image.offset)
         lengths.append(image.length)
-        labels.append(_label(members))
-    return ShardTable(
-        Names.of(names), np.array(offsets, np.int64), np.array(lengths, np.int64), np.array(labels, np.int32)
-    )
+        labels.append(_label(members, notes))
+    lists = np.array(offsets, np.int64), np.array(lengths, np.int64), np.array(labels, np.int32)
+    return ShardTable(Names.of(names), *lists, notes)
+
+
+class _Notes(dict[str, tuple[int, str]]):
+    """How often each thing was found, and the first of them."""
+
+    def add(self, kind: str, *found: str) -> None:
+        for name in found:
+            count, first = self.get(kind, (0, name))
+            self[kind] = count + 1, first
 
 
 class _Member(NamedTuple):
@@ -108,30 +146,44 @@ class _Member(NamedTuple):
     data: bytes | None  # of labels only
 
 
-def _samples(shard: Path) -> Iterator[dict[str, _Member]]:
-    """Members by suffix, for each run of members with one key. The key ends at the first dot of the file name."""
-    key, sample = "", {}
-    for member in _members(shard):
+def _samples(shard: Path, notes: _Notes) -> list[dict[str, _Member]]:
+    """Members by suffix, for each key, in the order of their first members. The key ends at a name's first dot.
+
+    The members of a key need not follow each other. A suffix that comes again begins another sample.
+    """
+    samples: list[dict[str, _Member]] = []
+    latest: dict[tuple[str, str], dict[str, _Member]] = {}
+    for member in _members(shard, notes):
         folder, _, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
-        if not stem:
+        # Names such as __info__.json are for the whole shard.
+        if not stem or stem.startswith("__"):
             continue
-        if (folder, stem) != key:
-            if sample:
-                yield sample
-            key, sample = (folder, stem), {}
-        sample[suffix.lower()] = member
-    if sample:
-        yield sample
+        key, suffix = (folder, stem), suffix.lower()
+        if key not in latest or suffix in latest[key]:
+            latest[key] = {}
+            samples.append(latest[key])
+        latest[key][suffix] = member
+    return samples
 
 
-def _members(shard: Path) -> Iterator[_Member]:
+def _members(shard: Path, notes: _Notes) -> Iterator[_Member]:
+    found: dict[str, _Member] = {}
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             length = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
                 # tarfile would keep every member.
                 archive.members.clear()
+                if member.islnk() or member.issym():
+                    # A hard link names its target from the top, a symbolic one from its own folder.
+                    folder = "" if member.islnk() else os.path.dirname(member.name)
+                    target = found.get(os.path.normpath(os.path.join(folder, member.linkname)))
+                    if target is not None:
+                        yield target._replace(name=member.name)
+                    else:
+                        notes.add(LINK, member.name)
+                    continue
                 if not member.isreg():
                     continue
                 end = member.offset_data + member.size
@@ -141,7 +193,9 @@ def _members(shard: Path) -> Iterator[_Member]:
                 if member.name.lower().endswith((".cls", ".json")):
                     file.seek(member.offset_data)
                     data = file.read(member.size)
-                yield _Member(member.name, member.offset_data, member.size, data)
+                name = os.path.normpath(member.name)
+                found[name] = _Member(member.name, member.offset_data, member.size, data)
+                yield found[name]
             # tarfile takes invalid bytes and a cut header for the end; a complete tar ends with a block of zeros.
             file.seek(archive.offset)
             if file.read(_BLOCK) != bytes(_BLOCK):
@@ -159,30 +213,28 @@ def _reason(shard: Path, error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _label(members: dict[str, _Member]) -> int:
-    """The label of a sample, -1 if it has none."""
-    if "cls" in members:
-        member = members["cls"]
-        found: object = member.data.decode("ascii", "replace").strip()
-    elif "json" in members:
-        member = members["json"]
-        try:
-            entries = json.loads(member.data)
-        except ValueError as error:
-            raise _BrokenShard(f"{member.name} is not JSON: {error}") from error
-        entries = entries if isinstance(entries, dict) else {}
-        found = next((entries[key] for key in LABEL_KEYS if key in entries), None)
-        if found is None:
-            return -1
-    else:
+def _label(members: dict[str, _Member], notes: _Notes) -> int:
+    """The label of a sample, -1 if it has none or one that is not a number from 0."""
+    member = members.get("cls") or members.get("json")
+    if member is None:
         return -1
+    text = (member.data or b"").decode("utf-8", "replace").strip()
+    found: object = text
     try:
-        label = int(str(found))
+        if "cls" not in members:
+            entries = json.loads(text)
+            entries = entries if isinstance(entries, dict) else {}
+            found = next((entries[key] for key in LABEL_KEYS if key in entries), None)
+            if found is None:
+                return -1
+        # Some writers keep numbers as 3.0.
+        label = float(str(found))
     except ValueError:
-        label = -1
-    if not 0 <= label < 2**31:
-        raise _BrokenShard(f"{member.name} holds {str(found)[:40]!r}, expected the class as a number from 0")
-    return label
+        label = -1.0
+    if label.is_integer() and 0 <= label < 2**31:
+        return int(label)
+    notes.add(LABEL, f"{member.name} holds {str(found)[:40]!r}")
+    return -1
 
 
 def _stamp(shard: Path, top: Path) -> _Stamp:
@@ -205,12 +257,12 @@ def _read_cache(path: Path) -> dict[_Stamp, ShardTable]:
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
         return {}
     tables, start = {}, 0
-    for *stamp, count in header["shards"]:
+    for *stamp, count, notes in header["shards"]:
         part = slice(start, start + count)
         first = int(ends[start - 1]) if start else 0
         last = int(ends[start + count - 1]) if count else first
         names = Names(block[first:last], ends[part] - first)
-        tables[_Stamp(*stamp)] = ShardTable(names, offsets[part], lengths[part], labels[part])
+        tables[_Stamp(*stamp)] = ShardTable(names, offsets[part], lengths[part], labels[part], notes)
         start += count
     return tables
 
@@ -220,7 +272,7 @@ def _write_cache(path: Path, tables: dict[_Stamp, ShardTable]) -> None:
     # One entry for each shard, the one of its present state.
     latest = {stamp.name: (stamp, table) for stamp, table in tables.items()}
     chosen = list(latest.values())
-    header = {"version": VERSION, "shards": [[*stamp, len(table.labels)] for stamp, table in chosen]}
+    header = {"version": VERSION, "shards": [[*stamp, len(table.labels), table.notes] for stamp, table in chosen]}
     parts = [table for _, table in chosen]
     starts = np.cumsum([0] + [len(table.names.block) for table in parts])
     arrays = {

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, BadImageError, Names, data_directory, decode
+from caco_fast.data.sources.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SUFFIXES,
+    BadImageError,
+    Names,
+    data_directory,
+    decode,
+)
 from caco_fast.data.sources.shard_table import shard_tables
 from caco_fast.errors import UserError
 
@@ -48,7 +56,8 @@ class WebDatasetSource:
         counts = [len(table.labels) for table in tables]
         if not sum(counts):
             raise UserError(
-                f"no images in the {len(tables)} shards of {path}, expected samples with .jpg, .jpeg or .png"
+                f"no images in the {len(tables)} shards of {path}, expected samples such as 0001.jpg with 0001.cls "
+                f"({', '.join(SUFFIXES)})"
             )
         self._shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)  # [N]
         self._offset = np.concatenate([table.offsets for table in tables])  # [N]
@@ -94,8 +103,9 @@ class WebDatasetSource:
             return []
         if len(unlabelled):
             raise UserError(
-                f"{self.name(int(unlabelled[0]))} has no label (.cls, or .json with cls or label) and "
-                f"{len(unlabelled) - 1} others neither, but the rest of the {len(self)} samples do; label all or none"
+                f"{self.name(int(unlabelled[0]))} has no label that is a number (.cls, or .json with cls or "
+                f"label) and {len(unlabelled) - 1} others neither, but the rest of the {len(self)} samples do; label "
+                f"all or none"
             )
         count = int(self._labels.max()) + 1
         for name in CLASS_NAMES:
