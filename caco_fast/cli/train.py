@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+NO_CONFIG = "NAME or FILE, such as --config quickstart; --list-configs shows the shipped ones"
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
     if options.list_configs:
         print(listing())
         return 0
+    if not options.config and not options.settings and not options.print_config:
+        print(f"error: --config: found none, and no setting either, expected {NO_CONFIG}", file=sys.stderr)
+        return 2
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
 
     # After the arguments, so that --help and a mistyped option answer at once.
@@ -46,7 +52,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             print(describe(config))
         return 0
     name = file.stem if file else config.method
-    return _train(config, Path(config.run.folder or f"runs/{name}"), options.resume, rank)
+    # The shell leaves the `~` of run.folder=~/runs as it is.
+    folder = os.path.expanduser(config.run.folder or f"runs/{name}")
+    return _train(config, Path(folder), os.path.expanduser(options.resume), rank)
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:
