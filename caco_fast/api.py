@@ -57,7 +57,8 @@ def pretrain(
         given["run.folder"] = os.fspath(out)
     loaded = load_config(file, [f"{key}={_as_text(value)}" for key, value in given.items()])
     with _torch_as_before():
-        return train(loaded, Path(loaded.run.folder or f"runs/{file.stem}"), os.fspath(resume))
+        folder = os.path.expanduser(loaded.run.folder or f"runs/{file.stem}")
+        return train(loaded, Path(folder), os.path.expanduser(resume))
 
 
 def _data_settings(data: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:

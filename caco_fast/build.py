@@ -23,7 +23,7 @@ from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.methods import METHODS, Method, build_method, registered
-from caco_fast.models import EncoderPair, build_encoder_pair, segment_batch_norm
+from caco_fast.models import EncoderPair, build_encoder_pair, require_sizes, segment_batch_norm
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 
@@ -31,15 +31,27 @@ def settled(config: Config, device: torch.device) -> Config:
     """The configuration with `trainer.precision` decided for the device, so that a run's copy says what it ran with.
 
     Raises:
-        UserError: the named backend of the bank does not run on the device, or there is no such method.
+        UserError: there is no such method, a setting of the data is wrong, the backbone can't take a size of the
+            images, or the named backend of the bank does not run on the device.
     """
-    registered(config.method)
     # Here, before anything is listed, built or written.
+    registered(config.method)
+    validate_views(config.views)
+    config.data.validate()
+    require_sizes(config.backbone, _known_sizes(config))
     if backend := getattr(getattr(config, config.method), "backend", ""):
         together(lambda: require_backend(f"{config.method}.backend", backend, device))
     # Rank 0 decides, because one step has one precision.
     precision = broadcast_object(settled_precision(config.trainer.precision, device))
     return replace(config, trainer=replace(config.trainer, precision=precision))
+
+
+def _known_sizes(config: Config) -> dict[str, tuple[int, int]]:
+    """Height and width of the images that the backbone will get, as far as the settings say, by setting."""
+    sides = {f"views[{number}].size": view.size for number, view in enumerate(config.views)}
+    if config.evaluation.wanted and config.data.eval_size:
+        sides["data.eval_size"] = config.data.eval_size
+    return {key: (side, side) for key, side in sides.items()}
 
 
 def build_trainer(
@@ -151,6 +163,8 @@ def _build_evaluator(config: Config, source: Source, device: torch.device) -> Ev
     options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
     train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, source=source, **options)
     test = build_eval_loader(config.data, "test", **options)
+    if config.data.eval_size is None and (size := test.image_size()) is not None:
+        require_sizes(config.backbone, {"data.eval_size": size})
     return Evaluator(
         config.evaluation, train, test, classes=len(train.source.classes), denormalise=train.denormalise, device=device
     )

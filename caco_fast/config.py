@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -34,6 +33,7 @@ from caco_fast.methods.base import Registered
 from caco_fast.models import BackboneConfig, ProjectorConfig
 from caco_fast.optim import OptimizerConfig, ScheduleConfig
 from caco_fast.settings import section, setting
+from caco_fast.typed_yaml import inner_type, read, read_argument
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: a missing or malformed file, an unknown key (the nearest valid one is named), a mistyped value.
     """
+    files = _with_bases(path) if path is not None else []
+    _require_method(files, overrides)
     tree = OmegaConf.structured(config_class())
-    for source in _with_bases(path) if path is not None else ():
-        tree = _merge_file(tree, *source)
+    for file, given in files:
+        tree = _merge_file(tree, file, given)
     for override in overrides:
         _override(tree, override)
     return _to_config(tree, str(path) if path is not None else "settings")
@@ -100,7 +102,7 @@ def to_yaml(config: Config) -> str:
 def _from_yaml(text: str) -> Config:
     schema = OmegaConf.structured(config_class())
     _make_writable(schema)
-    return _to_config(OmegaConf.merge(schema, OmegaConf.create(text)), "pickled configuration")
+    return _to_config(OmegaConf.merge(schema, read(text, config_class())), "pickled configuration")
 
 
 def describe(config: Config) -> str:
@@ -158,28 +160,40 @@ def _with_bases(path: Path | str) -> list[tuple[Path, dict[str, Any]]]:
     while following is not None:
         if any(following == seen for seen, _ in chain):
             raise UserError(f"--config {path}: {following} is its own base")
-        given = _read_yaml(following)
+        given = _read_file(following)
         base = given.pop("base", None)
         chain.append((following, given))
         following = find_base(str(base), following) if base is not None else None
     return chain[::-1]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(path.read_text()) or {}
+        given = read(path.read_text(), config_class()) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     if not isinstance(given, dict):
         raise UserError(f"--config {path}: found a {type(given).__name__}, expected a mapping of settings")
     return given
 
 
+def _require_method(files: Sequence[tuple[Path, dict[str, Any]]], overrides: Sequence[str]) -> None:
+    """Raise UserError for an unknown method, before its section is called an unknown setting."""
+    names = [given["method"] for _, given in files if isinstance(given.get("method"), str)]
+    names += [override.removeprefix("method=") for override in overrides if override.startswith("method=")]
+    if names and "${" not in names[-1]:
+        registered(names[-1])
+
+
 def _merge_file(tree: DictConfig, path: Path, given: dict[str, Any]) -> DictConfig:
     _make_writable(tree)
     try:
+        for key in _emptied(given, config_class()):
+            OmegaConf.update(tree, key, {}, merge=False)
         return OmegaConf.merge(tree, OmegaConf.create(given))
     except OmegaConfBaseException as error:
         raise UserError(f"--config {path}: {_explain(error, given)}") from None
@@ -187,15 +201,26 @@ def _merge_file(tree: DictConfig, path: Path, given: dict[str, Any]) -> DictConf
         raise UserError(f"--config {path}: found a list, expected a mapping, or the reverse ({error})") from None
 
 
+def _emptied(given: Any, kind: Any, key: str = "") -> Iterator[str]:
+    """The keys of mappings that are given as {}, which empties what a base has there."""
+    if given == {} and get_origin(kind) is dict:
+        yield key
+    elif isinstance(given, dict):
+        for name, value in given.items():
+            yield from _emptied(value, inner_type(kind, name), f"{key}.{name}" if key else name)
+
+
 def _override(tree: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"argument '{override}': expected key=value, e.g. optimizer.lr=0.1")
     _make_writable(tree)
-    parsed: Any = value
     try:
-        # OmegaConf reads `key=` as null; here it empties a string.
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"] if value else ""
+        parsed = read_argument(value, _kind(key), key)
+    except UserError as error:
+        hint = "the value is not valid YAML; a bracket or quote may be open"
+        raise UserError(f"argument '{override}': {hint if 'not valid YAML' in str(error) else error}") from None
+    try:
         # An empty mapping empties what is there; every other one is merged into it.
         OmegaConf.update(tree, key, parsed, merge=parsed != {})
     except OmegaConfBaseException as error:
@@ -203,8 +228,6 @@ def _override(tree: DictConfig, override: str) -> None:
         for part in reversed(_parts(key)):
             given = {part: given}
         raise UserError(f"argument '{override}': {_explain(error, given)}") from None
-    except yaml.YAMLError:
-        raise UserError(f"argument '{override}': the value is not valid YAML; a bracket or quote may be open") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"argument '{override}': {' '.join(str(error).split())}") from None
 
@@ -237,7 +260,7 @@ def _explain(error: OmegaConfBaseException, given: Any = None) -> str:
         return _unknown(key)
     if isinstance(error, ConfigIndexError) or "is not a subclass of" in message and key.endswith("]"):
         return f"{key}: a group of settings is expected there, or its list is not that long"
-    if expected := _expected(key):
+    if expected := _in_words(_kind(key)) if key else "":
         return f"{key}: found {_found(given, key)}, expected {expected}"
     # Within a list of groups OmegaConf does not say where.
     found = re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message)
@@ -264,20 +287,12 @@ def _parts(key: str) -> list[str]:
     return re.findall(r"[^.\[\]]+", key)
 
 
-def _expected(key: str) -> str:
-    """What a setting takes, in words; "" where `key` names none."""
+def _kind(key: str) -> Any:
+    """The type of a setting; None where `key` names none."""
     kind: Any = config_class()
     for part in _parts(key):
-        if get_origin(kind) in (Union, UnionType):
-            kind = next(t for t in get_args(kind) if t is not type(None))
-        inner = get_args(kind)
-        if dataclasses.is_dataclass(kind):
-            kind = get_type_hints(kind).get(part)
-        elif part.isdigit() and inner:
-            kind = inner[0]
-        else:
-            return ""
-    return _in_words(kind) if key else ""
+        kind = inner_type(kind, part)
+    return kind
 
 
 def _in_words(kind: Any) -> str:

@@ -23,7 +23,7 @@ def section(kind: type, help: str) -> Any:
 
 
 def switch(name: str, value: str) -> str:
-    """Read auto, on or off. YAML turns the last two into truth values.
+    """Read auto, on or off. Python gives the last two as true and false.
 
     Raises:
         UserError: any other value.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caco_fast import __version__, cli, configs
+from caco_fast import __version__, cli, configs, pretrain
 from caco_fast.cli import train
 from caco_fast.config import load_config, settings_of
 from caco_fast.errors import UserError
@@ -120,3 +120,21 @@ def test_the_module_trains_in_another_folder(tmp_path):
     done = program(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())["steps"] == 2
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "first.yaml").write_text("trainer: {epochs: 2}")
+    (tmp_path / "second.yaml").write_text("base: ~/first.yaml\nrun: {folder: ~/runs/a}")
+    assert load_config("~/second.yaml").trainer.epochs == 2
+    called = []
+    monkeypatch.setattr("caco_fast.training.train", lambda *arguments: called.append(arguments[1:]))
+    assert train.main(["--config", "~/second.yaml", "--resume", "~/a.pt"]) == 0
+    pretrain("quickstart", out="~/runs/b", resume="~/b.pt")
+    assert called == [(tmp_path / f"runs/{name}", str(tmp_path / f"{name}.pt")) for name in "ab"]
+
+
+def test_training_without_a_configuration_says_so(capsys):
+    assert train.main([]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: --config: found none, ") and line.count("\n") == 1

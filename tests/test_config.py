@@ -181,7 +181,9 @@ def test_a_base_is_changed_by_the_file_on_top_of_it(write: Any) -> None:
         ("trainer.epochs=???", "trainer.epochs: ??? is no value"),
         ("optimizer.lr", "argument 'optimizer.lr': expected key=value, e.g. optimizer.lr=0.1"),
         ("=3", "argument '=3': expected key=value"),
-        ("run.folder=[", "argument 'run.folder=[': the value is not valid YAML"),
+        ("data.mean=[", "argument 'data.mean=[': the value is not valid YAML"),
+        ("backbone.options={strict: on}", "backbone.options.strict: found on, expected true or"),
+        ("method=cocoa", "method: found 'cocoa', expected one of caco, moco"),
         ("run.folder=${nowhere}", "run.folder: ${...} refers to another setting's value"),
     ],
 )
@@ -198,6 +200,10 @@ def test_a_bad_override_is_named(override: str, line: str) -> None:
         ("trainer: [1, 2]", "[1, 2]: a group of settings is expected there"),
         ("- 1", "found a list, expected a mapping of settings"),
         ("trainer: {epochs: 1", "not valid YAML"),
+        ("trainer: {epochs: 1}\nrun: {plain: yes}\ntrainer: {seed: 1}", "trainer: found in line 1 and in line 3"),
+        ("views: [{size: 8, size: 9}]", "views[0].size: found in line 1 and in line 1, expected once"),
+        ("trainer: !!python/name:os.system x", "trainer: found the tag tag:yaml.org,2002:python/name:os.system"),
+        ("views: &a [*a]", "not valid YAML: a part of it contains itself"),
         ("base: none.yaml", "base: none.yaml: found no such file, expected"),
         ("base: mine.yaml", "is its own base"),
     ],
@@ -234,7 +240,16 @@ def test_a_mutable_default_is_copied_for_every_instance() -> None:
     assert Mine().items == [1]
 
 
-def test_an_empty_mapping_clears_the_options_of_a_file():
+def test_an_empty_mapping_clears_the_options_of_a_file(write: Any) -> None:
     quickstart = next(path for path in CONFIGS if path.stem == "quickstart")
     config = load_config(quickstart, ["backbone.name=vit_tiny_patch16_224", "backbone.options={}"])
     assert config.backbone.options == {}
+    config = load_config(write("base: quickstart\nbackbone: {name: vit_tiny_patch16_224, options: {}}\ntrainer: {}\n"))
+    assert config.backbone.options == {}
+    assert config.trainer.epochs == 12
+
+
+def test_an_unknown_method_is_named_before_its_section(write: Any) -> None:
+    for line in (error_of(None, "cocoa.size=3", "method=cocoa"), error_of(write("cocoa: {size: 3}\nmethod: cocoa"))):
+        assert line.startswith("method: found 'cocoa', expected one of caco, moco")
+    assert load_config(write("method: cocoa"), ["method=moco"]).method == "moco"

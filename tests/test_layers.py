@@ -22,6 +22,7 @@ GROUND = (
     "provenance",
     "settings",
     "storage",
+    "typed_yaml",
 )
 LAYERS = (
     GROUND,

@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+NO_CONFIG = "NAME or FILE, such as --config quickstart; --list-configs shows the shipped ones"
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
     if options.list_configs:
         print(listing())
         return 0
+    if not options.config and not options.settings and not options.print_config:
+        print(f"error: --config: found none, and no setting either, expected {NO_CONFIG}", file=sys.stderr)
+        return 2
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
 
     # After the arguments, so that --help and a mistyped option answer at once.
@@ -48,9 +54,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             print(describe(config))
         return 0
     name = file.stem if file else config.method
+    # The shell leaves the `~` of run.folder=~/runs as it is.
+    folder = Path(os.path.expanduser(config.run.folder or f"runs/{name}"))
     # A run must not end because nobody reads its output any more.
     with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
-        return _train(config, Path(config.run.folder or f"runs/{name}"), options.resume, rank)
+        return _train(config, folder, os.path.expanduser(options.resume), rank)
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:

@@ -1,6 +1,7 @@
 """The shipped configurations, and how `--config` and `base:` find one by its name or its path."""
 
 import difflib
+import os
 from pathlib import Path
 
 from caco_fast.errors import UserError
@@ -28,7 +29,8 @@ def find_config(given: str | Path) -> Path:
     Raises:
         UserError: there is neither; the line gives the nearest shipped name.
     """
-    return _find(Path(given), Path(given), f"--config {given}")
+    path = Path(os.path.expanduser(given))
+    return _find(path, path, f"--config {given}")
 
 
 def find_base(base: str, file: Path) -> Path:
@@ -37,7 +39,8 @@ def find_base(base: str, file: Path) -> Path:
     Raises:
         UserError: there is neither; the line gives the nearest shipped name.
     """
-    return _find(Path(base), file.parent / base, f"--config {file}: base: {base}")
+    given = Path(os.path.expanduser(base))
+    return _find(given, file.parent / given, f"--config {file}: base: {base}")
 
 
 def _find(given: Path, path: Path, key: str) -> Path:

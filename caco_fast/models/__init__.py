@@ -3,6 +3,7 @@
 from caco_fast.models.backbone import BackboneConfig, build_backbone
 from caco_fast.models.batch_norm import segment_batch_norm
 from caco_fast.models.encoder import Encoder, EncoderPair, build_encoder_pair
+from caco_fast.models.input_size import require_sizes
 from caco_fast.models.projector import ProjectorConfig, build_projector
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "build_backbone",
     "build_encoder_pair",
     "build_projector",
+    "require_sizes",
     "segment_batch_norm",
 ]

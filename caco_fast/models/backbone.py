@@ -40,6 +40,12 @@ def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:
     Raises:
         UserError: unknown architecture, an option that it does not take, or a stem that does not fit it.
     """
+    architecture, _, tag = config.name.partition(".")
+    if tag:
+        raise UserError(
+            f"backbone.name: found '{config.name}', expected an architecture alone, because the tag '{tag}' names "
+            f"weights, and training begins from random ones; set backbone.name={architecture}"
+        )
     try:
         backbone = timm.create_model(config.name, pretrained=False, num_classes=0, in_chans=channels, **config.options)
     except RuntimeError as error:

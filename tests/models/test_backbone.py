@@ -58,6 +58,10 @@ def test_the_projector_fits_the_backbones_output(name: str) -> None:
     "settings, line",
     [
         ({"name": "resnet_50"}, "backbone.name: timm knows no architecture 'resnet_50'; nearest: resnet50,"),
+        (
+            {"name": "resnet18.a1_in1k"},
+            "backbone.name: found 'resnet18.a1_in1k', expected an architecture alone, because the tag 'a1_in1k' names",
+        ),
         ({"name": "qqqqqq"}, "backbone.name: timm knows no architecture 'qqqqqq'"),
         ({"name": "resnet18", "options": {"colour": 3}}, "backbone.options: resnet18 does not take them:"),
         ({"name": "resnet18", "options": {"num_classes": 3}}, "backbone.options: resnet18 does not take them:"),

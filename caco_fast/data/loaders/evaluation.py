@@ -43,6 +43,7 @@ class EvalLoader:
         self.source, self.dali = source, dali
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
+        self._resize, self._size = config.eval_resize, config.eval_size
         self._mean, self._std = config.mean or source.mean, config.std or source.std
         # No limit here: the training loader stops a run whose training set has too many bad images.
         self._bad = BadImages(len(source), len(source))
@@ -60,7 +61,7 @@ class EvalLoader:
         held = isinstance(self.source, ArraySource) and config.eval_resize is None
         workers = 0 if held else config.worker_processes()
         return DataLoader(
-            EvaluationBatches(self.source, config.eval_resize, config.eval_size),
+            EvaluationBatches(self.source, self._resize, self._size),
             sampler=self._parts,
             batch_size=None,
             collate_fn=as_is,
@@ -73,6 +74,11 @@ class EvalLoader:
     def bad_images(self) -> dict[str, str]:
         """Name -> reason of every image that was left out so far."""
         return self._bad.reasons
+
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the set's first image as it will be given, the same on all ranks; None: can't be read."""
+        images = EvaluationBatches(self.source, self._resize, self._size)[range(min(1, len(self.source)))].images
+        return (images[0].shape[2], images[0].shape[3]) if images else None
 
     def denormalise(self, images: Tensor) -> Tensor:  # [b, ch, h, w]
         """Back to pixel values in [0, 1]."""
