@@ -94,7 +94,7 @@ def build_eval_loader(
     if not source.classes:
         raise UserError(
             f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
-            f"put them into one folder for each class, or turn evaluation off"
+            f"put them into one folder for each class, or set evaluation.held_out=0.05 for the loss on held-out images"
         )
     # An array whose images stay as they are has nothing to decode.
     held = isinstance(source, ArraySource) and config.eval_resize is None
