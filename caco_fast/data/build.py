@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from caco_fast.data.config import DataConfig, ViewConfig, validate_views
+from caco_fast.data.config import NO_EVALUATION, DataConfig, ViewConfig, validate_views
 from caco_fast.data.loaders.base import TrainLoader
 from caco_fast.data.loaders.evaluation import EvalLoader
 from caco_fast.data.loaders.torchvision import TorchvisionLoader
@@ -94,7 +94,8 @@ def build_eval_loader(
     if not source.classes:
         raise UserError(
             f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
-            f"put them into one folder for each class, or set evaluation.held_out=0.05 for the loss on held-out images"
+            f"put them into one folder for each class, or set evaluation.held_out=0.05 for the loss on held-out images, "
+            f"or {NO_EVALUATION}"
         )
     # An array whose images stay as they are has nothing to decode.
     held = isinstance(source, ArraySource) and config.eval_resize is None

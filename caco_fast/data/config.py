@@ -10,6 +10,8 @@ from caco_fast.settings import setting
 SOURCES = ("folder", "index", "webdataset", "cifar10", "embedded")
 LOADERS = ("auto", "dali", "torchvision", "memory")
 JITTERS = ("exact", "fast")
+# Advice for data without test images or labels.
+NO_EVALUATION = "turn evaluation off: evaluation.every_epochs=0, with evaluation.baselines and .linear_probe false"
 
 
 @dataclass(frozen=True)

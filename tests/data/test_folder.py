@@ -16,7 +16,7 @@ from caco_fast.data import (
     build_source,
     build_train_loader,
 )
-from caco_fast.data.sources import folder as folder_module
+from caco_fast.data.sources import listing as listing_module
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
 
@@ -231,7 +231,7 @@ def no_listing(*arguments: object) -> None:
 def test_a_source_that_is_given_is_not_listed_again(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(path=str(image_folder), loader="torchvision", workers=0)
     source = build_source(config, "train")
-    monkeypatch.setattr(folder_module, "_entries", no_listing)
+    monkeypatch.setattr(listing_module, "_entries", no_listing)
     loader = build_train_loader(config, [ViewConfig(size=8)], batch_size=4, seed=0, source=source)
     assert len(next(loader.batches(0)).index) == 4
     evaluation = build_eval_loader(config, "train", batch_size=5, source=source)
@@ -247,6 +247,6 @@ def test_a_source_that_is_given_is_not_listed_again(image_folder: Path, monkeypa
 def test_settings_are_checked_before_a_file_is_listed(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
-    monkeypatch.setattr(folder_module, "_entries", no_listing)
+    monkeypatch.setattr(listing_module, "_entries", no_listing)
     with pytest.raises(UserError, match="^data[.][a-z]+: found .* (expected|exact)"):
         build_train_loader(DataConfig(path=str(image_folder), **settings), [ViewConfig(size=8)], batch_size=4, seed=0)

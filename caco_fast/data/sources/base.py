@@ -4,6 +4,7 @@ Legend: N images, h x w pixels, ch channels.
 """
 
 import hashlib
+import importlib.util
 import io
 import os
 from collections.abc import Iterable
@@ -19,8 +20,21 @@ from caco_fast.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The formats that PIL may decode, whatever a file's suffix says. PIL would give EPS, another one, to Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# The suffixes of image files, and the format that each stands for.
+SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG2000"),
+    **{".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".webp": "WEBP", ".avif": "AVIF", ".tga": "TGA"},
+}
+if importlib.util.find_spec("PIL._avif") is None:
+    # An older PIL, or one without libavif.
+    del SUFFIXES[".avif"]
+# The formats that PIL may decode, whatever a file's suffix says. PIL would give EPS, another one, to Ghostscript. TGA
+# comes last: its files begin with nothing by which they are known.
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
 
 class BadImageError(Exception):

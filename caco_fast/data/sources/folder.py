@@ -10,94 +10,105 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_fast.data.sources.base import FileSource, Names, data_directory
+from caco_fast.data.config import NO_EVALUATION
+from caco_fast.data.sources.base import SUFFIXES, FileSource, Names, data_directory
+from caco_fast.data.sources.listing import Listing, list_folders, list_images
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.data")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("val", "test")
+# Other names that people give to images that are not to be trained on.
+_TEST_WORDS = frozenset((*TEST_FOLDERS, "valid", "validation", "testing"))
 
 
 class FolderSource(FileSource):
     """The images of one split of a folder, in the order of their sorted classes and names."""
 
     def __init__(self, path: str, split: str = "train") -> None:
-        """List the files, without opening them. UserError for a folder that is missing, unreadable or empty."""
+        """List the files, without opening them. UserError for a folder that is missing, unreadable or empty.
+
+        UserError too if test images would be trained on: `path` is a folder above train/ and val/, say.
+        """
         top = data_directory(path, "the directory that holds train/ and val/")
-        root = _split_folder(top, split)
-        entries = _entries(root)
-        folders = _folders(entries)
-        classes = folders if split == "train" else _training_classes(top, folders)
-        position = {name: label for label, name in enumerate(classes)}
-        names: list[bytes] = []
-        labels: list[np.ndarray] = []
-        for folder in folders:
-            if classes and folder not in position:
-                raise UserError(
-                    f"{root / folder} is a class that the training set doesn't have; "
-                    f"give the folders of {root} the names of the training set's"
-                )
-            before = len(names)
-            names.extend(os.fsencode(f"{folder}/{name}") for name in _images_below(root / folder))
-            labels.append(np.full(len(names) - before, position.get(folder, -1), dtype=np.int32))
-        loose = [entry.name for entry in entries if _is_image(entry.name)]
-        if names and loose:
-            log.warning("%s has class folders; the %d images next to them are left out", root, len(loose))
-        elif loose:
-            names = [os.fsencode(name) for name in loose]
-            labels = [np.full(len(names), -1, dtype=np.int32)]
-            classes = []
+        train, tests = split_folders(top)
+        root = _root(top, split, train, tests)
+        listing = list_images(root, apart=tests if split == "train" else ())
+        if split == "train":
+            _refuse_test_images(top, listing)
+        listing.report()
+        folders = [folder for folder in listing.folders if "/" not in folder]
+        classes = folders if split == "train" or train is None else list_folders(train, apart=tests)
+        if classes and (unknown := sorted(set(folders) - set(classes))):
+            raise UserError(
+                f"{root / unknown[0]} is a class that the training set doesn't have; "
+                f"give the folders of {root} the names of the training set's"
+            )
+        names = [name for name in listing.names if "/" in name]
+        if names:
+            if loose := len(listing.names) - len(names):
+                log.warning("%s has class folders; the %d images next to them are left out", root, loose)
+        else:
+            names, classes = listing.names, []
         if not names:
-            raise UserError(f"no images in {root}, expected <class>/*.JPEG, or image files ({', '.join(SUFFIXES)})")
-        super().__init__(root, Names.of(names), np.concatenate(labels), classes)
+            found = f" (but {listing.left_out.total()} other files: {listing.suffixes()})" if listing.left_out else ""
+            raise UserError(
+                f"no images in {root}{found}, expected <class>/*.JPEG, or image files ({', '.join(SUFFIXES)})"
+            )
+        position = {name: label for label, name in enumerate(classes)}
+        labels = (position.get(name.partition("/")[0], -1) for name in names)
+        super().__init__(root, Names.of(map(os.fsencode, names)), np.fromiter(labels, np.int32, len(names)), classes)
 
 
-def _split_folder(path: Path, split: str) -> Path:
-    tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]
+def split_folders(top: Path) -> tuple[Path | None, list[Path]]:
+    """The folder of the training images, if there is one, and those of test images. Train/ and VAL/ count too."""
+    with os.scandir(top) as entries:
+        named = [entry for entry in entries if entry.name.lower() in ("train", *TEST_FOLDERS)]
+    # Of train/ and Train/, the one in small letters is taken.
+    names = sorted((entry.name for entry in named if entry.is_dir()), reverse=True)
+    found = {name.lower(): top / name for name in names}
+    return found.get("train"), [found[name] for name in TEST_FOLDERS if name in found]
+
+
+def _root(top: Path, split: str, train: Path | None, tests: list[Path]) -> Path:
     if split == "train":
-        if (path / "train").is_dir():
-            return path / "train"
-        if tests:
-            raise UserError(f"{path} has {tests[0].name}/ but no train/; put the training images into {path / 'train'}")
-        return path
+        if tests and not train:
+            raise UserError(
+                f"{top} has {tests[0].name}/ but no train/; put the training images into {top / 'train'}, or set "
+                f"data.path to the folder of the training images alone"
+            )
+        return train or top
     if not tests:
-        raise UserError(f"{path} has neither val/ nor test/; evaluation needs one, with the class folders of train/")
+        raise UserError(
+            f"{top} has neither val/ nor test/; evaluation needs one, with the class folders of train/; put one "
+            f"there, or {NO_EVALUATION}"
+        )
     return tests[0]
 
 
-def _training_classes(path: Path, folders: list[str]) -> list[str]:
-    """The class list that the labels of the test images refer to: the training set's, if there is a training set."""
-    train = path / "train"
-    if not train.is_dir():
-        return folders
-    return _folders(_entries(train))
+def _refuse_test_images(top: Path, listing: Listing) -> None:
+    """Raise UserError if a folder that is to be trained on as a whole holds test images; warn if it is named train/."""
+    found = [folder for folder in listing.folders if folder.rpartition("/")[2].lower() in _TEST_WORDS]
+    held = {folder for name in listing.names for folder in _parents(name)} if found else set()
+    found = [folder for folder in found if folder in held]
+    if not found:
+        return
+    if listing.root != top:
+        log.warning(
+            "%s holds %s/: its images are trained on; if they are test images, put them next to train/",
+            listing.root,
+            ", ".join(found[:3]),
+        )
+        return
+    above = sorted({os.path.dirname(listing.root / folder) for folder in found})
+    ready = [folder for folder in above if split_folders(Path(folder))[0]]
+    advice = f"data.path={ready[0]}" if len(ready) == 1 else "data.path to a folder with train/ and val/ in it"
+    raise UserError(
+        f"data.path: {top} holds test images in {found[0]}/, which would be trained on, and no train/; set {advice}"
+    )
 
 
-def _folders(entries: list[os.DirEntry[str]]) -> list[str]:
-    # os.path.isdir says no to a link that leads nowhere, or to itself.
-    return [entry.name for entry in entries if not _is_image(entry.name) and os.path.isdir(entry.path)]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-    except PermissionError as error:
-        raise UserError(f"no permission to read {folder}; allow it with chmod u+rx, or run as its owner") from error
-    except OSError as error:
-        raise UserError(f"can't list {folder}: {error.strerror}") from error
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    """Names of the images in a class folder and its subfolders, relative to it; no file is opened or stat'ed."""
-    for entry in _entries(folder):
-        if _is_image(entry.name):
-            yield entry.name
-        elif entry.is_dir(follow_symlinks=False):
-            yield from (f"{entry.name}/{name}" for name in _images_below(folder / entry.name))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def _parents(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name

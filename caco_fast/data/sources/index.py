@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from caco_fast.data.config import NO_EVALUATION
 from caco_fast.data.sources.base import BadImageError, FileSource, Names, decode
 from caco_fast.errors import UserError
 
@@ -80,7 +81,7 @@ def read_index(path: Path, split: str) -> tuple[str, SplitIndex]:
             if split not in header["splits"]:
                 raise UserError(
                     f"data.path: the index {path} has no {split} images; make it again from a folder with "
-                    f"{'val/' if split == 'test' else 'train/'}, or turn evaluation off"
+                    f"{'val/' if split == 'test' else 'train/'}, or {NO_EVALUATION}"
                 )
             described = header["splits"][split]
             names = Names(stored[f"{split}.names"].tobytes(), stored[f"{split}.ends"])

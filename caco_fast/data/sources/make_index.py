@@ -25,8 +25,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from caco_fast.data.sources.base import FORMATS, BadImageError, FileSource, decode
-from caco_fast.data.sources.folder import TEST_FOLDERS, FolderSource
+from caco_fast.data.sources.base import FORMATS, SUFFIXES, BadImageError, FileSource, decode
+from caco_fast.data.sources.folder import FolderSource, split_folders
 from caco_fast.data.sources.index import SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
 from caco_fast.storage import atomic_write, atomic_write_text, remove_leftovers
@@ -49,14 +49,6 @@ _TASK = 32
 ZERO_BYTE, BROKEN, SUFFIX, CMYK, DUPLICATE = "zero-byte", "broken", "wrong suffix", "CMYK", "duplicate"
 KINDS = (ZERO_BYTE, BROKEN, SUFFIX, CMYK, DUPLICATE)
 EXCLUDED = (ZERO_BYTE, BROKEN)
-
-_KIND_OF_SUFFIX = {
-    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
-    **dict.fromkeys((".ppm", ".pgm"), "PPM"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".png": "PNG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP"},
-}
-
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -213,7 +205,7 @@ def _inspect_file(path: bytes) -> _File:
     findings = []
     suffix = os.fsdecode(os.path.splitext(path)[1]).lower()
     # MPO is a JPEG with further images behind it, as some cameras write.
-    if {"MPO": "JPEG"}.get(kind, kind) != _KIND_OF_SUFFIX[suffix]:
+    if {"MPO": "JPEG"}.get(kind, kind) != SUFFIXES[suffix]:
         findings.append((SUFFIX, f"a {kind} named {suffix}"))
     if mode == "CMYK":
         findings.append((CMYK, "decoded to RGB without a colour profile"))
@@ -247,7 +239,7 @@ def index_folder(arguments: Sequence[str] | None = None, prog: str | None = None
     output = Path(output).expanduser() if output else top / NAME
     _check_output(output)
     sources = {"train": FolderSource(str(top), "train")}
-    if any((top / name).is_dir() for name in TEST_FOLDERS):
+    if split_folders(top)[1]:
         sources["test"] = FolderSource(str(top), "test")
     inspections = _inspect_all(sources, options.workers)
     duplicates, repeated = find_duplicates([(sources[name], inspections[name]) for name in sources])
