@@ -5,10 +5,10 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -75,8 +75,10 @@ def _with_sections(methods: tuple[tuple[str, Registered], ...]) -> type[Config]:
     return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
 
 
-def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
+def load_config(
+    path: Path | str | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
+    """The defaults, with `defaults` ({"optimizer.lr": 0.1}) in place of those of the program, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
 
     `path` is a file or the name of a shipped configuration. It may begin with `base: NAME`, a file next to it or a
     shipped configuration, whose settings it changes.
@@ -85,6 +87,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
         UserError: a missing or malformed file, an unknown key (the nearest valid one is named), a mistyped value.
     """
     tree = OmegaConf.structured(config_class())
+    for key, value in defaults.items():
+        _override(tree, f"{key}={json.dumps(value)}")
     for source in _with_bases(path) if path is not None else ():
         tree = _merge_file(tree, *source)
     for override in overrides:

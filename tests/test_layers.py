@@ -32,7 +32,7 @@ LAYERS = (
     ("evaluate",),
     ("engine",),
     ("config",),
-    ("build",),
+    ("build", "scale"),
     ("report",),
     ("training",),
     ("cli", "api"),
