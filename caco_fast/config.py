@@ -78,8 +78,9 @@ def _with_sections(methods: tuple[tuple[str, Registered], ...]) -> type[Config]:
 def load_config(
     path: Path | str | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> Config:
-    """The defaults, with `defaults` ({"optimizer.lr": 0.1}) in place of those of the program, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
+    """The defaults, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
 
+    `defaults`, such as {"optimizer.lr": 0.1}, take the place of the program's own.
     `path` is a file or the name of a shipped configuration. It may begin with `base: NAME`, a file next to it or a
     shipped configuration, whose settings it changes.
 
