@@ -35,9 +35,9 @@ def pretrain(
 
     Args:
         config: a shipped configuration ("quickstart"; `caco-fast train --list-configs` shows all) or a YAML file.
-        data: "embedded" (the Fashion-MNIST subset in the package), a folder with train/ and val/, an index file
-            (`.npz`), or `.tar` shards. A mapping sets any field of the section, such as
-            `{"source": "cifar10", "path": "data/cifar10"}`. None: as the configuration says.
+        data: "embedded" (the Fashion-MNIST subset in the package), a folder with train/ and val/ (for "own_images" any
+            folder of images), an index file (`.npz`), or `.tar` shards. A mapping sets any field of the section, such
+            as `{"source": "cifar10", "path": "data/cifar10"}`. None: as the configuration says.
         out: the run folder. None: runs/<name of the configuration>.
         resume: "never" starts, and refuses a folder that holds a run. "auto" continues from the newest checkpoint of
             the folder, or starts if there is none. A path continues from that checkpoint.
@@ -48,20 +48,22 @@ def pretrain(
         UserError: something that the user can correct, in one line.
         Interrupted: Ctrl-C, SIGTERM or the like ended the run after a checkpoint; resume="auto" continues.
     """
-    from caco_fast.config import load_config
+    from caco_fast.scale import load_scaled
     from caco_fast.training import train
 
     file = find_config(config)
-    given = _data_settings(data) | settings
+    given = _data_settings(data, file) | settings
     if out is not None:
         given["run.folder"] = os.fspath(out)
-    loaded = load_config(file, [f"{key}={_as_text(value)}" for key, value in given.items()])
+    loaded, chosen = load_scaled(file, [f"{key}={_as_text(value)}" for key, value in given.items()])
+    if chosen:
+        print(chosen)
     with _torch_as_before():
         folder = os.path.expanduser(loaded.run.folder or f"runs/{file.stem}")
         return train(loaded, Path(folder), os.path.expanduser(resume))
 
 
-def _data_settings(data: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def _data_settings(data: str | Path | Mapping[str, Any] | None, file: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if isinstance(data, Mapping):
@@ -70,6 +72,11 @@ def _data_settings(data: str | Path | Mapping[str, Any] | None) -> dict[str, Any
         return {"data.source": "embedded"}
     path = os.fspath(data)
     source = "index" if path.endswith(".npz") else "webdataset" if ".tar" in path else "folder"
+    if source == "folder":
+        from caco_fast.config import load_config
+
+        # A configuration for any tree of images reads train/ and val/ too.
+        source = "images" if load_config(file).data.source == "images" else source
     return {"data.source": source, "data.path": path}
 
 

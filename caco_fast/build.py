@@ -1,5 +1,6 @@
 """Every component of a run, built from its own section of the configuration."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,15 @@ from typing import Any
 import torch
 
 from caco_fast.config import Config, settings_of, to_yaml
-from caco_fast.data import Source, build_eval_loader, build_source, build_train_loader, validate_views
+from caco_fast.data import (
+    Source,
+    TrainLoader,
+    build_eval_loader,
+    build_source,
+    build_train_loader,
+    hold_out,
+    validate_views,
+)
 from caco_fast.distributed import broadcast_object, is_distributed, rank, world_size
 from caco_fast.engine.agreement import together
 from caco_fast.engine.checkpoint import CheckpointStore
@@ -22,9 +31,12 @@ from caco_fast.engine.step_graph import CapturedStep, build_capture
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.evaluate.held_out import HeldOut
 from caco_fast.methods import METHODS, Method, build_method, registered
 from caco_fast.models import EncoderPair, build_encoder_pair, require_sizes, segment_batch_norm
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
+
+log = logging.getLogger("caco_fast.training")
 
 
 def settled(config: Config, device: torch.device) -> Config:
@@ -72,7 +84,7 @@ def build_trainer(
     capture = build_capture(config.trainer, device)
     validate_views(config.views)
     # Listed once: ImageNet has 1.28 M names.
-    source = build_source(config.data, "train")
+    source, held_out = _training_images(config)
     encoders = _build_encoders(config, source.channels, device, autocast)
     method = _build_method(config, device)
     if config.trainer.compile:
@@ -109,6 +121,7 @@ def build_trainer(
         schedule=Schedule(config.schedule, peak_lr(config.optimizer, batch_size), epochs, loader.steps_per_epoch),
         loader=loader,
         evaluator=_build_evaluator(config, source, device),
+        held_out=_build_held_out(config, held_out, device, autocast) if held_out is not None else None,
         store=store,
         metrics=MetricsWriter(
             run.path, config.run.tensorboard, config.wandb, resume_at=resume_at, run_config=settings_of(config)
@@ -157,8 +170,48 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
     return encoders.to(device, memory_format=torch.channels_last)
 
 
+def _training_images(config: Config) -> tuple[Source, Source | None]:
+    """The images to train on, and those that are held out, if any are."""
+    source = build_source(config.data, "train")
+    if not config.evaluation.holds_out:
+        return source, None
+    if len(source) < 2 * world_size() + 2:
+        raise UserError(
+            f"evaluation.held_out: found {len(source)} images, too few to hold some out; set it to 0 or add images"
+        )
+    share = max(config.evaluation.held_out, world_size() / len(source))
+    return hold_out(source, share, config.trainer.seed)
+
+
+def _build_held_out(config: Config, source: Source, device: torch.device, autocast: torch.dtype | None) -> HeldOut:
+    # As few batches as training's size allows, of one size, so that a mean over them is one over nearly all images.
+    batches = -(-len(source) // config.trainer.batch_size)
+    batch_size = max(1, len(source) // batches // world_size()) * world_size()
+    # Bad images are counted by the training's loader, over the far larger part.
+    data = replace(config.data, bad_image_limit=1.0)
+
+    def open_loader() -> TrainLoader:
+        return build_train_loader(
+            data,
+            config.views,
+            batch_size=batch_size,
+            seed=config.trainer.seed,
+            rank=rank(),
+            world_size=world_size(),
+            device=device,
+            dtype=autocast or torch.float32,
+            source=source,
+        )
+
+    return HeldOut(config.evaluation, open_loader, device)
+
+
 def _build_evaluator(config: Config, source: Source, device: torch.device) -> Evaluator | None:
     if not config.evaluation.wanted:
+        return None
+    if not source.classes and config.evaluation.holds_out:
+        if rank() == 0:
+            log.info("the images have no labels, so there is no kNN: the loss on held-out images takes its place")
         return None
     options = dict(batch_size=config.evaluation.batch_size, rank=rank(), world_size=world_size(), device=device)
     train = build_eval_loader(config.data, "train", share=config.evaluation.train_share, source=source, **options)

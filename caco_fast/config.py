@@ -5,10 +5,10 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -75,9 +75,12 @@ def _with_sections(methods: tuple[tuple[str, Registered], ...]) -> type[Config]:
     return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
 
 
-def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """The defaults, then the YAML file, then `key=value` overrides such as `optimizer.lr=0.1` or `views.0.size=160`.
 
+    `defaults`, such as {"optimizer.lr": 0.1}, take the place of the program's own.
     `path` is a file or the name of a shipped configuration. It may begin with `base: NAME`, a file next to it or a
     shipped configuration, whose settings it changes.
 
@@ -87,6 +90,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Confi
     files = _with_bases(path) if path is not None else []
     _require_method(files, overrides)
     tree = OmegaConf.structured(config_class())
+    for key, value in defaults.items():
+        _override(tree, f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     for file, given in files:
         tree = _merge_file(tree, file, given)
     for override in overrides:

@@ -10,6 +10,7 @@ from caco_fast.engine.progress import table
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
 from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.evaluate.held_out import describe
 from caco_fast.models import Encoder
 
 log = logging.getLogger("caco_fast.training")
@@ -102,6 +103,8 @@ def show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
     if "positive_probability_start" in summary:
         start, end = summary["positive_probability_start"], summary["positive_probability_end"]
         log.info("mean probability of the chosen positive: %.4f at the start, %.4f at the end", start, end)
+    if held_out := {name: value for name, value in summary.items() if name.startswith("held_out_")}:
+        log.info("at the end: %s", describe(held_out))
     pairs, seconds = summary["pairs_per_second"], summary["train_seconds"]
     first = summary["initialisation_steps"]
     steps = summary["steps"]
@@ -122,7 +125,7 @@ def _draw(run: RunFolder, summary: dict[str, Any]) -> None:
 
 def _evaluated(config: Config) -> dict[str, Any]:
     """The settings that the scores in summary.json depend on, besides those of the training."""
-    free = ("evaluation.every_epochs", "evaluation.batch_size")
+    free = ("evaluation.every_epochs", "evaluation.batch_size", "evaluation.held_out")
     data = ("data.source", "data.path", "data.eval_resize", "data.eval_size", "data.mean", "data.std")
     settings = settings_of(config)
     return {

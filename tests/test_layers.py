@@ -33,7 +33,7 @@ LAYERS = (
     ("evaluate",),
     ("engine",),
     ("config",),
-    ("build",),
+    ("build", "scale"),
     ("report",),
     ("training",),
     ("cli", "api"),

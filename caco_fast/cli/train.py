@@ -39,11 +39,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
 
     # After the arguments, so that --help and a mistyped option answer at once.
-    from caco_fast.config import describe, load_config
+    from caco_fast.config import describe
+    from caco_fast.scale import load_scaled
 
     try:
         file = find_config(options.config) if options.config else None
-        config = load_config(file, options.settings)
+        config, chosen = load_scaled(file, options.settings)
     except UserError as error:
         # Every rank reads the same settings; one rank of each machine reports what is wrong with them.
         if local_rank == "0":
@@ -51,8 +52,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         return 2
     if options.print_config:
         if rank == "0":
-            print(describe(config))
+            print(*([f"# {chosen}"] if chosen else []), describe(config), sep="\n")
         return 0
+    if chosen and rank == "0":
+        print(chosen)
     name = file.stem if file else config.method
     # The shell leaves the `~` of run.folder=~/runs as it is.
     folder = Path(os.path.expanduser(config.run.folder or f"runs/{name}"))

@@ -5,6 +5,7 @@ from caco_fast.data.config import DataConfig, ViewConfig, validate_views
 from caco_fast.data.loaders.base import Batch, TrainLoader
 from caco_fast.data.loaders.evaluation import EvalLoader
 from caco_fast.data.sources.base import ArraySource, BadImageError, Source
+from caco_fast.data.sources.part import hold_out
 
 __all__ = [
     "ArraySource",
@@ -18,6 +19,7 @@ __all__ = [
     "build_eval_loader",
     "build_source",
     "build_train_loader",
+    "hold_out",
     "index_main",
     "validate_views",
 ]

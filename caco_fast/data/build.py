@@ -14,6 +14,7 @@ from caco_fast.data.sources.arrays import cifar10, fashion_mnist
 from caco_fast.data.sources.base import ArraySource, Source
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.data.sources.index import IndexSource
+from caco_fast.data.sources.tree import images_of
 from caco_fast.data.sources.webdataset import WebDatasetSource
 from caco_fast.errors import UserError
 
@@ -35,7 +36,7 @@ def build_source(config: DataConfig, split: str) -> Source:
         return fashion_mnist(split)
     if config.source == "index":
         return IndexSource(config.path, split, config.root)
-    sources = {"cifar10": cifar10, "webdataset": WebDatasetSource, "folder": FolderSource}
+    sources = {"cifar10": cifar10, "webdataset": WebDatasetSource, "folder": FolderSource, "images": images_of}
     return sources[config.source](config.path, split)
 
 
@@ -94,7 +95,8 @@ def build_eval_loader(
     if not source.classes:
         raise UserError(
             f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
-            f"put them into one folder for each class, or {NO_EVALUATION}"
+            f"put them into one folder for each class, set evaluation.held_out=0.05 for the loss on held-out images, "
+            f"or {NO_EVALUATION}"
         )
     # An array whose images stay as they are has nothing to decode.
     held = isinstance(source, ArraySource) and config.eval_resize is None

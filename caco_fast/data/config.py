@@ -7,7 +7,7 @@ from caco_fast.errors import UserError
 from caco_fast.host import cores_of_rank
 from caco_fast.settings import setting
 
-SOURCES = ("folder", "index", "webdataset", "cifar10", "embedded")
+SOURCES = ("folder", "images", "index", "webdataset", "cifar10", "embedded")
 LOADERS = ("auto", "dali", "torchvision", "memory")
 JITTERS = ("exact", "fast")
 # Advice for data without test images or labels.
@@ -83,7 +83,8 @@ class DataConfig:
 
     source: str = setting(
         "folder",
-        "folder (path/train/<class>/*.JPEG), index (file by tools/index_data.py), webdataset (.tar shards), cifar10 "
+        "folder (path/train/<class>/*.JPEG), images (every image below path, without labels unless it has train/ and "
+        "val/), index (file by tools/index_data.py), webdataset (.tar shards), cifar10 "
         "(release files) or embedded (Fashion-MNIST)",
     )
     path: str = setting(

@@ -91,6 +91,19 @@ class CheckpointStore:
         kept = self.best()
         if math.isnan(score) or (kept is not None and kept[0] <= step and kept[1] >= score):
             return False
+        self._keep_best(source, step, score)
+        return True
+
+    def save_newest_as_best(self, source: Path, step: int) -> None:
+        """Keep `source` as `best.pt` in a run without scores. A scored `best.pt` stays, unless it is of a later step.
+
+        Later scores replace it.
+        """
+        kept = self.best()
+        if kept is None or kept[0] > step:
+            self._keep_best(source, step, None)
+
+    def _keep_best(self, source: Path | dict[str, Any], step: int, score: float | None) -> None:
         path = self.folder / "best.pt"
         with _writing(path):
             if isinstance(source, dict):
@@ -98,10 +111,9 @@ class CheckpointStore:
             else:
                 _link(source, path)
             atomic_write_text(self.folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
-        return True
 
     def best(self) -> tuple[int, float] | None:
-        """Step and score of `best.pt`, None if there is none."""
+        """Step and score of `best.pt`, None if there is none or nothing was scored."""
         try:
             kept = json.loads((self.folder / "best.json").read_text())
             return int(kept["step"]), float(kept["score"])

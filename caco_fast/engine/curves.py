@@ -34,10 +34,15 @@ class Panel:
     own_scales: bool = False
 
 
+def _trained(name: str) -> str:
+    """The name of the same measurement on the training images: those on held-out images share its panel."""
+    return name.removeprefix("held_out_")
+
+
 PANELS = (
-    Panel("loss", "nats", lambda name: name == "loss", from_zero=False),
-    Panel("positive probability", "", lambda name: name == "positive_probability"),
-    Panel("rows chosen as positives", "perplexity", lambda name: name == "positive_perplexity"),
+    Panel("loss", "nats", lambda name: _trained(name) == "loss", from_zero=False),
+    Panel("positive probability", "", lambda name: _trained(name) == "positive_probability"),
+    Panel("rows chosen as positives", "perplexity", lambda name: _trained(name) == "positive_perplexity"),
     Panel(KNN, "per cent", lambda name: name.startswith("knn"), from_zero=False),
     # Rates differ by orders of magnitude (encoder 0.3, bank 3), so two scales show the shape of both.
     Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),

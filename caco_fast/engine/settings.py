@@ -56,4 +56,7 @@ class CheckpointConfig:
 class RunConfig:
     folder: str = setting("", "run folder; empty: runs/<name of the config file>")
     tensorboard: bool = setting(True, "write TensorBoard events to the run folder")
+    scale_to_images: bool = setting(
+        False, "choose what is not given, such as batch, epochs and bank, by the images and the device (scale.py)"
+    )
     plain: bool = setting(False, "plain log lines instead of the progress bar, on a terminal too")

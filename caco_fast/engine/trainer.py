@@ -30,6 +30,7 @@ from caco_fast.engine.state import Interval, LossNotFinite, Position
 from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.evaluate.held_out import HeldOut, describe
 from caco_fast.methods import Phase
 from caco_fast.optim import Schedule
 
@@ -51,6 +52,7 @@ class Trainer:
         schedule: Schedule,
         loader: TrainLoader,
         evaluator: Evaluator | None,
+        held_out: HeldOut | None = None,
         store: CheckpointStore,
         metrics: MetricsWriter,
         progress: Progress,
@@ -62,6 +64,7 @@ class Trainer:
         self.schedule = schedule
         self.loader = loader
         self.evaluator = evaluator
+        self.held_out = held_out
         self.store = store
         self.metrics = metrics
         self.progress = progress
@@ -70,7 +73,8 @@ class Trainer:
         self.phases = self.method.phases(config.batch_size)
         self.interrupt = Interrupt(config.collective_timeout)
         self.position = Position(phase=self.phases[0].name)
-        # Metrics of the chosen positives in the first and the last log line of the training, for the summary.
+        # Metrics of the chosen positives in the first and the last log line of the training, and the last ones of the
+        # held-out images, for the summary.
         self.positives: dict[str, float] = {}
         # The step at which kNN was last computed, and its scores.
         self.scores: tuple[int, dict[str, float]] | None = None
@@ -254,24 +258,35 @@ class Trainer:
         interval.clear()
 
     def _end_epoch(self, epochs_done: int) -> None:
-        """Evaluate by kNN and write a checkpoint, if they are due."""
+        """Evaluate, by kNN and on the held-out images, and write a checkpoint, if they are due."""
         last = epochs_done == self.config.epochs
-        scores = {}
-        if self.evaluator is not None and self.evaluator.due(epochs_done, last):
+        parts = [part for part in (self.evaluator, self.held_out) if part is not None and part.due(epochs_done, last)]
+        scores: dict[str, float] = {}
+        if parts:
             # An evaluation may take longer than the grace between a signal and the kill.
             self._save()
             self._stop_if_asked()
-            scores = self.evaluator.knn(self.encoders.query)
-            self.scores = (self.position.total_steps, scores)
-            self.metrics.write(self.position.total_steps, scores, epoch=epochs_done - 1)
-            found = ", ".join(f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items())
-            log.info("epoch %d/%d: %s", epochs_done, self.config.epochs, found)
+            scores = self._evaluate(epochs_done)
         self.position.epochs_ended = epochs_done
         every = self.checkpoint.every_epochs
-        if last or scores or (every and epochs_done % every == 0):
-            self._save(score=next(iter(scores.values()), None))
+        if last or parts or (every and epochs_done % every == 0):
+            self._save(score=next(iter(scores.values()), None), best=last or bool(parts))
         if not last:
             self._count_bad_images()
+
+    def _evaluate(self, epochs_done: int) -> dict[str, float]:
+        """Log what the evaluations find, and return the kNN accuracies, of which there are none without labels."""
+        scores: dict[str, float] = {}
+        if self.evaluator is not None:
+            scores = self.evaluator.knn(self.encoders.query)
+            self.scores = (self.position.total_steps, scores)
+        held_out = self.held_out.measure(self.method, self.encoders) if self.held_out is not None else {}
+        self.positives |= held_out
+        self.metrics.write(self.position.total_steps, scores | held_out, epoch=epochs_done - 1)
+        found = [f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items()]
+        found += [describe(held_out)] if held_out else []
+        log.info("epoch %d/%d: %s", epochs_done, self.config.epochs, ", ".join(found))
+        return scores
 
     def _count_bad_images(self) -> None:
         """Exchange bad images over all ranks. If they are too many, what was trained is kept before the run ends."""
@@ -289,11 +304,12 @@ class Trainer:
             "lower optimizer.lr or the bank's learning rate, lengthen schedule.warmup_epochs, or take a wider precision"
         )
 
-    def _save(self, score: float | None = None) -> None:
+    def _save(self, score: float | None = None, best: bool = False) -> None:
         """Write a checkpoint of the present position (collective); training continues if the disk refuses it.
 
-        A checkpoint with the highest `score` yet is kept as the best one too. Where only the end of the epoch is new
-        since the checkpoint of this step, a note of it takes the place of a second file.
+        A checkpoint with the highest `score` yet is kept as the best one too. With `best`, and without any score in
+        the run, so is the newest: nothing tells which one is better. Where only the end of the epoch is new since the
+        checkpoint of this step, a note of it takes the place of a second file.
 
         Raises:
             UserError: the loss is not finite, or the ranks no longer have the same weights.
@@ -310,6 +326,8 @@ class Trainer:
             path = self.store.save(state, step) if state is not None else self.store.note_epoch(step, ended)
             if score is not None:
                 self.store.save_best(path, step, score)
+            elif best:
+                self.store.save_newest_as_best(path, step)
         except CheckpointWriteError as error:
             self.save_failed = True
             log.error("%s; training continues without it", error)

@@ -30,13 +30,24 @@ class EvalBatches(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every_epochs: int = setting(10, "epochs between two kNN evaluations; 0: none during the run")
+    every_epochs: int = setting(10, "epochs between two evaluations; 0: none during the run")
+    held_out: float = setting(
+        0.0, "share of the training images that is held out, to log the method's loss on it; 0: none, and labels needed"
+    )
     k: list[int] = setting([20, 200], "numbers of neighbours that vote; the first one chooses the best checkpoint")
     temperature: float = setting(0.2, "temperature of the votes: a neighbour's vote weighs exp(cosine / temperature)")
     train_share: float = setting(1.0, "share of the training set that the neighbours come from (0 to 1)")
     batch_size: int = setting(256, "images per forward on each rank")
     linear_probe: bool = setting(False, "logistic regression on the features of that share, at the end of the run")
     baselines: bool = setting(False, "the same scores for raw pixels and for the random encoder, before training")
+
+    def due(self, epochs_done: int, last: bool) -> bool:
+        """Whether an evaluation follows the epoch that ended."""
+        return self.every_epochs > 0 and (last or epochs_done % self.every_epochs == 0)
+
+    @property
+    def holds_out(self) -> bool:
+        return self.held_out > 0 and self.every_epochs > 0
 
     @property
     def wanted(self) -> bool:
@@ -52,6 +63,8 @@ class EvaluationConfig:
         require_at_least("evaluation.batch_size", self.batch_size, 1)
         if not 0 < self.train_share <= 1:
             raise UserError(f"evaluation.train_share: found {self.train_share}, expected a number in (0, 1]")
+        if not 0 <= self.held_out <= 0.5:
+            raise UserError(f"evaluation.held_out: found {self.held_out}, expected a share between 0 and 0.5")
         if not self.temperature > 0:
             raise UserError(f"evaluation.temperature: found {self.temperature}, expected a positive number")
 
@@ -92,8 +105,7 @@ class Evaluator:
         self.device = device
 
     def due(self, epochs_done: int, last: bool) -> bool:
-        every = self.config.every_epochs
-        return every > 0 and (last or epochs_done % every == 0)
+        return self.config.due(epochs_done, last)
 
     def knn(self, encoder: Encoder) -> dict[str, float]:
         """The kNN accuracy of the backbone's features for every configured k, in order: {"knn_200": per cent, ...}."""

@@ -1,12 +1,25 @@
 """The features of a frozen encoder over a data set. Legend: N rows of this rank, D feature size."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from caco_fast.errors import UserError
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """A context in which modules are in evaluation mode. Each module within them then returns to its former mode."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 @torch.no_grad()
@@ -21,18 +34,12 @@ def extract_features(
     The encoder runs in evaluation mode and without gradient. Each of its modules then returns to its former mode.
     Raises UserError if the loader is empty.
     """
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
     features, labels, indices = [], [], []
-    try:
-        with autocast or nullcontext():
-            for images, label, index in loader:
-                features.append(encoder(images.to(device, non_blocking=True)).float())  # [b, D]
-                labels.append(label.to(device, torch.int64, non_blocking=True))
-                indices.append(index.to(device, torch.int64, non_blocking=True))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(encoder), autocast or nullcontext():
+        for images, label, index in loader:
+            features.append(encoder(images.to(device, non_blocking=True)).float())  # [b, D]
+            labels.append(label.to(device, torch.int64, non_blocking=True))
+            indices.append(index.to(device, torch.int64, non_blocking=True))
     if not features:
         raise UserError("evaluation: found no images, expected at least one")
     return torch.cat(features), torch.cat(labels), torch.cat(indices)

@@ -88,9 +88,7 @@ def _root(top: Path, split: str, train: Path | None, tests: list[Path]) -> Path:
 
 def _refuse_test_images(top: Path, listing: Listing) -> None:
     """Raise UserError if a folder that is to be trained on as a whole holds test images; warn if it is named train/."""
-    found = [folder for folder in listing.folders if folder.rpartition("/")[2].lower() in _TEST_WORDS]
-    held = {folder for name in listing.names for folder in _parents(name)} if found else set()
-    found = [folder for folder in found if folder in held]
+    found = holds_test_images(listing)
     if not found:
         return
     if listing.root != top:
@@ -106,6 +104,13 @@ def _refuse_test_images(top: Path, listing: Listing) -> None:
     raise UserError(
         f"data.path: {top} holds test images in {found[0]}/, which would be trained on, and no train/; set {advice}"
     )
+
+
+def holds_test_images(listing: Listing) -> list[str]:
+    """The folders with images whose names say that the images are for testing."""
+    found = [folder for folder in listing.folders if folder.rpartition("/")[2].lower() in _TEST_WORDS]
+    held = {folder for name in listing.names for folder in _parents(name)} if found else set()
+    return [folder for folder in found if folder in held]
 
 
 def _parents(name: str) -> Iterator[str]:
