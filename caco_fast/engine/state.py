@@ -1,6 +1,7 @@
 """The position of a run, and the sums of its steps between two log lines."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from caco_fast.distributed import all_reduce_sum, world_size
-from caco_fast.methods import StepOutput
 
 
 class LossNotFinite(Exception):
@@ -43,13 +43,15 @@ class Interval:
     steps: int = 0
     seconds: float = 0.0
 
-    def add(self, output: StepOutput) -> None:
-        """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`."""
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            if name in self.sums:
-                self.sums[name] += value.detach()
-            else:
-                self.sums[name] = value.detach().to(torch.float64, copy=True)
+    def add(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:  # each []
+        """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`.
+
+        share: of the step that the values belong to.
+        """
+        for name, value in values.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            self.sums[name].add_(value.detach(), alpha=share)
 
     def require_finite(self) -> None:
         """Read the sum of the losses, for which the host waits.
