@@ -9,6 +9,7 @@ import torch
 from caco_fast.config import Config, settings_of, to_yaml
 from caco_fast.data import Source, build_eval_loader, build_source, build_train_loader, validate_views
 from caco_fast.distributed import broadcast_object, is_distributed, rank, world_size
+from caco_fast.engine.agreement import together
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.kernel_check import require_backend
@@ -37,7 +38,7 @@ def settled(config: Config, device: torch.device) -> Config:
     registered(config.method)
     # Here, before anything is listed, built or written.
     if backend := getattr(getattr(config, config.method), "backend", ""):
-        require_backend(f"{config.method}.backend", backend, device)
+        together(lambda: require_backend(f"{config.method}.backend", backend, device))
     _check_memory_savers(config.trainer)
     # Rank 0 decides, because one step has one precision.
     precision = broadcast_object(settled_precision(config.trainer.precision, device))
@@ -93,6 +94,9 @@ def build_trainer(
     else:
         step = CapturedStep(*parts, capture=capture[0], warmup=capture[1], **options)
     epochs, batch_size = config.trainer.epochs, config.trainer.batch_size
+    if rank() != 0:
+        # All ranks have built the same weights. From here on each draws its own numbers, such as those of drop path.
+        torch.manual_seed(config.trainer.seed + rank())
     return Trainer(
         config.trainer,
         config.checkpoint,

@@ -1,5 +1,6 @@
 """The origin of a result: commit, versions, hardware and command line."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -35,6 +36,15 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def code() -> str:
+    """A name for the code that runs: the version of torch, and a hash of this package's Python files."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return f"torch {torch.__version__}, caco_fast {digest.hexdigest()[:8]}"
 
 
 def hardware() -> dict[str, Any]:

@@ -35,15 +35,16 @@ def summary_if_done(config: Config, run: RunFolder, state: dict[str, Any] | None
     return summary
 
 
-def score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Encoder) -> None:
-    """Score raw pixels and the random-initialised encoder, unless the summary has them for these settings (collective).
+def baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Encoder) -> dict[str, Any]:
+    """The scores of raw pixels and of the random-initialised encoder, for the summary (collective).
 
-    To be called before a checkpoint is loaded, so that the encoder is the random-initialised one in a resumed run too.
+    {} if the summary has them for these settings. Call it before a checkpoint is loaded, so that the encoder is the
+    random-initialised one in a resumed run too.
     """
     asked = {"k": list(config.evaluation.k), "share": config.evaluation.train_share, "seed": config.trainer.seed}
     # Rank 0 decides, because the others may see the folder later.
     if broadcast_object(run.read_summary().get("baselines") == asked):
-        return
+        return {}
     raw: dict[str, float] = {}
     if (size := evaluator.raw_bytes()) > RAW_LIMIT:
         log.warning(
@@ -56,7 +57,7 @@ def score_baselines(config: Config, run: RunFolder, evaluator: Evaluator, encode
         log.info("scoring raw pixels (a linear probe of them takes some 20 s)")
         raw = _named("raw", evaluator.raw_scores())
     log.info("scoring the random-initialised encoder")
-    run.summary(raw | _named("random", evaluator.scores(encoder)) | {"baselines": asked})
+    return raw | _named("random", evaluator.scores(encoder)) | {"baselines": asked}
 
 
 def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
@@ -74,7 +75,10 @@ def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
     # Each rank knows the bad images that it met itself.
     values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
     if trainer.evaluator is not None:
-        values |= _named("trained", trainer.evaluator.scores(trainer.encoders.query))
+        # The kNN of the last epoch is still that of these weights.
+        known = trainer.scores is not None and trainer.scores[0] == at.total_steps
+        scores = trainer.evaluator.scores(trainer.encoders.query, trainer.scores[1] if known else None)
+        values |= _named("trained", scores)
     summary = run.summary(values | {"evaluated": _evaluated(config)})
     if rank() == 0:
         _draw(run, summary)

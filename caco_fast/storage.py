@@ -1,8 +1,10 @@
 """Safe writes: whole files of which a reader never sees a part, and lines that survive a full disk."""
 
+import errno
 import fcntl
 import io
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".writing"
+# Errors of the disk itself. Any other answer to fsync means that the file system has none for such a file.
+DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+# Where files can't be locked, a temporary file that was not written to for so long has no living writer.
+ABANDONED_SECONDS = 3600.0
 
 
 @contextmanager
@@ -17,16 +23,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a file open for writing that gets the name `path` only if the block ends without an error.
 
     The contents reach the disk before the name does (fsync, rename, fsync of the folder). An OSError, such as that of a
-    full disk, reaches the caller. The temporary file is then removed, and an older `path` is untouched.
+    full disk, reaches the caller. The temporary file is then removed, and an older `path` is untouched. A file system
+    without locks or without fsync (Lustre, CIFS, FUSE) does without them.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             # Tells `remove_leftovers` in another process that this write is alive. The kernel unlocks it when we die.
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -41,12 +48,39 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, as fsync does for the contents of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in a folder durable, as fsync does for the contents of a file, if the file system can."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        # Written to and not readable, as some network file systems have it.
+        return
+    try:
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(file: BinaryIO) -> bool:
+    """Lock a file for this process until it closes the file or dies; False if the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
 
 
 class RetryingFile:
@@ -112,6 +146,6 @@ class RetryingFile:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed, but not those of writers that still run."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
-        with suppress(OSError), open(leftover, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        with suppress(OSError), open(leftover, "r+b") as file:
+            if lock(file) or time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECONDS:
+                leftover.unlink()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import yaml
 
-from caco_fast import report
+from caco_fast import provenance, report
 from caco_fast.build import build_trainer, settled
-from caco_fast.config import Config, flat_settings, to_yaml
-from caco_fast.distributed import broadcast_object, rank, world_size
+from caco_fast.config import Config, flat_settings, settings_of, to_yaml
+from caco_fast.data.loaders.base import image_list_id
+from caco_fast.distributed import broadcast_object, world_size
+from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.kernel_check import BankBackend, settle_banks
 from caco_fast.engine.launch import launched
@@ -48,18 +50,22 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
     """
     with launched(config.trainer) as device:
         log_to_console()
+        advice = "start all ranks with the same settings and the same code"
+        require_equal_starts({**settings_of(config), "code": provenance.code()}, advice)
         config = settled(config, device)
         run = RunFolder(folder)
-        store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
-        # Rank 0 decides, because the others may see the folder later.
-        if rank() == 0:
-            resume = run.resume_in_restart(resume, store.latest())
-        checkpoint = broadcast_object(resolve_resume(resume, store) if rank() == 0 else None)
-        state = store.load(checkpoint) if checkpoint else None
-        run.claim(resume=resume, resumed_from=checkpoint)
         try:
+            # Before the store, which removes what killed runs left behind.
+            together(run.reserve)
+            store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
+            # Rank 0 decides, because the others may see the folder later.
+            checkpoint = on_rank_0(lambda: _resumed_from(run, store, resume))
+            state = together(lambda: store.load(checkpoint)) if checkpoint else None
             summary = broadcast_object(report.summary_if_done(config, run, state))
-            return summary or _run(config, run, store, device, checkpoint, state)
+            if summary:
+                together(lambda: run.claim(resumed_from=checkpoint))
+                return summary
+            return _run(config, run, store, device, checkpoint, state)
         except RuntimeError as error:
             what, found, _ = str(error).partition(" does not have a deterministic implementation")
             if not found:
@@ -70,6 +76,14 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
             run.close()
 
 
+def _resumed_from(run: RunFolder, store: CheckpointStore, resume: str) -> Path | None:
+    """The checkpoint to resume from, if this start may write to the folder."""
+    resume = run.resume_in_restart(resume, store.latest())
+    checkpoint = resolve_resume(resume, store)
+    run.require_free(resume, checkpoint)
+    return checkpoint
+
+
 def _run(
     config: Config,
     run: RunFolder,
@@ -78,16 +92,24 @@ def _run(
     checkpoint: Path | None,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    trainer = build_trainer(config, run, store, device, state["position"]["total_steps"] if state else None)
+    if state is not None:
+        _compare_settings(config, state["config"], str(checkpoint))
+    resume_at = state["position"]["total_steps"] if state else None
+    trainer = together(lambda: build_trainer(config, run, store, device, resume_at))
     try:
+        require_equal_starts(_images(trainer), "give all ranks the same images, in files of the same names")
         banks = check_banks(config, trainer, device)
+        baselines: dict[str, Any] = {}
         if trainer.evaluator is not None and config.evaluation.baselines:
-            report.score_baselines(config, run, trainer.evaluator, trainer.encoders.query)
+            baselines = report.baselines(config, run, trainer.evaluator, trainer.encoders.query)
         if state is not None:
-            _report_changes(config, state["config"])
-            trainer.load_state_dict(state, str(checkpoint))
+            together(lambda: trainer.load_state_dict(state, str(checkpoint)))
             at = trainer.position
             log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
+        # From here on nothing refuses this start, and the folder may change.
+        together(lambda: run.claim(resumed_from=checkpoint))
+        if baselines:
+            run.summary(baselines)
         run.start(to_yaml(config), resumed_from=checkpoint, banks=[asdict(bank) for bank in banks])
         if not trainer.finished:
             trainer.metrics.open()
@@ -119,9 +141,26 @@ def check_banks(config: Config, trainer: Trainer, device: torch.device) -> list[
     return banks
 
 
-def _report_changes(config: Config, before: str) -> None:
-    """Log each setting that differs from those the checkpoint was made with."""
+def _images(trainer: Trainer) -> dict[str, str]:
+    """What names the lists of images that this rank trains on and is evaluated on."""
+    named = {"training images": trainer.loader.images}
+    source = getattr(getattr(trainer.evaluator, "test", None), "source", None)
+    return named if source is None else named | {"test images": image_list_id(source)}
+
+
+def _compare_settings(config: Config, before: str, name: str) -> None:
+    """Log each setting that differs from those of a checkpoint, `before`.
+
+    Raises:
+        UserError: another optimiser, which can't use the state of the one before it.
+    """
     then, now = (flat_settings(yaml.safe_load(text)) for text in (before, to_yaml(config)))
+    kind = then.get("optimizer.name", config.optimizer.name)
+    if kind != config.optimizer.name:
+        raise UserError(
+            f"optimizer.name: found {config.optimizer.name}, expected {kind}, which {name} was made with; resume with "
+            f"optimizer.name={kind}, or start anew in another run.folder"
+        )
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             log.warning("resuming with another %s: %s, was %s", key, now.get(key), then.get(key))

@@ -1,16 +1,63 @@
-"""The check that all ranks still have the same weights: their checksums are compared at each checkpoint."""
+"""What all ranks must agree on: settings, code and images before the first step, weights at each checkpoint.
 
-from collections.abc import Iterator
+Every rank raises the same error, because a rank that raised alone would leave the others waiting.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from caco_fast.bank import ShardedBank
-from caco_fast.distributed import all_gather_objects, is_distributed
+from caco_fast.distributed import all_gather_objects, broadcast_object, is_distributed, rank
 from caco_fast.errors import UserError
 from caco_fast.methods import Method
 from caco_fast.models import EncoderPair
+
+Result = TypeVar("Result")
+
+# Settings that may differ between ranks: places and resources of a machine. The images there are compared themselves.
+OF_A_RANK = ("data.path", "data.root", "data.workers", "data.prefetch", "trainer.cpu_threads", "run.", "wandb.")
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """The result of an action that holds no collective (collective).
+
+    Raises:
+        UserError: the first one that any rank's action raised, on all ranks.
+    """
+    result, line = None, None
+    try:
+        result = action()
+    except UserError as error:
+        line = str(error)
+    lines = all_gather_objects(line)
+    for number, found in enumerate(lines):
+        if found is not None:
+            raise UserError(found if len(set(lines)) == 1 else f"on rank {number}: {found}") from None
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """What an action of rank 0 returns or raises, on every rank (collective)."""
+    return broadcast_object(together(lambda: action() if rank() == 0 else None))
+
+
+def require_equal_starts(found: Mapping[str, Any], advice: str) -> None:
+    """Compare what each rank starts with, by its name (collective).
+
+    Raises:
+        UserError: it differs. The line names what, and on which rank.
+    """
+    of_ranks = all_gather_objects(dict(found))
+    for number, theirs in enumerate(of_ranks):
+        # Sorted, so that every rank names the same one.
+        for name in sorted(of_ranks[0].keys() | theirs.keys()):
+            first, other = of_ranks[0].get(name), theirs.get(name)
+            if first != other and not name.startswith(OF_A_RANK):
+                raise UserError(f"{name}: found {other} on rank {number}, expected {first} as on rank 0; {advice}")
 
 
 def checksum(tensors: list[Tensor]) -> int:

@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from caco_fast.storage import TEMPORARY, atomic_write, atomic_write_text, remove
 FORMAT = "caco_fast checkpoint"
 # Version 2 names the phase of a run as the method does.
 VERSION, READ_VERSIONS = 2, (1, 2)
+# {step: epochs ended}, of checkpoints that were written before the kNN of their epoch.
+EPOCHS_FILE = "epochs_ended.json"
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,11 @@ class CheckpointWriteError(UserError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step_00001234.pt` for the last `keep` saves, and `best.pt` with `best.json`."""
+    """The checkpoints of one run: `step_00001234.pt` for the last `keep` saves, and `best.pt` with `best.json`.
+
+    A checkpoint is written before the kNN at the end of its epoch, so that nothing is lost if that fails, and a note in
+    `epochs_ended.json` after it, in place of the same gigabytes again. `load` puts the note into the state's position.
+    """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         if keep < 1:
@@ -49,11 +55,32 @@ class CheckpointStore:
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         """Write the state of `step`, then prune. Raises CheckpointWriteError if the disk is full or read-only."""
-        path = self.folder / f"step_{step:08d}.pt"
+        path = self.path_of(step)
         with _writing(path):
+            self._forget_epochs(step)
             self._write(path, state, step)
         self._prune(step)
         return path
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.pt"
+
+    def note_epoch(self, step: int, epochs_ended: int) -> Path:
+        """Note that the kNN after `step` is done too, and return that checkpoint."""
+        path = self.path_of(step)
+        with _writing(path):
+            self._write_epochs(_epochs_ended(self.folder) | {str(step): epochs_ended})
+        return path
+
+    def _forget_epochs(self, step: int) -> None:
+        """Drop the notes from `step` on: the run was resumed from before them."""
+        noted = _epochs_ended(self.folder)
+        kept = {at: ended for at, ended in noted.items() if int(at) < step}
+        if kept != noted:
+            self._write_epochs(kept)
+
+    def _write_epochs(self, noted: dict[str, int]) -> None:
+        atomic_write_text(self.folder / EPOCHS_FILE, json.dumps(noted) + "\n")
 
     def save_best(self, source: Path | dict[str, Any], step: int, score: float) -> bool:
         """Keep `source` (a checkpoint just saved, or a state) as `best.pt` if its score is the highest so far.
@@ -91,10 +118,15 @@ class CheckpointStore:
         Raises UserError if the file is missing, empty, truncated, damaged, foreign or of a newer version. The line
         names the newest intact checkpoint before it and the option that resumes from there.
         """
+        path = Path(path)
         try:
-            return _read(Path(path))
+            payload = _read(path)
         except _Unusable as reason:
-            raise UserError(f"checkpoint {path} {reason}; {_alternative_to(Path(path))}") from None
+            raise UserError(f"checkpoint {path} {reason}; {_alternative_to(path)}") from None
+        state = payload["state"]
+        if (ended := _epochs_ended(path.parent).get(str(payload["step"]))) is not None:
+            state["position"]["epochs_ended"] = ended
+        return state
 
     def _write(self, path: Path, state: dict[str, Any], step: int) -> None:
         require_plain(state)
@@ -229,7 +261,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Unusable(
             f"has format version {payload.get('version')}, this caco_fast reads {VERSION} and older: update caco_fast"
         )
-    return payload["state"]
+    return payload
+
+
+def _epochs_ended(folder: Path) -> dict[str, int]:
+    try:
+        noted = json.loads((folder / EPOCHS_FILE).read_text())
+        return {str(int(step)): int(ended) for step, ended in noted.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        # Without the note a resumed run computes the kNN of that epoch again.
+        return {}
 
 
 def _alternative_to(path: Path) -> str:
@@ -245,6 +286,31 @@ def _alternative_to(path: Path) -> str:
             continue
         return f"the newest intact one is {other}: resume from it with --resume {other}"
     return f"no other intact checkpoint is in {path.parent}: start again with --resume never in another run folder"
+
+
+def load_parts(parts: Mapping[str, Any], scaler: torch.amp.GradScaler, state: dict[str, Any], name: str) -> None:
+    """Load the parts of a state into the objects of these names, and the loss scale, if both runs have one.
+
+    Raises:
+        UserError: other shapes than those of the checkpoint, which is called `name`.
+    """
+    targets = dict(parts)
+    # With another precision a run has a loss scale and the one before it had none, or the reverse.
+    if bool(state["scaler"]) == scaler.is_enabled():
+        targets["scaler"] = scaler
+    elif state["scaler"]:
+        log.warning("%s has a loss scale (fp16), which this precision does not need", name)
+    else:
+        log.warning("%s has no loss scale, so that of fp16 starts anew", name)
+    for part, target in targets.items():
+        try:
+            target.load_state_dict(state[part])
+        except (RuntimeError, ValueError, KeyError, UserError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
+                "or the settings it was made with, which are in config.yaml there"
+            ) from None
 
 
 def capture_random_states() -> list[dict[str, Any]]:

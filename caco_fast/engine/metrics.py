@@ -43,7 +43,7 @@ class MetricsWriter:
     """A writer that appends to the metrics of a run folder. On ranks other than 0 it does nothing.
 
     `resume_at` is the step of the checkpoint that the run resumes from, None for a new run. Lines of later steps are
-    cut, so that the file reads as one run; a new run begins with an empty file. Nothing is cut before `open`, so a
+    cut, so that the file reads as one run; a new run begins with an empty file. Nothing is written before `open`, so a
     start that fails earlier changes nothing. A full disk does not end the run: its lines wait in memory.
     """
 
@@ -63,13 +63,12 @@ class MetricsWriter:
         self._wandb: Any = None
         if rank() != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._resume_at = resume_at
         self._open_tensorboard = _tensorboard_opener(self.folder / "tensorboard", resume_at) if tensorboard else None
+        self._open_wandb = None
+        if wandb is not None and wandb.mode != "off":
+            self._open_wandb = _wandb_opener(wandb, self.folder, run_config)
         self._opened = False
-        if wandb is not None:
-            if wandb.mode != "off":
-                self._wandb = _open_wandb(wandb, self.folder, run_config)
 
     def open(self) -> None:
         """Cut the lines after `resume_at` and open the files. The first `write` does this if it was not called.
@@ -81,12 +80,15 @@ class MetricsWriter:
         self._opened = True
         path = self.folder / METRICS_FILE
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             cut_metrics(path, self._resume_at)
             self._file = RetryingFile(path, log.warning)
             if self._open_tensorboard is not None:
                 self._tensorboard = self._open_tensorboard()
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+        if self._open_wandb is not None:
+            self._wandb = self._open_wandb()
 
     def write(self, step: int, values: Mapping[str, float], *, epoch: int | None = None) -> None:
         """Write one line. It has left this process when this returns, unless the disk is full."""
@@ -196,13 +198,17 @@ def _silence_tensorboard_thread() -> None:
     threading.excepthook = hook
 
 
-def _open_wandb(config: WandbConfig, folder: Path, run_config: Mapping[str, Any] | None) -> Any:
+def _wandb_opener(config: WandbConfig, folder: Path, run_config: Mapping[str, Any] | None) -> Callable[[], Any]:
     try:
         import wandb
     except ImportError:
         raise UserError(
             f"wandb.mode is {config.mode} but wandb is not installed: pip install wandb, or wandb.mode=off"
         ) from None
+    return lambda: _open_wandb(wandb, config, folder, run_config)
+
+
+def _open_wandb(wandb: Any, config: WandbConfig, folder: Path, run_config: Mapping[str, Any] | None) -> Any:
     # With its id a resumed run continues the same W&B run.
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text().strip() if id_file.exists() else None

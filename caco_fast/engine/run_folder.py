@@ -6,6 +6,7 @@ log.txt            the log of all starts
 log.rank1.txt      warnings of the other ranks, such as bad images that rank 0 never met; only if there are any
 metrics.jsonl      see metrics.py; tensorboard/ holds the same values
 checkpoints/       see checkpoint.py
+.lock              the process that trains here, or was the last to do so
 summary.json       the final figures
 curves.png         see curves.py
 """
@@ -15,20 +16,28 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from caco_fast import provenance
 from caco_fast.distributed import rank
 from caco_fast.engine.metrics import METRICS_FILE, to_json
 from caco_fast.engine.progress import console
 from caco_fast.errors import UserError
-from caco_fast.storage import RetryingFile, atomic_write_text
+from caco_fast.storage import RetryingFile, atomic_write_text, lock
 
 log = logging.getLogger(__name__)
+
+
+def _is_task_of_many() -> bool:
+    """Whether SLURM or MPI started several processes of this command, of which none knows the others."""
+    counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return "RANK" not in os.environ and any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def current_job() -> dict[str, str]:
@@ -52,7 +61,8 @@ def is_restart_of(job: Mapping[str, str]) -> bool:
 class RunFolder:
     """The paths of a run folder; `claim` creates it and `start` describes the run in it.
 
-    Rank 0 writes. The other ranks only use the paths and log their own warnings.
+    Rank 0 writes. The other ranks only use the paths and log their own warnings. A start that is refused before `claim`
+    has created or changed nothing: until then log lines wait in memory, from `reserve` on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,6 +73,8 @@ class RunFolder:
         self.metrics = self.path / METRICS_FILE
         self.checkpoints = self.path / "checkpoints"
         self.summary_file = self.path / "summary.json"
+        self._lock: BinaryIO | None = None
+        self._early: MemoryHandler | None = None
         self._handler: logging.Handler | None = None
         self._unwritten: dict[str, Any] = {}
 
@@ -71,24 +83,51 @@ class RunFolder:
         logged = self.metrics.exists() and self.metrics.stat().st_size > 0
         return logged or any(self.checkpoints.glob("*.pt"))
 
-    def claim(self, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
-        """Create the folder and open its log.
+    def reserve(self) -> None:
+        """Keep log lines for `claim`, and keep others from a folder that holds a run.
 
-        `resume` is the option that the user gave, and `resumed_from` the checkpoint that it means. Raises UserError for
-        a new run (`never`) in a folder that holds a run. With `auto`, a run that was killed before its first checkpoint
-        starts over here.
+        Raises:
+            UserError: another process trains there.
         """
-        if rank() != 0:
-            self._log_to(self.path / f"log.rank{rank()}.txt", logging.WARNING)
-            return
+        self._early = MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
+        self._listen(self._early)
+        if rank() == 0 and self.holds_run():
+            self._take_lock()
+
+    def require_free(self, resume: str, resumed_from: Path | None) -> None:
+        """Check that a start may write here. Nothing is written.
+
+        resume: the option that the user gave. resumed_from: the checkpoint that it means.
+
+        Raises:
+            UserError: the folder holds a run that this start does not continue.
+        """
         # A resume from elsewhere would cut the metrics and prune the checkpoints of the run in this folder.
         foreign = resumed_from is not None and resumed_from.resolve().parent != self.checkpoints.resolve()
         if (resume == "never" or foreign) and self.holds_run() and not self._own_starts():
             raise UserError(
                 f"run folder {self.path} already holds a run: continue it with --resume auto, or choose another folder"
             )
+
+    def claim(self, *, resume: str = "auto", resumed_from: Path | None = None) -> None:
+        """Create the folder and open its log, once nothing can refuse this start any more.
+
+        With `auto`, a run that was killed before its first checkpoint starts over here.
+
+        Raises:
+            UserError: see `require_free`; or another process trains here, or it can't be written.
+        """
+        if rank() != 0:
+            self._log_to(self.path / f"log.rank{rank()}.txt", logging.WARNING)
+            return
+        self.require_free(resume, resumed_from)
         with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_lock()
+            # `reserve` found no run here, but one may have come and gone since.
+            self.require_free("never", None)
+        with self._writing():
             self.log.touch()
         self._log_to(self.log, logging.INFO)
 
@@ -139,12 +178,48 @@ class RunFolder:
         return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
 
     def close(self) -> None:
-        """Close log.txt."""
+        """Close log.txt, and let others train here."""
+        self._close_log()
+        if self._early is not None:
+            logging.getLogger("caco_fast").removeHandler(self._early)
+            self._early = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _close_log(self) -> None:
         if self._handler is not None:
             logging.getLogger("caco_fast").removeHandler(self._handler)
             self._handler.close()
             self._file.close()
             self._handler = None
+
+    def _take_lock(self) -> None:
+        """Lock the folder for this process, until it closes the folder or dies in whatever way."""
+        path = self.path / ".lock"
+        with self._writing():
+            file = open(path, "a+b")
+        try:
+            locked = lock(file)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"run folder {self.path} is in use by {holder}; wait for it or stop it, or choose another run.folder"
+                + ("; under srun or mpirun, start the ranks by torchrun (docs/ranks.md)" if _is_task_of_many() else "")
+            ) from None
+        if not locked:
+            log.warning(
+                "run folder %s: its file system has no locks, so a second run there would not be noticed", self.path
+            )
+        # Kept open, because closing it unlocks it. A full disk only costs the name of the holder.
+        self._lock = file
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, which started at {now}\n".encode())
+            file.flush()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -154,14 +229,23 @@ class RunFolder:
             raise UserError(f"run folder {self.path} can't be written: {error.strerror or error}") from error
 
     def _log_to(self, path: Path, level: int) -> None:
-        self.close()
+        self._close_log()
         self._file = RetryingFile(path, lambda line: console.print(f"warning: {line}", markup=False))
         self._handler = logging.StreamHandler(self._file)
         self._handler.setLevel(level)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._listen(self._handler)
+        if self._early is not None:
+            for record in self._early.buffer:
+                if record.levelno >= level:
+                    self._handler.handle(record)
+            logging.getLogger("caco_fast").removeHandler(self._early)
+            self._early = None
+
+    def _listen(self, handler: logging.Handler) -> None:
         logger = logging.getLogger("caco_fast")
         logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
-        logger.addHandler(self._handler)
+        logger.addHandler(handler)
 
     def _write_config(self, config_yaml: str) -> None:
         if self.config.exists() and (before := self.config.read_text()) != config_yaml:

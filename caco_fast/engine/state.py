@@ -42,6 +42,8 @@ class Interval:
     sums: dict[str, Tensor] = field(default_factory=dict)  # each []
     steps: int = 0
     seconds: float = 0.0
+    # Seconds of these in which the trainer waited for the loader.
+    waited: float = 0.0
 
     def add(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:  # each []
         """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`.
@@ -54,7 +56,7 @@ class Interval:
             self.sums[name].add_(value.detach(), alpha=share)
 
     def require_finite(self) -> None:
-        """Read the sum of the losses, for which the host waits.
+        """Read this rank's sum of the losses, for which the host waits.
 
         Raises:
             LossNotFinite: one of them was not finite.
@@ -82,8 +84,9 @@ class Interval:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.steps, self.seconds = state["steps"], state["seconds"]
+        self.waited = state.get("waited", 0.0)
 
     def clear(self) -> None:
         for value in self.sums.values():
             value.zero_()
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0

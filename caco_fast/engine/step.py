@@ -66,8 +66,9 @@ class TrainStep:
         self.device = device
         self.interval = Interval()
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        # On a GPU, reading the loss would make the host wait in every step. There log lines and checkpoints read it.
-        self.checks_loss = device.type == "cpu"
+        # On a GPU, reading the loss would make the host wait in every step, and of several ranks one alone would stop.
+        # There log lines and checkpoints judge the mean over all ranks.
+        self.checks_loss = device.type == "cpu" and not is_distributed()
         # A context for each part of a step, by its name, for those who measure it.
         self.span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.phase: Phase | None = None
@@ -99,7 +100,7 @@ class TrainStep:
         """One step on this rank's views.
 
         Raises:
-            LossNotFinite: on the CPU, before anything is updated.
+            LossNotFinite: on one CPU, before anything is updated.
             UserError: a parameter of the method gets no gradient, so that it would never be trained.
         """
         self._launch(views, rates)

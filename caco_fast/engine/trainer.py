@@ -5,18 +5,20 @@ Legend: a step is one optimiser step on `batch_size` images over all ranks.
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from caco_fast.data import Batch, TrainLoader
-from caco_fast.distributed import rank
+from caco_fast.distributed import broadcast_object, rank
 from caco_fast.engine.agreement import require_equal_ranks
 from caco_fast.engine.checkpoint import (
     CheckpointStore,
     CheckpointWriteError,
     capture_random_states,
+    load_parts,
     restore_random_states,
 )
 from caco_fast.engine.metrics import MetricsWriter
@@ -28,6 +30,7 @@ from caco_fast.engine.state import Interval, LossNotFinite, Position
 from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
+from caco_fast.host import peak_memory
 from caco_fast.methods import Phase
 from caco_fast.optim import Schedule
 
@@ -70,6 +73,8 @@ class Trainer:
         self.position = Position(phase=self.phases[0].name)
         # Metrics of the chosen positives in the first and the last log line of the training, for the summary.
         self.positives: dict[str, float] = {}
+        # The step at which kNN was last computed, and its scores.
+        self.scores: tuple[int, dict[str, float]] | None = None
         self._saved: tuple[int, int] | None = None
         # On rank 0: whether the latest checkpoint that was due could not be written.
         self.save_failed = False
@@ -143,6 +148,7 @@ class Trainer:
         """
         mark = time.perf_counter()
         for batch in self._batches(epoch, first, end):
+            self.step.interval.waited += time.perf_counter() - mark
             rates = self._rates(phase, steps)
             self._step(batch, rates)
             step = self.position.step - (epoch * self.loader.steps_per_epoch if epoch >= 0 else 0)
@@ -202,10 +208,13 @@ class Trainer:
             batches.close()
 
     def _values(self) -> dict[str, float]:
-        """Means of the steps since the last log line, over all ranks, once this rank's loss is known to be finite."""
-        self._require_finite()
+        """Means of the steps since the last log line, over all ranks (collective)."""
+        values = self.step.interval.means()
+        # All ranks judge the same mean, so that none of them stops alone and leaves the others waiting.
+        if not math.isfinite(values["loss"]):
+            raise self._not_finite(values["loss"], self.position.total_steps)
         require_scale(self.step.scaler, self.position.total_steps)
-        return self.step.interval.means()
+        return values
 
     def _count_seconds(self, seconds: float) -> None:
         self.step.interval.seconds += seconds
@@ -226,18 +235,22 @@ class Trainer:
         """One line on the console and in metrics.jsonl."""
         interval, scaler = self.step.interval, self.step.scaler
         lr, key_momentum, warmup = map(float, rates)
-        shown = {name: values[name] for name in ("loss", *self.method.shown) if name in values}
-        self.progress.step({**shown, "lr": lr})
+        shown = [name for name in ("loss", *self.method.shown) if name in values]
         if self.training:
             values |= self.method.rates(warmup)
         values |= {
             "lr": lr,
             "key_momentum": key_momentum,
             "pairs_per_second": interval.steps * self.config.batch_size / interval.seconds,
+            "data_wait": interval.waited / interval.seconds,
+            "peak_memory_gib": peak_memory(self.step.device) / 2**30,
             "bad_images": len(self.loader.bad_images),
         }
         if scaler.is_enabled():
             values |= {"skipped_steps": int(self.step.skipped_steps), "loss_scale": scaler.get_scale()}
+        shown += ["lr", "pairs_per_second", "data_wait", "peak_memory_gib"]
+        shown += ["skipped_steps"] if values.get("skipped_steps") else []
+        self.progress.step({name: values[name] for name in shown})
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
         if self.training and "positive_probability" in values:
             self.positives.setdefault("positive_probability_start", values["positive_probability"])
@@ -255,6 +268,7 @@ class Trainer:
             self._save()
             self._stop_if_asked()
             scores = self.evaluator.knn(self.encoders.query)
+            self.scores = (self.position.total_steps, scores)
             self.metrics.write(self.position.total_steps, scores, epoch=epochs_done - 1)
             found = ", ".join(f"{name.replace('_', ' ')} {score:.1f} %" for name, score in scores.items())
             log.info("epoch %d/%d: %s", epochs_done, self.config.epochs, found)
@@ -273,12 +287,6 @@ class Trainer:
             self._save()
             raise
 
-    def _require_finite(self) -> None:
-        try:
-            self.step.interval.require_finite()
-        except LossNotFinite as error:
-            raise self._not_finite(error.loss, self.position.total_steps) from None
-
     def _not_finite(self, loss: float, step: int) -> UserError:
         last = self.store.latest()
         way_on = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
@@ -290,27 +298,38 @@ class Trainer:
     def _save(self, score: float | None = None) -> None:
         """Write a checkpoint of the present position (collective); training continues if the disk refuses it.
 
-        A checkpoint with the highest `score` yet is kept as the best one too.
+        A checkpoint with the highest `score` yet is kept as the best one too. Where only the end of the epoch is new
+        since the checkpoint of this step, a note of it takes the place of a second file.
 
         Raises:
-            UserError: the ranks no longer have the same weights.
+            UserError: the loss is not finite, or the ranks no longer have the same weights.
         """
-        at = (self.position.total_steps, self.position.epochs_ended)
+        step, ended = at = (self.position.total_steps, self.position.epochs_ended)
         if self._saved == at:
             return
-        self._require_finite()
-        require_equal_ranks(self.encoders, self.method, f"at step {self.position.total_steps}", self.store.latest())
-        state = self.state_dict()
+        again = self._saved is not None and self._saved[0] == step and self._is_written(step)
+        state = None if again else self._checked_state()
         self._saved, self.save_failed = at, False
         if rank() != 0:
             return
         try:
-            path = self.store.save(state, self.position.total_steps)
+            path = self.store.save(state, step) if state is not None else self.store.note_epoch(step, ended)
             if score is not None:
-                self.store.save_best(path, self.position.total_steps, score)
+                self.store.save_best(path, step, score)
         except CheckpointWriteError as error:
             self.save_failed = True
             log.error("%s; training continues without it", error)
+
+    def _is_written(self, step: int) -> bool:
+        """Whether the checkpoint of a step is in the run folder, as rank 0 knows (collective)."""
+        return broadcast_object(not self.save_failed and self.store.path_of(step).exists())
+
+    def _checked_state(self) -> dict[str, Any]:
+        """The state, once the loss is finite and the ranks are found equal (collective)."""
+        if self.step.interval.steps:
+            self._values()
+        require_equal_ranks(self.encoders, self.method, f"at step {self.position.total_steps}", self.store.latest())
+        return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to continue, in types that torch.load reads with weights_only=True (collective).
@@ -366,7 +385,8 @@ class Trainer:
         if then["images"] != now["images"]:
             log.warning("other training images from here on: %s, was %s", now["images"], then["images"])
         position.step = then["epoch"] * self.loader.steps_per_epoch + then["step"]
-        self._load_parts(state, name)
+        parts = {"encoders": self.encoders, "method": self.method, "optimizer": self.step.optimizer}
+        load_parts(parts, self.step.scaler, state, name)
         self.step.skipped_steps.fill_(state.get("skipped_steps", 0))
         restore_random_states(state["random"])
         self.step.interval.load_state_dict(state["interval"], self.step.device)
@@ -374,20 +394,3 @@ class Trainer:
         self.position = position
         self.step.reset()
         self._saved = (position.total_steps, position.epochs_ended)
-
-    def _load_parts(self, state: dict[str, Any], name: str) -> None:
-        parts: dict[str, Any] = {
-            "encoders": self.encoders,
-            "method": self.method,
-            "optimizer": self.step.optimizer,
-            "scaler": self.step.scaler,
-        }
-        for part, target in parts.items():
-            try:
-                target.load_state_dict(state[part])
-            except (RuntimeError, ValueError, KeyError, UserError) as error:
-                reason = " ".join(str(error).split())[:160]
-                raise UserError(
-                    f"{name} does not fit this configuration ({part}: {reason}); choose another run.folder, "
-                    "or the settings it was made with, which are in config.yaml there"
-                ) from None

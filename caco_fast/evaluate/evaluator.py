@@ -99,8 +99,13 @@ class Evaluator:
         """The kNN accuracy of the backbone's features for every configured k, in order: {"knn_200": per cent, ...}."""
         return self._knn(*self._extract(encoder.backbone, encoder.precision(self.device)))
 
-    def scores(self, encoder: Encoder) -> dict[str, float]:
-        """The kNN accuracies, and with `linear_probe` also {"linear": per cent}."""
+    def scores(self, encoder: Encoder, knn: dict[str, float] | None = None) -> dict[str, float]:
+        """The kNN accuracies, and with `linear_probe` also {"linear": per cent}.
+
+        knn: the accuracies of this encoder, if they are known already.
+        """
+        if knn is not None and not self.config.linear_probe:
+            return knn
         return self._scores(encoder.backbone, encoder.precision(self.device))
 
     def raw_bytes(self) -> int:

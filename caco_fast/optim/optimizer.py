@@ -15,8 +15,6 @@ from caco_fast.optim.lars import LARS
 from caco_fast.settings import setting, switch
 
 NAMES = ("lars", "sgd", "adamw")
-# Of torch's optimisers, what in a parameter group says how a step is computed.
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,12 @@ def build_optimizer(
     params = list(params)
     if config.apex == "on" and captured:
         raise UserError("optimizer.apex: FusedSGD reads its lr on the host; set it or trainer.cuda_graph to off")
-    lr = peak_lr(config, batch_size)
+    optimizer = _optimizer(config, params, peak_lr(config, batch_size), scaled, captured)
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    return optimizer
+
+
+def _optimizer(config: OptimizerConfig, params: list[Tensor], lr: float, scaled: bool, captured: bool) -> Optimizer:
     # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
     fused = True if scaled or captured else None
     if config.name == "lars":
@@ -77,14 +80,11 @@ def build_optimizer(
         optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
         if fused:
             optimizer.register_step_pre_hook(_start_at_rest)
-        optimizer.register_load_state_dict_pre_hook(_keep_implementation)
         return optimizer
     if captured:
         # It warns at the steps before the capture.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    optimizer = AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
-    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
-    return optimizer
+    return AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
 
 
 def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,8 +99,10 @@ def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Drop a checkpoint's choice of code from its state: it may come from a run with another precision or switch."""
+def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Replace the settings in a checkpoint's state by this optimiser's own: a resumed run follows its configuration.
+
+    torch would put back those of the run that wrote it: weight decay, momentum, and the code that computes a step.
+    """
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    kept = [{**saved, **{name: own[name] for name in IMPLEMENTATION if name in own}} for saved, own in groups]
-    return {**state, "param_groups": kept}
+    return {**state, "param_groups": [{**own, "params": saved["params"]} for saved, own in groups]}

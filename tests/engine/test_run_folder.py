@@ -61,7 +61,7 @@ def test_resume_adds_an_entry_and_continues_the_log(folder: RunFolder, caplog: p
     starts = json.loads(folder.environment.read_text())
     assert [start["resumed_from"] for start in starts] == [None, "checkpoints/step_00000005.pt"]
     assert [line.split()[-1] for line in folder.log.read_text().splitlines()] == ["first", "second"]
-    assert sorted(os.listdir(folder.path)) == ["checkpoints", "config.yaml", "environment.json", "log.txt"]
+    assert sorted(os.listdir(folder.path)) == [".lock", "checkpoints", "config.yaml", "environment.json", "log.txt"]
 
 
 def test_changed_configuration_keeps_the_earlier_one(folder: RunFolder) -> None:

@@ -1,11 +1,17 @@
-"""Lines that a full disk refuses wait, are written in order once there is room, and are counted if they are lost."""
+"""Writes on disks that are full, and on file systems that lack locks or fsync.
+
+Lines that a full disk refuses wait, are written in order once there is room, and are counted if they are lost.
+"""
 
 import errno
+import fcntl
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from caco_fast.storage import RetryingFile
+from caco_fast.storage import ABANDONED_SECONDS, TEMPORARY, RetryingFile, atomic_write_text, lock, remove_leftovers
 
 
 class Disk:
@@ -78,3 +84,50 @@ def test_memory_for_waiting_lines_is_bounded_and_dropped_lines_are_counted(
     # The line that was begun stays whole, and the newest lines are kept.
     assert disk.content.decode().splitlines() == ["line 0", "line 4", "line 5"]
     assert reports[-1].endswith("3 lines are lost, the disk never took them")
+
+
+def refusing(code: int, folders_only: bool = False):
+    """A stand-in for flock or fsync on a file system that answers with `code`."""
+
+    def call(file, *_: int) -> None:
+        if not folders_only or stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+def test_a_file_is_written_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(code))
+    atomic_write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text" and len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
+def test_a_file_is_written_where_folders_have_no_fsync(tmp_path: Path, monkeypatch, code: int) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(code, folders_only=True))
+    atomic_write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_an_error_of_the_disk_itself_reaches_the_caller(tmp_path: Path, monkeypatch, code: int) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(code))
+    with pytest.raises(OSError) as raised:
+        atomic_write_text(tmp_path / "file", "text")
+    assert raised.value.errno == code and not os.listdir(tmp_path)
+
+
+def test_leftovers_go_unless_their_writer_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, free, fresh, old = (tmp_path / f".{name}{TEMPORARY}" for name in ("held", "free", "fresh", "old"))
+    held.touch(), free.touch()
+    with open(held, "wb") as file:
+        assert lock(file)
+        remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [held.name]
+    held.unlink(), fresh.touch(), old.touch()
+    before = old.stat().st_mtime - ABANDONED_SECONDS - 60
+    os.utime(old, (before, before))
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [fresh.name]

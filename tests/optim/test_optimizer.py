@@ -45,3 +45,23 @@ def test_bad_settings_are_named(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         OptimizerConfig(**settings)
     assert line in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_loaded_state_keeps_its_tensors_and_takes_the_new_settings(name: str) -> None:
+    def make(momentum: float, decay: float, trust: float) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+        weight = torch.ones(2, 3, requires_grad=True)
+        config = OptimizerConfig(name=name, lr=0.1, momentum=momentum, weight_decay=decay, trust=trust)
+        return weight, build_optimizer(config, [weight], batch_size=256)
+
+    (weight, before), (other, after) = make(0.9, 0.1, 0.01), make(0.5, 0.2, 0.02)
+    weight.grad = torch.full((2, 3), 3.0)
+    before.step()
+    if name == "adamw":
+        before.param_groups[0].update(betas=(0.5, 0.6), eps=1e-3)
+    own = {key: value for key, value in after.param_groups[0].items() if key != "params"}
+    after.load_state_dict(before.state_dict())
+    assert {key: value for key, value in after.param_groups[0].items() if key != "params"} == own
+    assert own["weight_decay"] == 0.2 and own.get("momentum", 0.5) == 0.5 and own.get("trust", 0.02) == 0.02
+    kept, loaded = before.state[weight], after.state[other]
+    assert kept.keys() == loaded.keys() and all(torch.equal(kept[key], loaded[key]) for key in kept)
