@@ -26,6 +26,7 @@ from caco_fast.engine.metrics import MetricsWriter
 from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision, use_tf32
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.run_folder import RunFolder
+from caco_fast.engine.settings import TrainerConfig
 from caco_fast.engine.step import TrainStep
 from caco_fast.engine.step_graph import CapturedStep, build_capture
 from caco_fast.engine.trainer import Trainer
@@ -33,7 +34,13 @@ from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.evaluate.held_out import HeldOut
 from caco_fast.methods import METHODS, Method, build_method, registered
-from caco_fast.models import EncoderPair, build_encoder_pair, require_sizes, segment_batch_norm
+from caco_fast.models import (
+    EncoderPair,
+    build_encoder_pair,
+    recompute_activations,
+    require_sizes,
+    segment_batch_norm,
+)
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
 
 log = logging.getLogger("caco_fast.training")
@@ -44,7 +51,8 @@ def settled(config: Config, device: torch.device) -> Config:
 
     Raises:
         UserError: there is no such method, a setting of the data is wrong, the backbone can't take a size of the
-            images, or the named backend of the bank does not run on the device.
+            images, the named backend of the bank does not run on the device, or a way to save memory does not go with
+            another setting.
     """
     # Here, before anything is listed, built or written.
     registered(config.method)
@@ -53,6 +61,7 @@ def settled(config: Config, device: torch.device) -> Config:
     require_sizes(config.backbone, _known_sizes(config))
     if backend := getattr(getattr(config, config.method), "backend", ""):
         together(lambda: require_backend(f"{config.method}.backend", backend, device))
+    _check_memory_savers(config.trainer)
     # Rank 0 decides, because one step has one precision.
     precision = broadcast_object(settled_precision(config.trainer.precision, device))
     return replace(config, trainer=replace(config.trainer, precision=precision))
@@ -109,7 +118,11 @@ def build_trainer(
         captured=capture is not None,
     )
     parts = (method, encoders, optimizer, scaler, device)
-    step = TrainStep(*parts) if capture is None else CapturedStep(*parts, capture=capture[0], warmup=capture[1])
+    options: dict[str, Any] = dict(accumulate=config.trainer.accumulate, clip_gradient=config.trainer.clip_gradient)
+    if capture is None:
+        step = TrainStep(*parts, **options)
+    else:
+        step = CapturedStep(*parts, capture=capture[0], warmup=capture[1], **options)
     epochs, batch_size = config.trainer.epochs, config.trainer.batch_size
     if rank() != 0:
         # All ranks have built the same weights. From here on each draws its own numbers, such as those of drop path.
@@ -137,6 +150,24 @@ def build_trainer(
     )
 
 
+def _check_memory_savers(trainer: TrainerConfig) -> None:
+    """Check what `trainer.accumulate` and `trainer.checkpoint_activations` do not go with."""
+    if trainer.accumulate > 1 and trainer.batch_size % (world_size() * trainer.accumulate):
+        raise UserError(
+            f"trainer.accumulate: found {trainer.accumulate}, expected a number that divides the batch of a rank "
+            f"({trainer.batch_size} images over {world_size()} ranks)"
+        )
+    if not trainer.checkpoint_activations:
+        return
+    # A CUDA graph can't save the states of random numbers, torch.compile has its own choice of what to keep, and the
+    # second computation of joint views would not know how many they are.
+    for name, found in (("cuda_graph", trainer.cuda_graph), ("compile", trainer.compile)):
+        if found:
+            raise UserError(f"trainer.checkpoint_activations: not possible with trainer.{name}=true; set one to false")
+    if trainer.joint_views == "on":
+        raise UserError("trainer.checkpoint_activations: not possible with trainer.joint_views=on; set that to auto")
+
+
 def method_sections(config: Config) -> Mapping[str, Any]:
     """The settings of every method, by its name."""
     return {name: getattr(config, name) for name in METHODS}
@@ -152,7 +183,10 @@ def _build_method(config: Config, device: torch.device) -> Method:
 
 def _build_encoders(config: Config, channels: int, device: torch.device, autocast: torch.dtype | None) -> EncoderPair:
     method = registered(config.method).method
-    joint_views = is_distributed() if config.trainer.joint_views == "auto" else config.trainer.joint_views == "on"
+    recompute = config.trainer.checkpoint_activations
+    joint_views = config.trainer.joint_views == "on"
+    if config.trainer.joint_views == "auto":
+        joint_views = is_distributed() and not recompute
     encoders = build_encoder_pair(
         config.backbone,
         config.projector,
@@ -162,6 +196,8 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
         key_encoder=method.key_encoder,
         norm_sets=method.norm_sets,
     )
+    if recompute:
+        recompute_activations(encoders.query, config.backbone.name)
     if config.trainer.joint_views == "on" and not encoders.query.joint_views:
         raise UserError(
             f"trainer.joint_views: {config.backbone.name} has a normalisation that takes its statistics over all views "

@@ -1,8 +1,12 @@
-"""Cores, free memory and bf16 support of this machine, and the signals by which it ends a process."""
+"""Cores, free and used memory and bf16 support of this machine, and the signals by which it ends a process."""
 
 import os
+import resource
 import signal
+import sys
 from pathlib import Path
+
+import torch
 
 # Requests to stop: Ctrl-C, torchrun, SLURM, and a terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -58,6 +62,14 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at one time so far: by tensors on a GPU, or by this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def computes_in_bf16() -> bool:

@@ -1,6 +1,7 @@
 """The precision that the encoders compute in, and the optimiser's step under the gradient scaling of fp16."""
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from caco_fast.errors import UserError
@@ -47,22 +48,33 @@ def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def optimizer_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+def optimizer_step(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: float = 0.0
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Take the optimiser's step, after the backward pass of the scaled loss.
 
-    With a scaler it returns a 0-d flag on the device. The flag is not 0 if a gradient overflowed and the optimiser has
-    skipped the step. Bank and key encoder take the flag and skip it too, and the host never reads it. All ranks have
-    the same flag, because DistributedDataParallel has averaged their gradients. Without a scaler it returns None.
+    clip: the largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them as they are.
+
+    Returns:
+        With a scaler, a 0-d flag on the device. The flag is not 0 if a gradient overflowed and the optimiser has
+        skipped the step. Bank and key encoder take the flag and skip it too, and the host never reads it. All ranks
+        have the same flag, because DistributedDataParallel has averaged their gradients. Without a scaler, None.
+        The norm of the gradients before clipping, 0-d on the device; 0 in a skipped step.
     """
+    if scaler.is_enabled():
+        # Unscaled before the step, so that the norms of LARS are those of the gradients themselves.
+        scaler.unscale_(optimizer)
+    trained = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+    norm = get_total_norm([value.grad for value in trained])
+    if clip:
+        clip_grads_with_norm_(trained, clip, norm)
     if not scaler.is_enabled():
         optimizer.step()
-        return None
-    # Unscaled before the step, so that the norms of LARS are those of the gradients themselves.
-    scaler.unscale_(optimizer)
+        return None, norm
     scaler.step(optimizer)
     (overflowed,) = scaler._found_inf_per_device(optimizer).values()  # torch has no public name for it
     scaler.update()
-    return overflowed
+    return overflowed, norm.masked_fill(overflowed != 0, 0)
 
 
 def require_scale(scaler: torch.amp.GradScaler, step: int) -> None:

@@ -1,13 +1,15 @@
 """The progress of a run: a live bar on a terminal, plain lines elsewhere, and the same lines in the run's log.
 
-A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | eta 0:03:10`. The eta
-is that of the whole run. Before the epochs it reads `eta 0:00:20 of the initialisation`. Only rank 0 prints.
+A line reads `epoch 3/20 step 120/400 | loss 7.0312 | positive 0.021 | lr 0.3000 | 2,410 pairs/s | data 3 % | 41.2 GiB |
+eta 0:03:10`. `data` is the share of the time in which the trainer waited for images, and the GiB are the peak of the
+memory. The eta is that of the whole run. Before the epochs it reads `eta 0:00:20 of the initialisation`. Only rank 0
+prints.
 """
 
 import io
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from rich import box
@@ -20,6 +22,13 @@ from rich.text import Text
 from caco_fast.distributed import rank
 
 LABELS = {"positive_probability": "positive", "bank_lr": "bank lr"}
+# The values that do not follow their name.
+FORMATS: dict[str, Callable[[float], str]] = {
+    "pairs_per_second": "{:,.0f} pairs/s".format,
+    "data_wait": lambda share: f"data {100 * share:.0f} %",
+    "peak_memory_gib": "{:.1f} GiB".format,
+    "skipped_steps": "skipped {:,}".format,
+}
 
 # All output goes through one console, so that it appears above a live bar.
 console = Console(highlight=False, soft_wrap=True)
@@ -47,8 +56,8 @@ class Progress:
         self._title = self._phase_suffix = ""
         self._steps = self._step = 0
         self._later_steps = total_epochs * steps_per_epoch
-        self._started = self._logged = time.monotonic()
-        self._steps_here = self._unlogged = 0
+        self._started = time.monotonic()
+        self._steps_here = 0
         self._line = ""
 
     def __enter__(self) -> "Progress":
@@ -96,17 +105,14 @@ class Progress:
         return (step + 1) % self.log_every == 0 or step + 1 == self._steps
 
     def step(self, values: Mapping[str, float] | None = None) -> None:
-        """Count one finished step. On log steps `values` are loss, positive_probability, lr, ... as plain numbers."""
+        """Count one finished step. On log steps `values` are loss, lr, pairs_per_second, ... as plain numbers."""
         self._step += 1
         self._steps_here += 1
-        self._unlogged += 1
         if rank() != 0:
             return
         if values is not None:
-            now = time.monotonic()
-            self.pairs_per_second = self._unlogged * self.batch_size / max(now - self._logged, 1e-9)
-            self._logged, self._unlogged = now, 0
-            shown = self._shown(values)
+            self.pairs_per_second = values.get("pairs_per_second", self.pairs_per_second)
+            shown = " | ".join(_shown(name, value) for name, value in values.items())
             eta = f"eta {self._eta_run()}{self._phase_suffix}"
             self._line = f"{self._title} step {self._step}/{self._steps} | {shown} | {eta}"
             log.info(self._line, extra={"file_only": self._bar is not None})
@@ -128,16 +134,11 @@ class Progress:
 
     def _start(self, title: str, steps: int, first_step: int, later: int) -> None:
         self._title, self._steps, self._step, self._later_steps = title, steps, first_step, later
-        self._logged, self._unlogged = time.monotonic(), 0
         if self._bar is None:
             return
         if self._bar.tasks:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(title, total=steps, completed=first_step, values="", eta="")
-
-    def _shown(self, values: Mapping[str, float]) -> str:
-        parts = [f"{LABELS.get(name, name)} {_number(name, value)}" for name, value in values.items()]
-        return " | ".join([*parts, f"{self.pairs_per_second:,.0f} pairs/s"])
 
     def _eta_phase(self) -> str:
         return _clock((self._steps - self._step) * self.batch_size / max(self.pairs_per_second, 1e-9))
@@ -204,6 +205,10 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | flo
     for row in rows:
         made.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else str(cell)) for cell in row))
     return made
+
+
+def _shown(name: str, value: float) -> str:
+    return FORMATS[name](value) if name in FORMATS else f"{LABELS.get(name, name)} {_number(name, value)}"
 
 
 def _number(name: str, value: float) -> str:

@@ -6,6 +6,8 @@ from caco_fast.errors import UserError
 from caco_fast.settings import require_at_least, setting, switch
 
 PRECISIONS = ("auto", "f32", "tf32", "bf16", "fp16")
+# A learned bank keeps as many records between two of its steps.
+MOST_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class TrainerConfig:
         "views of one size pass the convolutions as one batch, with BatchNorm still per view: on, off, or "
         "auto: on with several ranks, where it halves the collectives",
     )
+    accumulate: int = setting(
+        1, "parts of a step's batch, each with a forward and backward of its own, so that a large batch fits the memory"
+    )
+    checkpoint_activations: bool = setting(
+        False, "compute activations of the backbone a second time in the backward pass instead of keeping them"
+    )
+    clip_gradient: float = setting(0.0, "largest norm of a step's gradients; larger ones are scaled to it; 0: none")
     compile: bool = setting(False, "torch.compile of encoders and loss; the first steps then take minutes")
     cuda_graph: bool = setting(False, "on a GPU, replay a step as a CUDA graph, without launches by the host")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
@@ -39,6 +48,10 @@ class TrainerConfig:
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
         require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
+        if not 1 <= self.accumulate <= MOST_PARTS:
+            raise UserError(f"trainer.accumulate: found {self.accumulate}, expected a number from 1 to {MOST_PARTS}")
+        if not 0 <= self.clip_gradient < float("inf"):
+            raise UserError(f"trainer.clip_gradient: found {self.clip_gradient}, expected 0 (none) or a larger number")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The position of a run, and the sums of its steps between two log lines."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from caco_fast.distributed import all_reduce_sum, world_size
-from caco_fast.methods import StepOutput
 
 
 class LossNotFinite(Exception):
@@ -42,14 +42,18 @@ class Interval:
     sums: dict[str, Tensor] = field(default_factory=dict)  # each []
     steps: int = 0
     seconds: float = 0.0
+    # Seconds of these in which the trainer waited for the loader.
+    waited: float = 0.0
 
-    def add(self, output: StepOutput) -> None:
-        """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`."""
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            if name in self.sums:
-                self.sums[name] += value.detach()
-            else:
-                self.sums[name] = value.detach().to(torch.float64, copy=True)
+    def add(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:  # each []
+        """Accumulate in place: the replay of a CUDA graph writes to the same tensors. The caller counts `steps`.
+
+        share: of the step that the values belong to.
+        """
+        for name, value in values.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            self.sums[name].add_(value.detach(), alpha=share)
 
     def require_finite(self) -> None:
         """Read this rank's sum of the losses, for which the host waits.
@@ -80,8 +84,9 @@ class Interval:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.steps, self.seconds = state["steps"], state["seconds"]
+        self.waited = state.get("waited", 0.0)
 
     def clear(self) -> None:
         for value in self.sums.values():
             value.zero_()
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0

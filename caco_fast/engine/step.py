@@ -40,6 +40,9 @@ class TrainStep:
 
     It owns two sums over steps. `interval` has the values since the last log line. `skipped_steps`, [], counts the
     steps whose fp16 gradients overflowed, so that optimiser, bank and EMA skipped them.
+
+    accumulate: parts of this rank's batch, each with a forward and a backward of its own. Optimiser, bank and EMA step
+    once, as with the whole batch. clip_gradient: the largest norm of the gradients; 0 leaves them as they are.
     """
 
     def __init__(
@@ -49,7 +52,13 @@ class TrainStep:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         device: torch.device,
+        *,
+        accumulate: int = 1,
+        clip_gradient: float = 0.0,
     ) -> None:
+        require_parts(method, accumulate)
+        self.accumulate = accumulate
+        self.clip_gradient = clip_gradient
         self.method = method
         self.encoders = encoders
         self.optimizer = optimizer
@@ -110,22 +119,49 @@ class TrainStep:
     def compute(self, views: Sequence[Tensor], rates: Rates) -> None:
         """What the device does in a step, which is all that a CUDA graph repeats."""
         self.set_lr(rates.lr)
-        with self.span("loss + bank"):
-            output = self._forward(views)
-        self.interval.add(output)
-        if self.checks_loss:
-            self.interval.require_finite()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.span("backward"):
-            self.scaler.scale(output.loss).backward()
+        rows = []
+        for part in range(self.accumulate):
+            rows.append(self._part([view.chunk(self.accumulate)[part] for view in views], part))
         with self.span("optimiser"):
-            skip = optimizer_step(self.optimizer, self.scaler)
+            skip, norm = optimizer_step(self.optimizer, self.scaler, self.clip_gradient)
+        self.interval.add({"gradient_norm": norm})
         with self.span("loss + bank"):
-            self._phase.update(output.rows, rates.warmup, skip)
+            # The rows of all parts at once: the bank, and so every part's loss, is that from before the step.
+            together = rows[0] if self.accumulate == 1 else [torch.cat(parts) for parts in zip(*rows)]
+            self._phase.update(together, rates.warmup, skip)
         with self.span("EMA"):
             self.encoders.advance_key(rates.key_momentum, skip)
         if skip is not None:
             self.skipped_steps += skip != 0
+
+    def _part(self, views: Sequence[Tensor], part: int) -> Sequence[Tensor]:
+        """Forward and backward of one part of the batch; returns the rows for the update."""
+        last = part == self.accumulate - 1
+        with self.span("loss + bank"):
+            output = self._forward(views, last)
+        self.interval.add({"loss": output.loss, **output.metrics}, share=1 / self.accumulate)
+        if self.checks_loss:
+            self.interval.require_finite()
+        if part == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss = self.scaler.scale(output.loss if self.accumulate == 1 else output.loss / self.accumulate)
+        with self.span("backward"):
+            if last:
+                loss.backward()
+            else:
+                self._add_gradients(loss)
+        return output.rows
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        """Add the gradients of a part before the last, on this rank alone.
+
+        The hooks of `backward` are those by which DistributedDataParallel averages the sums of all parts, once a step.
+        `no_sync` would not do: with a static graph it counts the backward passes of all parts as one.
+        """
+        trained = [value for group in self.optimizer.param_groups for value in group["params"] if value.requires_grad]
+        for value, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+            if gradient is not None:
+                value.grad = gradient if value.grad is None else value.grad.add_(gradient)
 
     def set_lr(self, lr: Rate) -> None:
         for group in self.optimizer.param_groups:
@@ -137,8 +173,9 @@ class TrainStep:
             raise RuntimeError("TrainStep: enter(phase) comes before the first step")
         return self.phase
 
-    def _forward(self, views: Sequence[Tensor]) -> StepOutput:
-        if self._trained is None:
+    def _forward(self, views: Sequence[Tensor], averages: bool) -> StepOutput:
+        """The objective, whose backward pass averages the gradients over the ranks if `averages`."""
+        if self._trained is None or not averages:
             return self._phase.objective(views, self.encoders)
         return StepOutput(*self._trained(*views))
 
@@ -156,6 +193,23 @@ class TrainStep:
                     "in the loss, or set its requires_grad to False"
                 )
             log.warning("%s gets no gradient: it stays as it was initialised", found)
+
+
+def require_parts(method: Method, accumulate: int) -> None:
+    """Tell the method in how many parts its batches come.
+
+    Raises:
+        UserError: its loss is not the mean of the losses of parts.
+    """
+    for module in method.modules():
+        if not isinstance(module, Method):
+            continue
+        if accumulate > 1 and not module.accumulates:
+            raise UserError(
+                f"trainer.accumulate: found {accumulate}, but the loss of {type(module).__name__} needs its whole "
+                "batch at once; set it to 1, and lower trainer.batch_size or use more ranks"
+            )
+        module.parts = accumulate
 
 
 class _Objective(nn.Module):

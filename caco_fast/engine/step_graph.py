@@ -67,8 +67,8 @@ class CapturedStep(TrainStep):
     that can't be captured every step is launched.
     """
 
-    def __init__(self, *parts: Any, capture: Capture, warmup: int) -> None:
-        super().__init__(*parts)
+    def __init__(self, *parts: Any, capture: Capture, warmup: int, **options: Any) -> None:
+        super().__init__(*parts, **options)
         self.warmup = warmup
         self._capture = capture
         # torch's fused optimisers read the lr in f32. The others are in f64, so that what is computed from them, such

@@ -31,6 +31,7 @@ from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.evaluate.held_out import HeldOut, describe
+from caco_fast.host import peak_memory
 from caco_fast.methods import Phase
 from caco_fast.optim import Schedule
 
@@ -151,6 +152,7 @@ class Trainer:
         """
         mark = time.perf_counter()
         for batch in self._batches(epoch, first, end):
+            self.step.interval.waited += time.perf_counter() - mark
             rates = self._rates(phase, steps)
             self._step(batch, rates)
             step = self.position.step - (epoch * self.loader.steps_per_epoch if epoch >= 0 else 0)
@@ -237,18 +239,22 @@ class Trainer:
         """One line on the console and in metrics.jsonl."""
         interval, scaler = self.step.interval, self.step.scaler
         lr, key_momentum, warmup = map(float, rates)
-        shown = {name: values[name] for name in ("loss", *self.method.shown) if name in values}
-        self.progress.step({**shown, "lr": lr})
+        shown = [name for name in ("loss", *self.method.shown) if name in values]
         if self.training:
             values |= self.method.rates(warmup)
         values |= {
             "lr": lr,
             "key_momentum": key_momentum,
             "pairs_per_second": interval.steps * self.config.batch_size / interval.seconds,
+            "data_wait": interval.waited / interval.seconds,
+            "peak_memory_gib": peak_memory(self.step.device) / 2**30,
             "bad_images": len(self.loader.bad_images),
         }
         if scaler.is_enabled():
             values |= {"skipped_steps": int(self.step.skipped_steps), "loss_scale": scaler.get_scale()}
+        shown += ["lr", "pairs_per_second", "data_wait", "peak_memory_gib"]
+        shown += ["skipped_steps"] if values.get("skipped_steps") else []
+        self.progress.step({name: values[name] for name in shown})
         self.metrics.write(self.position.total_steps, values, epoch=epoch)
         if self.training and "positive_probability" in values:
             self.positives.setdefault("positive_probability_start", values["positive_probability"])

@@ -83,6 +83,11 @@ class Method(nn.Module, ABC):
     key_encoder: bool = True
     # Sets of BatchNorm weights and statistics in the query encoder; `encoders.queries(views, norm_sets)` chooses.
     norm_sets: int = 1
+    # Whether the loss of a batch is the mean of the losses of its parts, so that `trainer.accumulate` may split it. It
+    # is not if the negatives come from the batch. `update` follows the last part, with the rows of all.
+    accumulates: bool = False
+    # In how many parts a batch comes. A bank that adds up the records of all parts divides their weights by it.
+    parts: int = 1
     # Metrics that the log line shows after the loss.
     shown: ClassVar[tuple[str, ...]] = ("positive_probability",)
 

@@ -94,6 +94,7 @@ class LearnedBankMethod(Method):
     A subclass defines `bank` and the training. This class defines the initialisation before it and the bank's step.
     """
 
+    accumulates = True
     next_row: Tensor  # []
 
     def __init__(self, config: LearnedBankConfig) -> None:
@@ -107,7 +108,7 @@ class LearnedBankMethod(Method):
 
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         """Step the bank with the rows that `loss` recorded on it."""
-        self.bank.step(self.config.bank_lr * warmup, skip=skip)
+        self.bank.step(self.config.bank_lr * warmup, scale=1 / self.parts, skip=skip)
 
     def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
         config = self.config

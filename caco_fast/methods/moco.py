@@ -34,6 +34,8 @@ class MoCoConfig:
 class MoCo(Method):
     """L = mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ] over a FIFO queue `n` of past keys."""
 
+    accumulates = True
+
     def __init__(self, config: MoCoConfig, dim: int) -> None:
         super().__init__()
         self.config = config

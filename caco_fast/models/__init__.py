@@ -5,6 +5,7 @@ from caco_fast.models.batch_norm import segment_batch_norm
 from caco_fast.models.encoder import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.models.input_size import require_sizes
 from caco_fast.models.projector import ProjectorConfig, build_projector
+from caco_fast.models.recompute import recompute_activations
 
 __all__ = [
     "BackboneConfig",
@@ -14,6 +15,7 @@ __all__ = [
     "build_backbone",
     "build_encoder_pair",
     "build_projector",
+    "recompute_activations",
     "require_sizes",
     "segment_batch_norm",
 ]

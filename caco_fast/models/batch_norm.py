@@ -34,6 +34,8 @@ class SegmentedBatchNorm(_BatchNorm):
     norm_set = 0
     # Whether views together cost less than views apart.
     joins_views = True
+    # Whether forwards may be repeated in the backward pass (`recompute_activations`).
+    recomputes = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -49,6 +51,10 @@ class SegmentedBatchNorm(_BatchNorm):
         normalise = super().forward
         if not self.training:
             return normalise(input)
+        if self.recomputes and torch._C._current_graph_task_id() >= 0:
+            # Within a backward pass: the running statistics have these values already.
+            with self._statistics_kept():
+                return self._over_ranks(input) if world_size() > 1 else normalise(input)
         if input.shape[0] % self.segments:
             found = f"{list(input.shape)} in {self.segments} segments"
             raise ValueError(f"{type(self).__name__}: found {found}, expected [segments * B, channels, ...]")
@@ -57,6 +63,16 @@ class SegmentedBatchNorm(_BatchNorm):
         if self.segments == 1:
             return normalise(input)
         return torch.cat([normalise(segment) for segment in input.chunk(self.segments)])
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """A context in which a forward leaves the running statistics as they are."""
+        own = self.running_mean, self.running_var, self.num_batches_tracked
+        self.running_mean, self.running_var, self.num_batches_tracked = (value.clone() for value in own)
+        try:
+            yield
+        finally:
+            self.running_mean, self.running_var, self.num_batches_tracked = own
 
     def _over_ranks(self, input: Tensor) -> Tensor:
         output, mean, variance, count = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.segments)
@@ -114,7 +130,7 @@ def add_norm_sets(module: nn.Module, sets: int, momentum: float = 0.01) -> None:
     if sets == 1:
         return
     for child in list(module.modules()):
-        if _mixes_views(child) or (isinstance(child, SegmentedBatchNorm) and not child.joins_views):
+        if mixes_views(child) or (isinstance(child, SegmentedBatchNorm) and not child.joins_views):
             raise UserError(f"{type(child).__name__} can't hold a second set of statistics; set backbone.apex to off")
         if isinstance(child, SegmentedBatchNorm):
             child.further = nn.ModuleList(_further_set(child, momentum) for _ in range(sets - 1))
@@ -138,17 +154,17 @@ def _further_set(norm: SegmentedBatchNorm, momentum: float) -> SegmentedBatchNor
 
 def separable(module: nn.Module) -> bool:
     """Whether several views may pass `module` as one batch: each BatchNorm in it can tell them apart and gains."""
-    return not any(_mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
+    return not any(mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
 
 
 def require_statistics_of_all_ranks(module: nn.Module) -> None:
     """Raise UserError if a BatchNorm of `module` would take its statistics from this rank alone."""
     for child in module.modules():
-        if _mixes_views(child):
+        if mixes_views(child):
             raise UserError(f"{child} has no statistics over several ranks; use one rank, or a ResNet")
 
 
-def _mixes_views(module: nn.Module) -> bool:
+def mixes_views(module: nn.Module) -> bool:
     """Whether a module takes statistics over all rows of a batch, or seems to by its buffers."""
     tracks = any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
     return (tracks or isinstance(module, _BatchNorm)) and not isinstance(module, SegmentedBatchNorm)

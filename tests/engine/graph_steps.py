@@ -32,6 +32,7 @@ CASES = {
     "caco, views together": (LARS, "trainer.joint_views=on"),
     "caco, bf16": (LARS, "trainer.precision=bf16", "caco.operands=bf16"),
     "caco, project, multi-crop": (SGD, "caco.norm=project", SMALL_VIEWS),
+    "caco, parts, clipped": (LARS, "trainer.accumulate=2", "trainer.clip_gradient=0.1"),
     "moco": (SGD, "method=moco"),
     "moco, symmetric": (ADAMW, "method=moco", "moco.symmetric=true"),
 }

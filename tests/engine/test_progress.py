@@ -13,7 +13,7 @@ from rich.console import Console
 from caco_fast.engine import progress as module
 from caco_fast.engine.progress import Progress, table
 
-VALUES = {"loss": 7.03123, "positive_probability": 0.0213, "lr": 0.3}
+VALUES = {"loss": 7.03123, "positive_probability": 0.0213, "lr": 0.3, "pairs_per_second": 141.2}
 LINE = r"loss 7\.0312 \| positive 0\.021 \| lr 0\.3000 \| [\d,]+ pairs/s \| eta \d+:\d\d:\d\d"
 
 
@@ -75,8 +75,7 @@ def test_rate_and_eta(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> N
             clock[0] += 0.5
             progress.step(None)
         progress.step(VALUES)
-    # 11 steps in 5 s; 39 left in this epoch and 100 in the next.
-    assert progress.pairs_per_second == pytest.approx(11 * 64 / 5)
+    # 11 steps in 5 s; 39 left in this epoch and 100 in the next. The speed is that of the metrics.
     assert screen.getvalue().startswith("epoch 1/2 step 61/100 |")
     assert "| 141 pairs/s | eta 0:01:03" in screen.getvalue()
 
