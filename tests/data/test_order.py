@@ -44,7 +44,7 @@ def test_fewer_images_than_a_batch_names_both_numbers() -> None:
 
 
 def test_batch_1024_runs_on_one_two_and_four_nodes_of_eight() -> None:
-    """As docs/ranks.md says."""
+    """The promise of docs/ranks.md."""
     assert [steps_per_epoch(2048, 1024, 8 * nodes) for nodes in (1, 2, 4)] == [2, 2, 2]
     with pytest.raises(UserError, match="batch size 1024 can't be shared evenly by 24 ranks; take 1008, or another"):
         steps_per_epoch(2048, 1024, 24)
