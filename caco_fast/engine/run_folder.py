@@ -198,7 +198,7 @@ class RunFolder:
         """Lock the folder for this process, until it closes the folder or dies in whatever way."""
         path = self.path / ".lock"
         with self._writing():
-            file = open(path, "a+b")
+            file = open(path, "a+b", buffering=0)
         try:
             locked = lock(file)
         except BlockingIOError:
@@ -219,7 +219,6 @@ class RunFolder:
         with suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, which started at {now}\n".encode())
-            file.flush()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -43,6 +43,14 @@ def test_fewer_images_than_a_batch_names_both_numbers() -> None:
         steps_per_epoch(100, 256)
 
 
+def test_batch_1024_runs_on_one_two_and_four_nodes_of_eight() -> None:
+    """The promise of docs/ranks.md."""
+    assert [steps_per_epoch(2048, 1024, 8 * nodes) for nodes in (1, 2, 4)] == [2, 2, 2]
+    with pytest.raises(UserError, match="batch size 1024 can't be shared evenly by 24 ranks; take 1008, or another"):
+        steps_per_epoch(2048, 1024, 24)
+    assert [960 % (8 * nodes) for nodes in (1, 2, 3, 4)] == [0] * 4
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match=r"batch size 10 .* 4 ranks; take 8"):
         steps_per_epoch(100, 10, 4)

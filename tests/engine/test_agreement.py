@@ -12,6 +12,7 @@ from caco_fast.config import settings_of
 from caco_fast.distributed import rank
 from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.checkpoint import CheckpointStore
+from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
@@ -145,3 +146,18 @@ def test_ranks_build_the_same_weights_and_then_draw_their_own_numbers(images, tm
     first, second = run_ranks(draws_after_building, 2, images, tmp_path)
     assert first == alone
     assert second[0] == alone[0] and second[1] != alone[1]
+
+
+def run_in_two_parts(images: Path, folder: Path) -> None:
+    settings = ("method=moco", "trainer.epochs=1", "backbone.options.drop_path_rate=0.5", "trainer.log_every=2")
+    train(config(images, *settings), folder / "whole")
+    train(config(images, *settings, "trainer.max_steps=3"), folder / "parts")
+    train(config(images, *settings), folder / "parts", "auto")
+
+
+def test_a_resumed_run_with_drop_path_is_the_one_never_stopped(images, tmp_path):
+    run_ranks(run_in_two_parts, 2, images, tmp_path)
+    whole, parts = (
+        [line.get("loss", line.get("knn_3")) for line in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    )
+    assert whole == parts and len(whole) == 4
