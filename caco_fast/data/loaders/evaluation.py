@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from caco_fast.data.config import DataConfig
 from caco_fast.data.loaders.base import BadImages, RawBatch, evaluation_share
-from caco_fast.data.loaders.torchvision import as_is, worker_options
+from caco_fast.data.loaders.workers import as_is, from_workers, worker_options
 from caco_fast.data.sources.base import ArraySource, BadImageError, Source, as_pil
 from caco_fast.data.views.pil import evaluation_transform, normalize
 from caco_fast.errors import UserError
@@ -84,10 +84,8 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         readable = 0
-        for raw in self._batches:
+        for raw in from_workers(self._batches):
             self._bad.add(raw.bad)
-            if raw.error:
-                raise UserError(raw.error)
             readable += len(raw.index)
             if raw.images:
                 images = normalize(raw.images[0].to(self._device, non_blocking=True), self._mean, self._std)
