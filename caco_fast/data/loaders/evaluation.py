@@ -44,6 +44,7 @@ class EvalLoader:
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
         self._mean, self._std = config.mean or source.mean, config.std or source.std
+        self._scale = [torch.tensor(values, dtype=torch.float32, device=device) for values in (self._mean, self._std)]
         # No limit here: the training loader stops a run whose training set has too many bad images.
         self._bad = BadImages(len(source), len(source))
         self._parts = np.array_split(self.positions, range(batch_size, len(self.positions), batch_size))
@@ -88,7 +89,7 @@ class EvalLoader:
             self._bad.add(raw.bad)
             readable += len(raw.index)
             if raw.images:
-                images = normalize(raw.images[0].to(self._device, non_blocking=True), self._mean, self._std)
+                images = normalize(raw.images[0].to(self._device, non_blocking=True), *self._scale)
                 labels = torch.tensor([self.source.label(index) for index in raw.index.tolist()], dtype=torch.int64)
                 yield images, labels, raw.index
         if len(self.positions) and not readable:

@@ -27,6 +27,7 @@ class TorchvisionLoader(TrainLoader):
         super().__init__(source, config, views, **options)
         require_exact_jitter(config.jitter)
         self._keys = _Keys()
+        self._scale = self._normalisation()
         workers = config.worker_processes()
         self._loader: DataLoader[RawBatch] | None = DataLoader(
             ViewBatches(source, views, self._seed, self._bad.limit),
@@ -46,7 +47,7 @@ class TorchvisionLoader(TrainLoader):
             self._bad.add(raw.bad)
             if not raw.images:
                 raise none_readable(self._length)
-            views = [normalize(v.to(self._device, non_blocking=True), self._mean, self._std) for v in raw.images]
+            views = [normalize(view.to(self._device, non_blocking=True), *self._scale) for view in raw.images]
             yield Batch([view.to(self._dtype) for view in views], raw.index)
 
     def close(self) -> None:
