@@ -2,7 +2,7 @@
 
     python setup.py build_ext        in place, incremental, by ninja
 
-CACO_CUDA    auto (default): build the CUDA module if nvcc is found; 1: fail if it is not; 0: leave it out
+CACO_CUDA    auto (default): build the CUDA module if an nvcc that can do so is found; 1: fail if not; 0: leave it out
 CACO_ARCHES  compute capabilities, "80;90a"; by default those of csrc/sources.py that this nvcc knows
 CACO_BOUNDED_WAIT  1: kernels for sm_90a say where they wait and end, instead of hanging; for debugging, not for timing
 CUDA_HOME    where to look for bin/nvcc first; then CUDA_PATH, /usr/local/cuda and PATH
@@ -42,19 +42,47 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+class Unusable(Exception):
+    """Why an nvcc can't build the module."""
+
+
+def release_of(nvcc: str) -> str:
+    return output_of(nvcc, "--version").split("release ")[1].split(",")[0]
+
+
 def chosen_arches(nvcc: str) -> list[str]:
-    known = output_of(nvcc, "--list-gpu-arch").replace("compute_", "").split()
+    """The compute capabilities to build for. Unusable if nvcc does not run, or is too old for C++20 or all of these."""
+    try:
+        release, known = release_of(nvcc), output_of(nvcc, "--list-gpu-arch").replace("compute_", "").split()
+        too_old = int(release.split(".")[0]) < 12
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["no output"]
+        raise Unusable(f"{nvcc} does not work: {said[-1]}") from None
+    if too_old:
+        raise Unusable(f"{nvcc} is of CUDA {release}, expected 12 or later")
     # nvcc lists no compute_90a, but has it wherever it has compute_90.
     named = os.environ.get("CACO_ARCHES", "").replace(",", ";")
     arches = named.split(";") if named else sources.ARCHES
     unknown = [arch for arch in arches if arch.removesuffix("a") not in known]
     if named and unknown:
         raise SystemExit(f"error: CACO_ARCHES: found {unknown[0]!r}, expected some of {' '.join(known)}, or 90a")
+    if len(unknown) == len(arches):
+        raise Unusable(f"{nvcc} knows none of the architectures {' '.join(arches)}")
     return [arch for arch in arches if arch not in unknown]
 
 
+def shell(*words: str) -> str:
+    """Words of a command, as ninja hands them to the shell."""
+    return shlex.join(words).replace("$", "$$")
+
+
 def define(name: str, value: str) -> str:
-    return shlex.quote(f'-D{name}="{value}"').replace("$", "$$")
+    return shell(f'-D{name}="{value}"')
+
+
+def ninja_path(path: str) -> str:
+    """A path in ninja's `build` lines."""
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def ninja_rules(nvcc: str, module: str) -> str:
@@ -65,10 +93,10 @@ def ninja_rules(nvcc: str, module: str) -> str:
         raise SystemExit("error: pybind11 not found; pip install pybind11 ninja") from None
 
     arches = chosen_arches(nvcc)
-    compiler = "nvcc " + output_of(nvcc, "--version").split("release ")[1].split(",")[0]
+    compiler = f"nvcc {release_of(nvcc)}"
     of_arches = define("CACO_ARCHES", ";".join(arches))
     flags = NVCC_FLAGS + " -DCACO_BOUNDED_WAIT" * (os.environ.get("CACO_BOUNDED_WAIT") == "1")
-    includes = shlex.join([f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"])
+    includes = shell(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     names = define("CACO_SOURCE_HASH", sources.content_hash()) + " " + define("CACO_COMPILER", compiler)
     bindings = f"{includes} -DCACO_MODULE=_C {names}"
 
@@ -78,7 +106,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
 
     # The last ones take longest, so they start first.
     longest_first = (*reversed(sources.KERNELS), sources.BINDINGS)
-    nvcc, objects = shlex.quote(nvcc), [f"{OBJECTS}/{name}.o" for name in longest_first]
+    nvcc, objects = shell(nvcc), [f"{OBJECTS}/{name}.o" for name in longest_first]
     lines = [
         f"builddir = {OBJECTS}",  # ninja keeps its log there
         f"rule cuda\n  command = {nvcc} {flags} $gencode {of_arches} {COMPILE}",
@@ -86,7 +114,7 @@ def ninja_rules(nvcc: str, module: str) -> str:
         f"rule link\n  command = {nvcc} -shared -nodlink -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         *(f"build {OBJECTS}/{name}.o: cuda csrc/{name}\n{gencode(name)}" for name in sources.KERNELS),
         f"build {OBJECTS}/{sources.BINDINGS}.o: cxx csrc/{sources.BINDINGS}",
-        f"build {module.replace(' ', '$ ')}: link {' '.join(objects)}",
+        f"build {ninja_path(module)}: link {' '.join(objects)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -103,16 +131,24 @@ class BuildKernels(build_ext):
         if ninja is None:
             raise SystemExit("error: ninja not found; pip install ninja")
         if subprocess.run([ninja, "-C", str(ROOT), "-f", str(rules)]).returncode:
-            raise SystemExit("error: the CUDA module was not built; nvcc's messages are above")
+            raise SystemExit(
+                "error: the CUDA module was not built; the compiler's messages are above; CACO_CUDA=0 leaves it out"
+            )
 
 
 def extensions() -> list[Extension]:
     choice = os.environ.get("CACO_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"error: CACO_CUDA: found {choice!r}, expected auto, 0 or 1")
-    if choice != "0" and find_nvcc():
-        return [Extension("caco_fast._C", [f"csrc/{name}" for name in (sources.BINDINGS, *sources.KERNELS)])]
-    reason = "CACO_CUDA=0" if choice == "0" else "nvcc not found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
+    reason = "CACO_CUDA=0"
+    if choice != "0":
+        reason = "nvcc not found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
+        if nvcc := find_nvcc():
+            try:
+                chosen_arches(nvcc)
+                return [Extension("caco_fast._C", [f"csrc/{name}" for name in (sources.BINDINGS, *sources.KERNELS)])]
+            except Unusable as error:
+                reason = str(error)
     if choice == "1":
         raise SystemExit(f"error: CACO_CUDA=1 requires the CUDA module, but {reason}")
     print(f"caco_fast: the CUDA backend is left out: {reason}", file=sys.stderr)

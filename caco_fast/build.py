@@ -23,7 +23,7 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.compiling import compile_step
 from caco_fast.engine.kernel_check import require_backend
 from caco_fast.engine.metrics import MetricsWriter
-from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision, use_tf32
+from caco_fast.engine.precision import autocast_dtype, gradient_scaler, settled_precision, tune_convolutions, use_tf32
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.settings import TrainerConfig
@@ -87,8 +87,9 @@ def build_trainer(
     """
     registered(config.method)
     autocast = autocast_dtype(config.trainer.precision, device)
-    # Under bf16 and fp16 autocast, what stays in f32, such as the bank operations and kNN, is computed in f32.
+    # For encoders alone: the bank operations and the evaluation leave it (`f32_products`).
     use_tf32(config.trainer.precision == "tf32")
+    tune_convolutions(config.trainer.deterministic)
     torch.manual_seed(config.trainer.seed)
     capture = build_capture(config.trainer, device)
     validate_views(config.views)

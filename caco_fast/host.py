@@ -4,12 +4,19 @@ import os
 import resource
 import signal
 import sys
+import tempfile
+from multiprocessing import util
 from pathlib import Path
 
 import torch
 
+from caco_fast.errors import UserError
+
 # Requests to stop: Ctrl-C, torchrun, SLURM, and a terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+# A socket's path has at most 103 bytes on macOS and 107 on Linux, of which multiprocessing adds 33 to the folder.
+SOCKET_FOLDER_BYTES = 70
 
 # The quota of CPU time of a container and its period, in control groups of version 2 and 1.
 CPU_QUOTAS = (
@@ -47,6 +54,25 @@ def _quotas() -> list[float]:
         if quota > 0 and period > 0:
             found.append(quota / period)
     return found
+
+
+def make_socket_folder() -> None:
+    """Make the folder of multiprocessing's sockets where their paths are short enough: in TMPDIR, or else in /tmp.
+
+    Call it before the first worker process starts, which keeps the folder for its own sockets.
+    """
+    usual = tempfile.gettempdir()
+    try:
+        if len(os.fsencode(usual)) > SOCKET_FOLDER_BYTES:
+            tempfile.tempdir = "/tmp"
+        util.get_temp_dir()
+    except OSError as error:
+        place, reason = error.filename or tempfile.tempdir, error.strerror or error
+        raise UserError(
+            f"TMPDIR: {place} can't be written ({reason}); set TMPDIR to a short path of a folder"
+        ) from None
+    finally:
+        tempfile.tempdir = usual
 
 
 def available_bytes() -> int | None:

@@ -3,12 +3,13 @@
 Legend: K queue rows, C channels, R keys on this rank.
 """
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from caco_fast.bank.memory import check_loaded_shape, enough_memory, random_unit_rows
+from caco_fast.bank.memory import check_loaded_shape, enough_memory, moved, random_unit_rows
 from caco_fast.bank.operand import OperandCopy
 from caco_fast.distributed import all_gather_rows
 from caco_fast.ops import bank_attend
@@ -33,6 +34,11 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=queue.device))
         self.backend = backend
         self.operand = OperandCopy(backend)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeyQueue":
+        size, dim = self.queue.shape
+        with moved("the key queue", size, dim, copies=1):
+            return super()._apply(fn, recurse)
 
     @overload
     def attend(self, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]: ...

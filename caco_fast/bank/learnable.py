@@ -3,12 +3,13 @@
 Legend: R query rows on this rank, K bank rows, C channels, M positives per row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from caco_fast.bank.memory import check_loaded_shape, enough_memory, overlap, random_unit_rows
+from caco_fast.bank.memory import check_loaded_shape, enough_memory, moved, overlap, random_unit_rows
 from caco_fast.bank.operand import OperandCopy
 from caco_fast.bank.pending import PendingRows, Rows, gather_rows
 from caco_fast.distributed import all_gather_rows
@@ -78,6 +79,10 @@ class LearnableBank(nn.Module):
         self.momentum, self.norm, self.backend = momentum, norm, backend
         self.pending = PendingRows(max_records)
         self.operand = OperandCopy(backend)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnableBank":
+        with moved("the bank with its velocity", len(self.own), self.dim, copies=2):
+            return super()._apply(fn, recurse)
 
     def _own_rows(self, size: int) -> range:
         return range(size)
@@ -152,6 +157,16 @@ class LearnableBank(nn.Module):
             found = list(queries.shape)
             raise ValueError(f"LearnableBank.record: queries: found shape {found}, expected [R, {self.dim}]")
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
+
+    def recorded_positives(self) -> Tensor:  # [N R, M]
+        """The positives of all ranks in the latest record."""
+        return all_gather_rows(self._latest_positives())
+
+    def _latest_positives(self) -> Tensor:
+        latest = self.pending.records[-1].positives if self.pending.records else None
+        if latest is None:
+            raise ValueError("LearnableBank.recorded_positives: no positives were recorded since the last step")
+        return latest
 
     @torch.no_grad()
     def step(self, lr: Rate, scale: float = 1.0, *, skip: Tensor | None = None) -> None:

@@ -56,6 +56,20 @@ def enough_memory(what: str, size: int, dim: int, copies: int) -> Iterator[None]
     free = available_bytes() if torch.get_default_device().type == "cpu" else None
     if free is not None and expected > free:
         raise UserError(f"{message} that is free ({free:,} bytes): {advice}")
+    with refusal_in_words(message, advice):
+        yield
+
+
+@contextmanager
+def moved(what: str, size: int, dim: int, copies: int) -> Iterator[None]:
+    """A block that moves such tensors to another device: a UserError names the bytes if they do not fit there."""
+    message = f"{what} of {size:,} x {dim:,} needs {copies * size * dim * 4:,} bytes, more than the memory"
+    with refusal_in_words(message, "choose a smaller bank size or dim, or more GPUs"):
+        yield
+
+
+@contextmanager
+def refusal_in_words(message: str, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,12 +49,13 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         raise RankLost(f"the ranks did not meet at {place} ({' '.join(str(error).split())[:120]})") from None
     with report_error_once(dist.PrefixStore("errors", store), rank, ranks):
         device = _prepare(config, ranks)
-        backend = "gloo"
+        options: dict[str, Any] = {"backend": "gloo"}
         if device.type == "cuda":
-            backend = "nccl"
-            torch.cuda.set_device(device)
+            # With its device NCCL connects all ranks at once. Without, each rank that sends its part of the bank to
+            # rank 0 would make a communicator of two.
+            options = {"backend": "nccl", "device_id": device}
         group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=ranks, timeout=timeout)
+        dist.init_process_group(**options, store=group_store, rank=rank, world_size=ranks, timeout=timeout)
         yield device
         # Not after an error: it may wait for ranks that are gone.
         dist.destroy_process_group()
@@ -134,6 +136,9 @@ def _prepare(config: TrainerConfig, ranks: int) -> torch.device:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
     device = _device(config.device, ranks)
+    if device.type == "cuda":
+        # Also for one process: what is left to the default, such as pinned memory, would open a context on GPU 0.
+        torch.cuda.set_device(device)
     torch.set_num_threads(config.cpu_threads or _threads_of_environment() or cores_of_rank())
     return device
 

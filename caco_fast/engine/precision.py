@@ -43,6 +43,11 @@ def use_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def tune_convolutions(deterministic: bool) -> None:
+    """Let cuDNN time its algorithms for each new shape and keep the fastest, unless all results must repeat."""
+    torch.backends.cudnn.benchmark = not deterministic
+
+
 def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The scaler of fp16 gradients. For every other precision it is disabled and changes nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -101,7 +101,11 @@ class Trainer:
             self._save()
 
     def close(self) -> None:
-        """End the loader's workers and close the metrics."""
+        """End the loader's workers, close the metrics, and drop a captured step.
+
+        NCCL waits at its end for every graph that holds its collectives, and the trainer may live longer than that.
+        """
+        self.step.reset()
         self.loader.close()
         self.metrics.close()
 

@@ -6,7 +6,7 @@ Legend: N rows of this rank, D feature size.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from caco_fast.evaluate.knn import knn_accuracy
 from caco_fast.evaluate.linear_probe import linear_probe
 from caco_fast.models import Encoder
 from caco_fast.settings import require_at_least, setting
+
+Result = TypeVar("Result")
 
 
 class EvalBatches(Protocol):
@@ -122,7 +124,7 @@ class Evaluator:
 
     def raw_bytes(self) -> int:
         """An upper bound on the bytes of `raw_scores` as f32 over all ranks, from the first batch of each set."""
-        firsts = ((next(iter(loader), None), len(loader)) for loader in (self.train, self.test))
+        firsts = _on_all_ranks(lambda: [(next(iter(loader), None), len(loader)) for loader in (self.train, self.test)])
         total = sum(4 * first[0].numel() * batches for first, batches in firsts if first is not None)
         return int(all_reduce_sum(torch.tensor([total], device=self.device)))
 
@@ -141,7 +143,8 @@ class Evaluator:
     def _extract(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:
         """(features [N, D], labels [N], index [N]) of the training share and of the test set."""
         self._require_images()
-        return tuple(extract_features(module, loader, self.device, precision) for loader in (self.train, self.test))
+        sets = (self.train, self.test)
+        return _on_all_ranks(lambda: tuple(extract_features(module, loader, self.device, precision) for loader in sets))
 
     def _require_images(self) -> None:
         """Raise on all ranks alike, because a rank that raised alone would leave the others waiting."""
@@ -166,3 +169,19 @@ class Evaluator:
             train_index=index,
         )
         return {f"knn_{k}": score for k, score in accuracy.items()}
+
+
+def _on_all_ranks(work: Callable[[], Result]) -> Result:
+    """The result of `work`. A UserError of any rank is raised on all of them (collective).
+
+    A rank that raised alone, for images of its own share, would leave the others waiting.
+    """
+    result, reason = None, ""
+    try:
+        result = work()
+    except UserError as error:
+        reason = str(error)
+    for found in all_gather_objects(reason):
+        if found:
+            raise UserError(found)
+    return result  # type: ignore[return-value]

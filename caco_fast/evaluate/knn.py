@@ -19,6 +19,7 @@ from caco_fast.distributed import (
     world_size,
 )
 from caco_fast.errors import UserError
+from caco_fast.ops.tiling import f32_products
 
 # The tile of similarities in memory at a time, some 30 bytes each with the keys made of them.
 QUERIES, ROWS = 1024, 8192
@@ -28,6 +29,7 @@ NO_KEY = torch.iinfo(torch.int64).min
 log = logging.getLogger(__name__)
 
 
+@f32_products()
 @torch.no_grad()
 def knn_accuracy(
     train_features: Tensor,

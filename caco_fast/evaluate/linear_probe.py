@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caco_fast.errors import UserError
+from caco_fast.ops.tiling import f32_products
 
 # Weights of |W|^2 / 2 to try, from strong to weak. Each fit starts from the solution of the one before.
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 HELD_OUT = 0.1
 
 
+@f32_products()
 def linear_probe(
     train_features: Tensor,
     train_labels: Tensor,

@@ -6,6 +6,7 @@ Legend: B images on this rank, K bank rows, C embedding size.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,8 @@ class LearnedBankMethod(Method):
         super().__init__()
         self.config = config
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+        # `next_row` as the host knows it; None where only the device does.
+        self._next_row: int | None = 0
 
     @property
     def bank(self) -> LearnableBank:
@@ -161,6 +164,12 @@ class LearnedBankMethod(Method):
         """Write the keys of this step to the next rows of the bank."""
         (keys,) = rows
         # The batch that reaches the last row ends there: the bank fills once, then continues as a queue from row 0.
-        next_row = self.bank.fill(keys, int(self.next_row), skip=skip)
-        after = torch.full_like(self.next_row, next_row % self.bank.size)
+        start = int(self.next_row) if self._next_row is None else self._next_row
+        next_row = self.bank.fill(keys, start, skip=skip) % self.bank.size
+        after = torch.full_like(self.next_row, next_row)
         self.next_row.copy_(after if skip is None else torch.where(skip != 0, self.next_row, after))
+        self._next_row = next_row if skip is None else None
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._next_row = None

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from caco_fast.distributed import all_gather_rows, all_reduce_sum, world_size
 from caco_fast.errors import UserError
-from caco_fast.models.batch_norm_kernels import kernels_for
+from caco_fast.models.batch_norm_kernels import Running, kernels_for
 
 
 class SegmentedBatchNorm(_BatchNorm):
@@ -75,9 +75,14 @@ class SegmentedBatchNorm(_BatchNorm):
             self.running_mean, self.running_var, self.num_batches_tracked = own
 
     def _over_ranks(self, input: Tensor) -> Tensor:
-        output, mean, variance, count = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.segments)
+        running = Running(self.running_mean, self.running_var, self.momentum)
+        output, mean, variance, count = _OverRanks.apply(
+            input, self.weight, self.bias, running, self.eps, self.segments
+        )
         with torch.no_grad():
             self.num_batches_tracked.add_(self.segments)
+            if variance is None:
+                return output
             unbiased = variance * (count / (count - 1))
             for segment in range(self.segments):
                 self.running_mean.lerp_(mean[segment], self.momentum)
@@ -209,21 +214,17 @@ class _OverRanks(torch.autograd.Function):
     """y = weight xhat + bias; dx = weight / sigma (dy - mean(dy) - xhat mean(dy xhat)), the means over all ranks."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor, eps: float, segments: int):
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, segments: int):
         kernels = kernels_for(input)
-        own_mean, own_variance = kernels.moments(input, segments, weight.dtype)  # [S, C] each
+        own_mean, own_spread = kernels.moments(input, segments, weight.dtype, eps)  # [S, C] each
         own_count = torch.full_like(own_mean[:, :1], input.numel() // (segments * input.shape[1]))  # [S, 1]
-        gathered = _gather_ranks(torch.cat([own_mean, own_variance, own_count], dim=1))  # [ranks, S, 2 C + 1]
+        gathered = _gather_ranks(torch.cat([own_mean, own_spread, own_count], dim=1))  # [ranks, S, 2 C + 1]
         channels = input.shape[1]
-        means, variances, counts = gathered.split([channels, channels, 1], dim=2)
-        # Chan, Golub and LeVeque (1979): exact from moments of the parts, without the cancellation of E[x^2] - E[x]^2.
-        count = counts.sum(dim=0)  # [S, 1]
-        mean = (counts * means).sum(dim=0) / count
-        variance = (counts * (variances + (means - mean).square())).sum(dim=0) / count
-        inverse = torch.rsqrt(variance + eps)
+        means, spreads, counts = gathered.split([channels, channels, 1], dim=2)
+        mean, inverse, count, variance = kernels.merge(input, means, spreads, counts, running, eps)
         output = kernels.normalise(input, weight, bias, mean, inverse, eps)
         ctx.save_for_backward(input, weight, mean, inverse, count)
-        ctx.mark_non_differentiable(mean, variance, count)
+        ctx.mark_non_differentiable(mean, count, *([] if variance is None else [variance]))
         return output, mean, variance, count
 
     @staticmethod
@@ -235,4 +236,4 @@ class _OverRanks(torch.autograd.Function):
         of_input = kernels.input_gradient(grad, input, weight, mean, inverse, _sum_ranks(sums), count)
         # Gradients of weight and bias stay local: DistributedDataParallel averages them with all others.
         of_bias, of_weight = sums[0].sum(dim=0), (sums[1] * inverse).sum(dim=0)
-        return of_input, of_weight, of_bias, None, None
+        return of_input, of_weight, of_bias, None, None, None

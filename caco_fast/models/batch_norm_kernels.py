@@ -2,24 +2,58 @@
 
 Both take x and dy as [S * B, C, ...] and per-segment values as [S, C], and leave the collectives to the caller.
 
-Legend: S segments (views) of a batch, B rows of each on this rank, C channels, n values per channel of a segment over
-all ranks; x input, dx and dy the gradients of input and output.
+Legend: N ranks, S segments (views) of a batch, B rows of each on this rank, C channels, n values per channel of a
+segment over all ranks; x input, dx and dy the gradients of input and output; spread: what a form sends of its variance.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Running(NamedTuple):
+    """Running statistics that a merge may update."""
+
+    mean: Tensor  # [C]
+    variance: Tensor  # [C]
+    momentum: float
+
+
+class Merged(NamedTuple):
+    mean: Tensor  # [S, C]
+    inverse: Tensor  # [S, C], 1 / sigma
+    count: Tensor  # [S, 1], n
+    # [S, C], for the running statistics; None if the merge has updated them.
+    variance: Tensor | None
 
 
 class Formulas:
     """Plain torch, for the CPU and for torch.compile, which fuses it with its neighbours."""
 
     @staticmethod
-    def moments(x: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean and variance of this rank's values in `dtype`, [S, C] each."""
+    def moments(x: Tensor, segments: int, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean and spread of this rank's values in `dtype`, [S, C] each."""
         wide = x.to(dtype)
         values = x.numel() // (segments * x.shape[1])
         mean = _sum(wide, segments) / values
         return mean, _sum((wide - _broadcast(mean, x)).square(), segments) / values
+
+    @staticmethod
+    def merge(
+        x: Tensor,
+        means: Tensor,  # [N, S, C]
+        spreads: Tensor,  # [N, S, C]
+        counts: Tensor,  # [N, S, 1]
+        running: Running,
+        eps: float,
+    ) -> Merged:
+        """The statistics over all ranks."""
+        # Chan, Golub and LeVeque (1979): exact from moments of the parts, without the cancellation of E[x^2] - E[x]^2.
+        count = counts.sum(dim=0)
+        mean = (counts * means).sum(dim=0) / count
+        variance = (counts * (spreads + (means - mean).square())).sum(dim=0) / count
+        return Merged(mean, torch.rsqrt(variance + eps), count, variance)
 
     @staticmethod
     def normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:
@@ -49,10 +83,18 @@ class CudaKernels:
     """The kernels of torch's SyncBatchNorm, one call per segment. Its layouts: contiguous or channels_last."""
 
     @staticmethod
-    def moments(x: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # The second value is 1 / sqrt(variance + eps); with eps 0 it would be 0 where a channel is constant.
-        found = [torch.batch_norm_stats(part, 1e-12) for part in _parts(x, segments)]
-        return torch.stack([mean for mean, _ in found]), torch.stack([inverse for _, inverse in found]).pow(-2)
+    def moments(x: Tensor, segments: int, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
+        # The spread is 1 / sqrt(variance + eps).
+        found = [torch.batch_norm_stats(part, eps) for part in _parts(x, segments)]
+        return torch.stack([mean for mean, _ in found]), torch.stack([inverse for _, inverse in found])
+
+    @staticmethod
+    def merge(x: Tensor, means: Tensor, spreads: Tensor, counts: Tensor, running: Running, eps: float) -> Merged:
+        # One launch a segment, which updates the running statistics too; the formulas are nine and more.
+        segments = zip(_parts(x, means.shape[1]), means.unbind(1), spreads.unbind(1), counts.squeeze(2).unbind(1))
+        found = [torch.batch_norm_gather_stats_with_counts(part, m, s, *running, eps, n) for part, m, s, n in segments]
+        mean, inverse = (torch.stack(values) for values in zip(*found))
+        return Merged(mean, inverse, counts.sum(dim=0), None)
 
     @staticmethod
     def normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from caco_fast.ops import dispatch
-from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, unit_rows
+from caco_fast.ops.tiling import LOG2_E, f32_products, make_tiles, operand_dtype, product, unit_rows
 
 OP = "bank_attend"
 
@@ -76,6 +76,7 @@ def bank_attend(
     return (lse, lse.detach() if shared else other_lse), mean_row
 
 
+@f32_products()
 def attend_reference(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """The formula, dense."""
     rows = queries.to(bank.dtype)  # [R, C]
@@ -86,6 +87,7 @@ def attend_reference(queries: Tensor, bank: Tensor, temperatures: list[float]) -
     return lse[0], lse[1] if len(lse) == 2 else lse[0].new_empty(0), mean_row
 
 
+@f32_products()
 def attend_tiled(queries: Tensor, bank: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch over tiles, with a running maximum: right for queries of any length and any temperature."""
     rows, channels = queries.shape

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from caco_fast.ops import dispatch
-from caco_fast.ops.tiling import make_tiles, product, spans, unit_rows
+from caco_fast.ops.tiling import f32_products, make_tiles, product, spans, unit_rows
 
 OP = "bank_select"
 
@@ -50,6 +50,7 @@ def bank_select(
     return index, similarity
 
 
+@f32_products()
 def select_reference(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """The formula, dense."""
     unit, _ = unit_rows(bank)  # [K, C]
@@ -57,6 +58,7 @@ def select_reference(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return index, similarity
 
 
+@f32_products()
 def select_tiled(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Plain torch over tiles: the best two groups of rows by matrix product, then settled by plain f32 dot products.
 
@@ -87,6 +89,7 @@ def select_tiled(keys: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return settle(keys, bank, group)
 
 
+@f32_products()
 def settle(keys: Tensor, bank: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the most similar row of two groups [R, 2], by plain dot products; ties to the lowest index."""
     rows = keys.shape[0]

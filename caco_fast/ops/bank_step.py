@@ -29,7 +29,7 @@ from torch import Tensor
 
 from caco_fast.ops import dispatch
 from caco_fast.ops.rates import Rate, check_rate, on_device
-from caco_fast.ops.tiling import LOG2_E, make_tiles, operand_dtype, product, unit_rows
+from caco_fast.ops.tiling import LOG2_E, f32_products, make_tiles, operand_dtype, product, unit_rows
 
 OP = "bank_step_"
 
@@ -148,6 +148,7 @@ def check_positive_range(positives: Tensor, bank_rows: int) -> None:
         raise IndexError(f"{OP}: positives: found {found}, expected a bank row in [0, {bank_rows - 1}]")
 
 
+@f32_products()
 def step_reference_(
     bank: Tensor,
     velocity: Tensor,
@@ -178,6 +179,7 @@ def step_reference_(
         bank.copy_(unit_rows(bank)[0])
 
 
+@f32_products()
 def step_tiled_(
     bank: Tensor,
     velocity: Tensor,

@@ -97,8 +97,6 @@ def products(chosen: str, device: torch.device, dtype: torch.dtype) -> str:
         dtype = kernels.operand_dtype(rows, kernels.target_for(device))
     else:
         dtype = operand_dtype(rows) if chosen == "tiled" else torch.float32
-        if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-            return "TF32"
     return PRECISIONS[dtype]
 
 

@@ -4,6 +4,7 @@ Legend: R query or key rows, K bank rows, C channels; a tile is r rows by k bank
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,17 @@ def make_tiles(rows: int, bank: Tensor) -> Tiles:
 def spans(total: int, step: int) -> Iterator[slice]:
     for start in range(0, total, max(step, 1)):
         yield slice(start, min(start + step, total))
+
+
+@contextmanager
+def f32_products() -> Iterator[None]:
+    """A context, or a decorator, in which a GPU does not compute f32 products in TF32. That is for encoders alone."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def unit_rows(bank: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from caco_fast.bank import LearnableBank, memory
+from caco_fast.bank import KeyQueue, LearnableBank, memory
 from caco_fast.errors import UserError
 from caco_fast.ops import bank_step_
 
@@ -195,6 +195,15 @@ def test_too_little_memory_names_the_bytes(monkeypatch):
         UserError, match=r"needs 20,480,000,000,000,000 bytes, more than the memory that torch could get"
     ):
         LearnableBank(10**13, 256)
+
+
+@pytest.mark.parametrize("kind, needed", [(LearnableBank, "6,400"), (KeyQueue, "3,200")])
+def test_too_little_memory_on_the_device_names_the_bytes(kind, needed):
+    def full(tensor):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UserError, match=f"of 100 x 8 needs {needed} bytes.*that torch could get: .*more GPUs"):
+        kind(100, 8)._apply(full)
 
 
 def test_fill_writes_unit_rows_until_the_bank_is_full():

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from caco_fast.data import ArraySource, Batch, DataConfig, ViewConfig, build, build_train_loader
+from caco_fast.data.loaders import torchvision as module
 from caco_fast.data.loaders.base import epoch_order
 from caco_fast.data.loaders.torchvision import TorchvisionLoader, ViewBatches
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.errors import UserError
+from tests.engine.replay import NoHostWaits
 
 VIEWS = [ViewConfig(size=8, blur_p=1.0), ViewConfig(size=8, blur_p=0.1, solarize_p=0.2)]
 
@@ -53,6 +55,20 @@ def test_epochs_and_seeds_give_other_orders_and_other_views(colour_source: Array
     views = [{int(i): view for batch in run for i, view in zip(batch.index, batch.views[0])} for run in (first, second)]
     shared = views[0].keys() & views[1].keys()
     assert shared and not any(torch.equal(views[0][index], views[1][index]) for index in shared)
+
+
+def test_views_are_normalised_without_numbers_from_the_host(colour_source, monkeypatch) -> None:
+    """On a GPU each of them would be a copy that the host waits for."""
+    loader = TorchvisionLoader(colour_source, config(), VIEWS, batch_size=12, seed=1)
+    read_by_workers, raw = module.from_workers, []
+    monkeypatch.setattr(module, "from_workers", lambda batches: raw.extend(read_by_workers(batches)) or raw)
+    wanted = list(loader.batches(0))
+    monkeypatch.setattr(module, "from_workers", lambda _: raw)
+    with NoHostWaits(), monkeypatch.context() as patch:
+        for name in ("tensor", "as_tensor"):
+            patch.setattr(torch, name, lambda *_, **__: pytest.fail("a tensor is made of numbers"))
+        found = list(loader.batches(0))
+    assert len(found) == loader.steps_per_epoch and same(found, wanted)
 
 
 def test_the_two_views_of_an_image_differ(colour_source: ArraySource) -> None:

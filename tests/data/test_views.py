@@ -194,8 +194,9 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre() -> None:
 
 def test_normalising_scales_subtracts_and_divides_each_channel() -> None:
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    wanted = (torch.tensor([0, 128 / 255, 1]) - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 0.25, 0.2])
-    assert torch.allclose(normalize(images, [0.1, 0.2, 0.3], [0.5, 0.25, 0.2]).flatten(), wanted)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.2])
+    wanted = (torch.tensor([0, 128 / 255, 1]) - mean) / std
+    assert torch.allclose(normalize(images, mean, std).flatten(), wanted)
 
 
 def test_the_global_random_state_is_left_alone() -> None:

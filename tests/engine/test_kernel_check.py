@@ -216,7 +216,7 @@ def test_the_line_names_backend_reason_and_products(monkeypatch):
     assert line_of(USE, gpu) == f"bank: tiled, because {built}; products in f32"
     use_tf32(True)
     try:
-        assert line_of(USE, gpu) == f"bank: tiled, because {built}; products in TF32"
+        assert line_of(USE, gpu) == f"bank: tiled, because {built}; products in f32", "TF32 is for encoders alone"
     finally:
         use_tf32(False)
 

@@ -75,3 +75,14 @@ def test_a_step_without_a_log_line_does_not_wait(case: str, images: Path, tmp_pa
     # The same ears hear a wait.
     assert len(waits(lambda: trainer.step.interval.sums["loss"].item())) == 1
     trainer.close()
+
+
+def test_the_loader_by_torchvision_does_not_wait(images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(images, tmp_path, "data.loader=torchvision", "data.workers=1", "trainer.precision=bf16")
+    taken: list[Batch] = []
+    for epoch in (0, 1):
+        batches = trainer.loader.batches(epoch)
+        taken.append(next(batches))
+        assert waits(lambda found=batches: taken.extend(found)) == [], "after the first batch of an epoch"
+    assert len(taken) == 2 * trainer.loader.steps_per_epoch and taken[0].views[0].is_cuda
+    trainer.close()

@@ -4,7 +4,8 @@ On the CPU by tests/engine/replay.py in place of CUDA graphs; on a GPU by themse
 """
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,24 @@ def test_replays_on_a_gpu_are_steps_to_rounding(case, precision, images, tmp_pat
 
     moved = [run(f"moved {seed}", NEVER, seed) for seed in (1, 2)]
     assert prove_switches.judge(run("captured", WARMUP_STEPS), run("plain", NEVER), moved)["equal"]
+
+
+def test_no_captured_graph_outlives_the_end_of_a_run(images, tmp_path, like_a_gpu):
+    """NCCL waits at its end for graphs that hold its collectives."""
+    graphs: list[weakref.ref[Callable[[], None]]] = []
+
+    class Remembered(Recorder):
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            replay = super().capture(work)
+
+            def graph() -> None:
+                replay()
+
+            graphs.append(weakref.ref(graph))
+            return graph
+
+    trainer = make_trainer(images, tmp_path, LARS, capture=(Remembered(), WARMUP_STEPS))
+    losses(trainer, steps=WARMUP_STEPS + 2)
+    assert [graph() is None for graph in graphs] == [False]
+    trainer.close()
+    assert [graph() is None for graph in graphs] == [True]

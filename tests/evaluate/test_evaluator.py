@@ -35,3 +35,28 @@ def test_a_rank_without_test_images_is_one_line_on_every_rank() -> None:
 
 def test_scores_are_per_cent_by_k() -> None:
     assert evaluator(train=2, test=2).raw_scores().keys() == {"knn_1"}
+
+
+class Unreadable(list):
+    """The batches of a share of which rank 1 can read no image."""
+
+    def __iter__(self):
+        if rank() == 1:
+            raise UserError("none of the 4 images to evaluate on can be read; check data.path")
+        return super().__iter__()
+
+
+def refusals() -> list[str]:
+    found = []
+    for ask in (Evaluator.raw_scores, Evaluator.raw_bytes):
+        subject = evaluator(train=2, test=1)
+        subject.test = Unreadable(subject.test)
+        with pytest.raises(UserError) as refused:
+            ask(subject)
+        found.append(str(refused.value))
+    return found
+
+
+def test_a_share_that_one_rank_can_not_read_is_one_line_on_every_rank() -> None:
+    line = "none of the 4 images to evaluate on can be read; check data.path"
+    assert run_ranks(refusals, 2) == [[line, line]] * 2

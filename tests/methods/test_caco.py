@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCo, CaCoConfig, Phase
 from tests import oracle
+from tests.engine.replay import HostWait, NoHostWaits
 from tests.methods.stand_ins import ScriptedEncoders, small_pair
 
 B, K, C = 4, 10, 6
@@ -192,3 +193,22 @@ def test_one_view_is_too_few() -> None:
 def test_the_large_views_come_first(sizes: list[int]) -> None:
     with pytest.raises(UserError, match="views: found sizes .*, expected the 2 large ones first"):
         make().check_views(sizes)
+
+
+def test_filling_reads_the_next_row_from_the_device_only_where_the_host_can_not_know_it() -> None:
+    method, keys, flag = make(), unit(), torch.tensor(0.0)
+    with NoHostWaits():
+        method.fill((keys,), 1.0)
+        method.fill((keys,), 1.0)
+    assert int(method.next_row) == 2 * B
+    # Whether a step was skipped is known to the device alone.
+    method.fill((keys,), 1.0, flag + 1)
+    with pytest.raises(HostWait), NoHostWaits():
+        method.fill((keys,), 1.0, flag)
+    method.fill((keys,), 1.0, flag)
+    assert int(method.next_row) == 0, "the batch that reached the last row ended there"
+    again = make()
+    again.fill((keys,), 1.0)
+    again.load_state_dict(method.state_dict())
+    again.fill((keys,), 1.0)
+    assert int(again.next_row) == B

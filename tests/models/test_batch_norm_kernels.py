@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caco_fast.models.batch_norm_kernels import CudaKernels, Formulas
+from caco_fast.models.batch_norm_kernels import CudaKernels, Formulas, Running
 
 S, B, C = 3, 6, 5
 SHAPES = {"rows": (S * B, C), "maps": (S * B, C, 4, 7), "maps, channels last": (S * B, C, 4, 7)}
@@ -25,8 +25,20 @@ def inputs(kind: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tens
 
 
 def passes(kernels: type, x, dy, weight, bias, mean, inverse, sums, count) -> list[Tensor]:
+    # Two ranks of as many values, which bring x and dy.
+    sent = [kernels.moments(part, S, mean.dtype, 1e-5) for part in (x, dy)]
+    means, spreads = (torch.stack(values) for values in zip(*sent))
+    counts = torch.full((2, S, 1), float(x.numel() // (S * C)), device=x.device, dtype=mean.dtype)
+    counts[1] += 3
+    running = Running(mean[0].clone(), inverse[0].clone(), 0.1)
+    merged = kernels.merge(x, means, spreads, counts, running, 1e-5)
+    if merged.variance is not None:
+        for segment_mean, variance, n in zip(merged.mean, merged.variance, merged.count):
+            running.mean.lerp_(segment_mean, running.momentum)
+            running.variance.lerp_(variance * n / (n - 1), running.momentum)
     return [
-        *kernels.moments(x, S, mean.dtype),
+        *merged[:3],
+        *running[:2],
         kernels.normalise(x, weight, bias, mean, inverse, 1e-5),
         kernels.normalise(x, weight, bias, mean[:1], inverse[:1], 1e-5),
         kernels.sums(dy, x, mean, inverse),
@@ -45,6 +57,18 @@ class SyncKernels:
     @staticmethod
     def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x, means, inverses, running_mean, running_var, momentum, eps, counts
+    ) -> tuple[Tensor, Tensor]:
+        assert means.shape == inverses.shape == (len(counts), x.shape[1]) and counts.dtype == running_mean.dtype
+        share, n = counts[:, None] / counts.sum(), counts.sum()
+        mean = (share * means).sum(0)
+        variance = (share * (inverses**-2 - eps + (means - mean) ** 2)).sum(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * n / (n - 1), momentum)
         return mean, (variance + eps).rsqrt()
 
     @staticmethod
@@ -74,7 +98,6 @@ def test_the_calls_of_torchs_kernels(kind: str, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(torch, name, function.__func__)
     given = inputs(kind, torch.float64)
     for found, wanted in zip(passes(CudaKernels, **given), passes(Formulas, **given), strict=True):
-        # A variance of 0 has 1e-12 added, which keeps it finite.
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 

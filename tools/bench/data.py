@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, spread, synchronize, write_result
 from caco_fast.config import load_config
 from caco_fast.data import DataConfig, Source, ViewConfig, build_source, build_train_loader
-from caco_fast.data.loaders.torchvision import worker_options
+from caco_fast.data.loaders.workers import worker_options
 from caco_fast.data.sources.base import as_pil
 from caco_fast.errors import UserError
 from caco_fast.host import cores

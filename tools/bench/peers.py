@@ -121,7 +121,8 @@ class ReleasedStep:
     """CaCo's step as released: f32, four separate forwards, the EMA parameter by parameter, similarities of both views
     with the whole bank kept as [B, K], the bank's gradient as [K, C], and the loss read by the host at every step.
 
-    Convolutions may use TF32, torch's default. It runs on one rank only, with one synthetic batch.
+    Convolutions may use TF32, torch's default, and cuDNN times its algorithms, as in the released code. It runs on one
+    rank only, with one synthetic batch.
     """
 
     warmup = 0
@@ -148,7 +149,7 @@ class ReleasedStep:
 
     def split(self, phases: Phases | None) -> None:
         within = phases or _untimed
-        with within("other"), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        with within("other"), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
             with within("forward"):
                 queries = [normalize(self.query(view), dim=1) for view in self.views]  # [B, C] each
             with within("EMA"), torch.no_grad():

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from caco_fast.data.config import DataConfig
 from caco_fast.data.loaders.base import BadImages, RawBatch, evaluation_share
-from caco_fast.data.loaders.torchvision import as_is, worker_options
+from caco_fast.data.loaders.workers import as_is, from_workers, worker_options
 from caco_fast.data.sources.base import ArraySource, BadImageError, Source, as_pil
 from caco_fast.data.views.pil import evaluation_transform, normalize
 from caco_fast.errors import UserError
@@ -45,6 +45,7 @@ class EvalLoader:
         self._device = torch.device(device)
         self._resize, self._size = config.eval_resize, config.eval_size
         self._mean, self._std = config.mean or source.mean, config.std or source.std
+        self._scale = [torch.tensor(values, dtype=torch.float32, device=device) for values in (self._mean, self._std)]
         # No limit here: the training loader stops a run whose training set has too many bad images.
         self._bad = BadImages(len(source), len(source))
         self._parts = np.array_split(self.positions, range(batch_size, len(self.positions), batch_size))
@@ -90,13 +91,11 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         readable = 0
-        for raw in self._batches:
+        for raw in from_workers(self._batches):
             self._bad.add(raw.bad)
-            if raw.error:
-                raise UserError(raw.error)
             readable += len(raw.index)
             if raw.images:
-                images = normalize(raw.images[0].to(self._device, non_blocking=True), self._mean, self._std)
+                images = normalize(raw.images[0].to(self._device, non_blocking=True), *self._scale)
                 labels = torch.tensor([self.source.label(index) for index in raw.index.tolist()], dtype=torch.int64)
                 yield images, labels, raw.index
         if len(self.positions) and not readable:

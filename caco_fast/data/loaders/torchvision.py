@@ -1,25 +1,9 @@
-"""The training loader that augments with torchvision transforms, and the worker processes that it and evaluation use.
-
-Workers are forked from a server that has no threads, and not from the training process. A process with threads, such as
-DALI's, autograd's or those of a CUDA driver, can't be forked safely: a lock that one of them holds stays locked in the
-child for ever. The server starts once for a process and imports what workers need while the run is being built;
-afterwards a worker costs as much as a fork.
+"""The training loader that augments with torchvision transforms in worker processes.
 
 Legend: B images of this rank in one step, V views of an image.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.popen_forkserver import Popen
-from pickle import PicklingError
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from caco_fast.data.config import DataConfig, ViewConfig, require_exact_jitter
 from caco_fast.data.loaders.base import Batch, RawBatch, TrainLoader, none_readable, view_seed
+from caco_fast.data.loaders.workers import as_is, from_workers, worker_options
 from caco_fast.data.sources.base import BadImageError, Source, as_pil
 from caco_fast.data.views.pil import keep_random_state, normalize, reseed, view_transform
-from caco_fast.host import STOP_SIGNALS
 
 
 class TorchvisionLoader(TrainLoader):
@@ -43,6 +27,7 @@ class TorchvisionLoader(TrainLoader):
         super().__init__(source, config, views, **options)
         require_exact_jitter(config.jitter)
         self._keys = _Keys()
+        self._scale = self._normalisation()
         workers = config.worker_processes()
         self._loader: DataLoader[RawBatch] | None = DataLoader(
             ViewBatches(source, views, self._seed, self._bad.limit),
@@ -58,11 +43,11 @@ class TorchvisionLoader(TrainLoader):
 
     def _batches(self, epoch: int, shares: Iterator[np.ndarray]) -> Iterator[Batch]:
         self._keys.keys = [(epoch, share) for share in shares]
-        for raw in self._loader:
+        for raw in from_workers(self._loader):
             self._bad.add(raw.bad)
             if not raw.images:
                 raise none_readable(self._length)
-            views = [normalize(v.to(self._device, non_blocking=True), self._mean, self._std) for v in raw.images]
+            views = [normalize(view.to(self._device, non_blocking=True), *self._scale) for view in raw.images]
             yield Batch([view.to(self._dtype) for view in views], raw.index)
 
     def close(self) -> None:
@@ -123,77 +108,3 @@ class ViewBatches(Dataset[RawBatch]):
             if len(bad) > self.bad_limit:
                 break
         return None
-
-
-def as_is(batch: Any) -> Any:
-    """A collate function for datasets that give whole batches."""
-    return batch
-
-
-class _Popen(Popen):
-    def terminate(self) -> None:
-        """Kill the worker, because it ignores SIGTERM. A process calls this at its exit for each worker it has left."""
-        self.kill()
-
-
-class _Process(ForkServerProcess):
-    @staticmethod
-    def _Popen(process: ForkServerProcess) -> Popen:
-        with suppress(PicklingError), _nameless_main():
-            return _Popen(process)
-        # The worker is given something that the script itself defines, such as a source of images.
-        return _Popen(process)
-
-
-class _Context(ForkServerContext):
-    Process = _Process
-
-
-def worker_options(workers: int, prefetch: int) -> dict[str, Any]:
-    """The arguments of a DataLoader with this many workers; its dataset is pickled into each of them."""
-    if not workers:
-        return {"num_workers": 0}
-    context = _Context()
-    context.set_forkserver_preload(["caco_fast.data.loaders.worker_preload"])
-    forkserver.ensure_running()
-    return {
-        "num_workers": workers,
-        "prefetch_factor": prefetch,
-        "multiprocessing_context": context,
-        "worker_init_fn": _begin,
-    }
-
-
-def _begin(worker: int) -> None:
-    leave_interrupts_to_the_trainer()
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(process: Any) -> None:
-    """End this worker when the training process is gone, even if it was killed.
-
-    torch watches the worker's parent for that. Here the parent is the server, which lives as long as its workers.
-    """
-    process.join()
-    os._exit(1)
-
-
-def leave_interrupts_to_the_trainer() -> None:
-    """Ignore the signals that Ctrl-C, torchrun and SLURM send to every process: the trainer needs its last batches."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _nameless_main() -> Iterator[None]:
-    """Hide the script from multiprocessing, so that a new process does not run it again.
-
-    multiprocessing would run it for what is pickled out of the script, and would fail if the script has no
-    `if __name__ == "__main__"`.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

@@ -29,7 +29,7 @@ from caco_fast.data.sources.base import FORMATS, SUFFIXES, BadImageError, FileSo
 from caco_fast.data.sources.folder import FolderSource, split_folders
 from caco_fast.data.sources.index import SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
-from caco_fast.host import cores
+from caco_fast.host import cores, make_socket_folder
 from caco_fast.storage import atomic_write, atomic_write_text, remove_leftovers
 
 HELP = """\
@@ -152,6 +152,7 @@ def split_index(source: FileSource, found: Inspection, top: Path, keep: np.ndarr
 def _in_processes(source: FileSource, workers: int) -> Iterator[tuple[int, list[_File]]]:
     """(number of the first file, results) for each task, in the order in which they end."""
     # The server imports once. Workers are forked from it, because no thread runs there.
+    make_socket_folder()
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)

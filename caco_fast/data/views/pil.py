@@ -4,7 +4,7 @@ Everything random comes from torch's global CPU generator, as in torchvision; `k
 Legend: B images, h x w pixels, ch channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,9 +80,10 @@ def evaluation_box(
     return resized, tuple(-((size - side) // 2) if size > side else round((side - size) / 2) for side in resized)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, ch, h, w] -> float32, scaled to [0, 1], minus mean, divided by std, on the device of `images`."""
-    return F.normalize(F.to_dtype(images, torch.float32, scale=True), list(mean), list(std), inplace=True)
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, ch, h, w] -> float32, scaled to [0, 1], minus mean [ch], divided by std [ch], all on one device."""
+    # Not by torchvision, which takes numbers and would wait for the device to copy them there.
+    return F.to_dtype(images, torch.float32, scale=True).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
 @contextmanager
