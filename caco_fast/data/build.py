@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from caco_fast.data.config import NO_EVALUATION, DataConfig, ViewConfig, validate_views
-from caco_fast.data.loaders.base import TrainLoader
-from caco_fast.data.loaders.evaluation import EvalLoader
+from caco_fast.data.loaders.base import TrainLoader, evaluation_share
+from caco_fast.data.loaders.evaluation import EvalLoader, check_sizes
 from caco_fast.data.loaders.torchvision import TorchvisionLoader
 from caco_fast.data.sources.arrays import cifar10, fashion_mnist
-from caco_fast.data.sources.base import ArraySource, Source
+from caco_fast.data.sources.base import ArraySource, FileSource, Source
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.data.sources.index import IndexSource
 from caco_fast.data.sources.tree import images_of
@@ -34,10 +34,16 @@ def build_source(config: DataConfig, split: str) -> Source:
         raise ValueError(f"split: found {split!r}, expected one of {SPLITS}")
     if config.source == "embedded":
         return fashion_mnist(split)
+    if config.source == "cifar10":
+        return cifar10(config.path, split)
+    source: FileSource | WebDatasetSource
     if config.source == "index":
-        return IndexSource(config.path, split, config.root)
-    sources = {"cifar10": cifar10, "webdataset": WebDatasetSource, "folder": FolderSource, "images": images_of}
-    return sources[config.source](config.path, split)
+        source = IndexSource(config.path, split, config.root)
+    else:
+        sources = {"webdataset": WebDatasetSource, "folder": FolderSource, "images": images_of}
+        source = sources[config.source](config.path, split)
+    source.max_pixels = config.max_pixels
+    return source
 
 
 def build_train_loader(
@@ -98,6 +104,9 @@ def build_eval_loader(
             f"put them into one folder for each class, set evaluation.held_out=0.05 for the loss on held-out images, "
             f"or {NO_EVALUATION}"
         )
+    if batch_size > 1:
+        # Every rank looks at the same images, so that all of them refuse.
+        check_sizes(source, config, evaluation_share(len(source), share, 0, 1))
     # An array whose images stay as they are has nothing to decode.
     held = isinstance(source, ArraySource) and config.eval_resize is None
     dali = not held and not (config.loader == "auto" and _small(source)) and _by_dali(config)

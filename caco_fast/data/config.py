@@ -110,6 +110,7 @@ class DataConfig:
         None, "evaluation: the shorter side is resized to this many pixels; null: no resize"
     )
     eval_size: int | None = setting(None, "evaluation: side of the centre crop in pixels; null: no crop")
+    max_pixels: int = setting(178_956_970, "an image with more pixels than this is a bad image (>= 1)")
     bad_image_limit: float = setting(
         0.01, "share of the training set that may be unreadable (0 to 1); all ranks together count at an epoch's end"
     )
@@ -130,8 +131,8 @@ class DataConfig:
             _require(f"data.{name}", f"'{value}'", value in known, f"one of {', '.join(known)}")
         if needs_path:
             self._validate_place()
-        for name, least in (("workers", 0), ("prefetch", 1), ("eval_resize", 1), ("eval_size", 1)):
-            value, optional = getattr(self, name), "" if name == "prefetch" else ", or null"
+        for name, least in (("workers", 0), ("prefetch", 1), ("max_pixels", 1), ("eval_resize", 1), ("eval_size", 1)):
+            value, optional = getattr(self, name), "" if name in ("prefetch", "max_pixels") else ", or null"
             _require(f"data.{name}", value, value is None or value >= least, f"{least} or more{optional}")
         if self.std is not None:
             _require("data.std", list(self.std), min(self.std, default=0.0) > 0, "values above 0, one for each channel")

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from caco_fast.data import ArraySource, DataConfig, EvalLoader, build_eval_loader, build_source
+from caco_fast.data import ArraySource, DataConfig, EvalLoader, build_eval_loader, build_source, index_main
+from caco_fast.data.loaders import evaluation
 from caco_fast.errors import UserError
 
 
@@ -68,6 +69,38 @@ def test_images_of_differing_sizes_say_which_settings_to_give(
     with pytest.raises(UserError, match=r"wide.JPEG has 40 x 20 pixels, .* has 24 x 20; set data.eval_resize") as error:
         list(build_eval_loader(config, "test", batch_size=8))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_images_of_differing_sizes_are_refused_before_any_is_decoded(
+    image_folder: Path, write_image: Callable[..., Path], indexed: bool
+) -> None:
+    write_image(image_folder / "train" / "bee" / "wide.JPEG", width=40)
+    # A bad image has no size, and is left out later.
+    (image_folder / "train" / "bee" / "empty.JPEG").write_bytes(b"")
+    place: dict[str, object] = {"path": str(image_folder)}
+    if indexed:
+        assert index_main([str(image_folder), "--workers", "1"]) == 0
+        place = {"source": "index", "path": str(image_folder / "caco_fast_index.npz")}
+
+    def build(batch_size: int = 8, **settings: object) -> object:
+        return build_eval_loader(DataConfig(workers=0, **place, **settings), "train", batch_size=batch_size)
+
+    for settings in ({}, {"eval_resize": 16}):
+        with pytest.raises(UserError, match="wide.JPEG has .* set data.eval_resize and data.eval_size"):
+            build(**settings)
+    # The centre has one size, and so has a batch of one image.
+    assert build(eval_resize=16, eval_size=12) and build(eval_size=12) and build(batch_size=1)
+
+
+def test_a_size_that_no_probe_saw_is_refused_when_it_is_met(
+    image_folder: Path, write_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, loader_name: str
+) -> None:
+    monkeypatch.setattr(evaluation, "_PROBES", 1)
+    write_image(image_folder / "val" / "ant" / "wide.JPEG", width=40)
+    loader = build_eval_loader(DataConfig(path=str(image_folder), loader=loader_name, workers=0), "test", batch_size=8)
+    with pytest.raises(UserError, match=r"wide.JPEG has 40 x 20 pixels, .* has 24 x 20; set data.eval_resize"):
+        list(loader)
 
 
 def test_bad_images_are_left_out_and_counted(image_folder: Path, loader_name: str) -> None:

@@ -9,6 +9,7 @@ Legend: B images of one batch, h x w pixels, ch channels.
 
 import io
 import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,16 +19,17 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from caco_fast.data.loaders.dali_graph import DEPTH, DaliGraph
-from caco_fast.data.sources.base import BadImageError, Source, decode
+from caco_fast.data.sources.base import MAX_PIXELS, BadImageError, Source, decode
 
 # Threads that wait for files; they take hardly any processor time.
 _READERS = 16
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+# Bytes of metadata that can't be compressed from more than PIL takes.
+_MOST_METADATA = 64 * 1024
 # Baseline, extended and progressive, all of them Huffman-coded. The others are rare, and GPUs don't decode them.
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
@@ -62,6 +64,7 @@ class DaliPipeline(ABC, Generic[F]):
 
     def __init__(self, source: Source, *, threads: int, prefetch: int, device: torch.device) -> None:
         self._source, self._prefetch = source, prefetch
+        self._max_pixels = getattr(source, "max_pixels", MAX_PIXELS)
         self._threads = max(1, threads)
         self._device = device
         if device.type == "cuda" and device.index is None:
@@ -117,7 +120,7 @@ class DaliPipeline(ABC, Generic[F]):
     def _read(self, position: int) -> Encoded | BadImageError:
         try:
             data = self._source.encoded(int(position))
-            return through_pil(data) if position in self._refused else prepare(data)
+            return (through_pil if position in self._refused else prepare)(data, self._max_pixels)
         except BadImageError as error:
             return error
 
@@ -171,7 +174,7 @@ class DaliPipeline(ABC, Generic[F]):
                 graph, found = None, True
                 self._refused.add(int(batch.held[row]))
                 try:
-                    batch.files[row] = through_pil(file.data.tobytes())
+                    batch.files[row] = through_pil(file.data.tobytes(), self._max_pixels)
                 except BadImageError as error:
                     bad[row] = error
         if found:
@@ -179,18 +182,18 @@ class DaliPipeline(ABC, Generic[F]):
         return found
 
 
-def prepare(data: bytes) -> Encoded:
-    """The image of a file's bytes; BadImageError if PIL can't decode it or takes it for a decompression bomb."""
+def prepare(data: bytes, max_pixels: int = MAX_PIXELS) -> Encoded:
+    """The image of a file's bytes; BadImageError if it is too large or PIL can't decode it."""
     size = _plain_jpeg(data) or _plain_png(data)
-    # PIL refuses a decompression bomb with an error that says so.
-    if size is None or (Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS):
-        return through_pil(data)
+    # `decode` says what is wrong with an image that is too large.
+    if size is None or size[0] * size[1] > max_pixels:
+        return through_pil(data, max_pixels)
     return Encoded(np.frombuffer(data, dtype=np.uint8), *size)
 
 
-def through_pil(data: bytes) -> Encoded:
+def through_pil(data: bytes, max_pixels: int = MAX_PIXELS) -> Encoded:
     """The same image decoded by PIL, as a PNM file; BadImageError if PIL can't decode it."""
-    image = decode(io.BytesIO(data))
+    image = decode(io.BytesIO(data), max_pixels)
     header = f"P6\n{image.width} {image.height}\n255\n".encode()
     return Encoded(np.frombuffer(header + image.tobytes(), dtype=np.uint8), image.height, image.width)
 
@@ -200,7 +203,28 @@ def _plain_png(data: bytes) -> tuple[int, int] | None:
     if len(data) < 33 or not data.startswith(_PNG) or data[12:16] != b"IHDR":
         return None
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    return (height, width) if depth == 8 and colour in (0, 2) and width and height else None
+    plain = depth == 8 and colour in (0, 2) and width and height
+    return (height, width) if plain and _plain_chunks(data) else None
+
+
+def _plain_chunks(data: bytes) -> bool:
+    """Whether the metadata of a PNG are few and undamaged. libpng skips what is damaged there, PIL refuses the file."""
+    position, metadata, pixels = len(_PNG), 0, False
+    while position + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        end = position + 12 + length
+        if kind == b"IDAT":
+            pixels = True
+        elif kind != b"IEND":
+            metadata += length
+            # PIL looks at no checksum behind the pixels.
+            damaged = not pixels and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(
+                data[end - 4 : end], "big"
+            )
+            if metadata > _MOST_METADATA or damaged:
+                return False
+        position = end
+    return True
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:

@@ -3,7 +3,9 @@
 Legend: b images of one batch, ch channels, h x w pixels.
 """
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -13,9 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from caco_fast.data.config import DataConfig
 from caco_fast.data.loaders.base import BadImages, RawBatch, evaluation_share
 from caco_fast.data.loaders.workers import as_is, from_workers, worker_options
-from caco_fast.data.sources.base import ArraySource, BadImageError, Source, as_pil
-from caco_fast.data.views.pil import evaluation_transform, normalize
+from caco_fast.data.sources.base import ArraySource, BadImageError, FileSource, Source, as_pil, header_size
+from caco_fast.data.sources.index import IndexSource
+from caco_fast.data.views.pil import evaluation_box, evaluation_transform, normalize
 from caco_fast.errors import UserError
+
+# Images whose headers are read before training: on a network's disk that takes a second or two.
+_PROBES = 200
 
 
 class EvalLoader:
@@ -102,6 +108,48 @@ class EvalLoader:
             raise UserError(f"none of the {len(self.positions)} images to evaluate on can be read; check data.path")
 
 
+def check_sizes(source: Source, config: DataConfig, positions: np.ndarray) -> None:
+    """Raise UserError if images at `positions` can't be in one batch, as far as an index or some of the headers say.
+
+    A run should learn that before it trains, and not at its first evaluation.
+    """
+    if config.eval_size is not None or isinstance(source, ArraySource):
+        return
+    first: tuple[int, tuple[int, int], tuple[int, int]] | None = None
+    for position, (height, width) in _known_sizes(source, positions):
+        made, _ = evaluation_box(height, width, config.eval_resize, None)
+        first = first or (position, made, (height, width))
+        if made != first[1]:
+            other = (source.name(first[0]), first[1])
+            raise UserError(_several_sizes((source.name(position), made), other))
+
+
+def _known_sizes(source: Source, positions: np.ndarray) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Height and width of the images at `positions`: of all if an index says them, else of some, by their headers."""
+    if isinstance(source, IndexSource):
+        _, first = np.unique(source.sizes[positions], axis=0, return_index=True)
+        yield from ((int(at), tuple(source.sizes[at].tolist())) for at in positions[np.sort(first)])
+        return
+    probes = np.unique(np.linspace(0, len(positions) - 1, num=min(_PROBES, len(positions)), dtype=np.int64))
+    for position in positions[probes].tolist():
+        # Those that can't be read are left out later, too.
+        with suppress(BadImageError):
+            yield (
+                position,
+                header_size(
+                    source.path(position) if isinstance(source, FileSource) else io.BytesIO(source.encoded(position))
+                ),
+            )
+
+
+def _several_sizes(image: tuple[str, tuple[int, ...]], other: tuple[str, tuple[int, ...]]) -> str:
+    (name, (height, width)), (other_name, (other_height, other_width)) = image, other
+    return (
+        f"{name} has {width} x {height} pixels, {other_name} has {other_width} x {other_height}; "
+        f"set data.eval_resize and data.eval_size, for instance to 256 and 224"
+    )
+
+
 class EvaluationBatches(Dataset[RawBatch]):
     """A dataset whose items are batches of unaugmented images; its keys are positions, bad images are left out."""
 
@@ -129,10 +177,6 @@ def batch_of_one_size(
     shown = torch.tensor(index, dtype=torch.int64)
     for image, position in zip(images, index, strict=True):
         if image.shape != images[0].shape:
-            sizes = [f"{width} x {height}" for _, height, width in (image.shape, images[0].shape)]
-            error = (
-                f"{source.name(position)} has {sizes[0]} pixels, {source.name(index[0])} has {sizes[1]}; "
-                f"set data.eval_resize and data.eval_size, for instance to 256 and 224"
-            )
-            return RawBatch([], shown, bad, error)
+            first = source.name(index[0]), tuple(images[0].shape[1:])
+            return RawBatch([], shown, bad, _several_sizes((source.name(position), tuple(image.shape[1:])), first))
     return RawBatch([torch.stack(list(images))] if images else [], shown, bad)

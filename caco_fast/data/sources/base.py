@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from caco_fast.errors import UserError
 
@@ -35,6 +35,13 @@ if importlib.util.find_spec("PIL._avif") is None:
 # The formats that PIL may decode, whatever a file's suffix says. PIL would give EPS, another one, to Ghostscript. TGA
 # comes last: its files begin with nothing by which they are known.
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+
+# Pixels of the largest image that is decoded, by default: as many as PIL itself decodes.
+MAX_PIXELS = 178_956_970
+# PIL refuses a PNG for a text or a colour profile above 1 MB, which says nothing about its pixels; DALI doesn't.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 1024**2
+# The ranges in which people store grey values: 8, 12 and 16 bits of integers; 0 to 1, or one of the others, of floats.
+_RANGES = {"I": (255, 4095, 65535), "F": (1, 255, 65535)}
 
 
 class BadImageError(Exception):
@@ -151,6 +158,7 @@ class FileSource:
     channels = 3
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
+    max_pixels = MAX_PIXELS
 
     def __init__(self, root: Path, names: Names, labels: np.ndarray, classes: list[str]) -> None:
         """`labels` [N] int32, -1 for an image without a label."""
@@ -161,7 +169,7 @@ class FileSource:
 
     def image(self, index: int) -> Image.Image:
         """The decoded image as RGB, its EXIF orientation ignored as the published recipes do."""
-        return decode(self.path(index))
+        return decode(self.path(index), self.max_pixels)
 
     def encoded(self, index: int) -> bytes:
         try:
@@ -182,13 +190,19 @@ class FileSource:
         return self.root / os.fsdecode(self.names[index])
 
 
-def decode(file: Path | BinaryIO) -> Image.Image:
-    """A file's image as RGB, its EXIF orientation ignored; BadImageError if PIL can't decode it."""
+def decode(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A file's image as RGB, its EXIF orientation ignored; BadImageError if it is too large or PIL can't decode it."""
+    # PIL would warn of images above this, and refuse those of twice the size, without a setting.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     # PIL raises nearly any exception on damaged files; only its work on this one file is inside the try.
     try:
         with Image.open(file, formats=FORMATS) as image:
+            _check_pixels(image, max_pixels)
             image.load()
             return _as_rgb(image)
+    except (BadImageError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"{error}; if it is meant, raise data.max_pixels (it is {max_pixels})") from error
     except UnidentifiedImageError as error:
         # PIL's own message ends with the address of an object.
         raise BadImageError("UnidentifiedImageError: cannot identify image file") from error
@@ -196,14 +210,45 @@ def decode(file: Path | BinaryIO) -> Image.Image:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
+def header_size(file: Path | BinaryIO) -> tuple[int, int]:
+    """Height and width of a file's image, by its header alone; BadImageError if PIL doesn't know the file."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: PIL would clip at 255 instead of scaling.
-        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        image = Image.fromarray((levels // 257).astype(np.uint8))
+    if image.mode[0] in _RANGES:
+        # PIL would clip at 255 instead of scaling.
+        low, high = grey_range(image)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low)
+        image = Image.fromarray(((values - low) * 255 / (high - low)).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def grey_range(image: Image.Image) -> tuple[float, float] | None:
+    """The values that become 0 and 255 in a grey image of more than 8 bits; None for any other image.
+
+    The smallest of the usual ranges that holds all values, or else from the smallest to the largest value.
+    """
+    if image.mode[0] not in _RANGES:
+        return None
+    values = np.asarray(image, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    usual = next((top for top in _RANGES[image.mode[0]] if low >= 0 and high <= top), None)
+    if usual is not None:
+        return 0.0, float(usual)
+    return float(low), float(max(high, low + 1e-12))
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise BadImageError(f"{image.width} x {image.height} pixels are too many")
 
 
 def data_directory(path: str, expected: str) -> Path:

@@ -50,6 +50,7 @@ class FolderSource(FileSource):
                 log.warning("%s has class folders; the %d images next to them are left out", root, loose)
         else:
             names, classes = listing.names, []
+            log.info("%s has no class folders with images, so its images have no labels", root)
         if not names:
             found = f" (but {listing.left_out.total()} other files: {listing.suffixes()})" if listing.left_out else ""
             raise UserError(

@@ -131,11 +131,11 @@ class IndexSource(FileSource):
         stored_root, index = read_index(file, split)
         top = Path(root).expanduser() if root else file.parent / stored_root
         super().__init__(Path(os.path.normpath(top / index.folder)), index.names, index.labels, index.classes)
-        self._bytes, self._checksums = index.bytes, index.checksums
+        self.sizes, self._bytes, self._checksums = index.sizes, index.bytes, index.checksums
         self._check_root(file, "data.root" if root else "the index")
 
     def image(self, index: int) -> Image.Image:
-        return decode(io.BytesIO(self.encoded(index)))
+        return decode(io.BytesIO(self.encoded(index)), self.max_pixels)
 
     def encoded(self, index: int) -> bytes:
         data = super().encoded(index)

@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from caco_fast.data.sources.base import FORMATS, SUFFIXES, BadImageError, FileSource, decode
+from caco_fast.data.sources.base import FORMATS, MAX_PIXELS, SUFFIXES, BadImageError, FileSource, decode, grey_range
 from caco_fast.data.sources.folder import FolderSource, split_folders
 from caco_fast.data.sources.index import SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
@@ -35,8 +35,9 @@ from caco_fast.storage import atomic_write, atomic_write_text, remove_leftovers
 HELP = """\
 Check a folder of images and write an index to train from: python tools/index_data.py /data/imagenet
 
-Every file of train/ and val/ is decoded to its last pixel. Broken and empty files are left out of the index; wrong
-suffixes, CMYK files and duplicates are reported and kept. Then: data.source=index data.path=INDEX.
+Every file of train/ and val/ is decoded to its last pixel. Broken, empty and too large files are left out of the index;
+wrong suffixes, CMYK, transparent and rescaled grey files and duplicates are reported and kept. Then: data.source=index
+data.path=INDEX.
 
 Exit status: 0 written, 1 written with --strict and something was left out, 2 an error that the user can correct, 130 or
 143 interrupted, in which case nothing is written.
@@ -48,7 +49,8 @@ SHOWN = 5
 _TASK = 32
 
 ZERO_BYTE, BROKEN, SUFFIX, CMYK, DUPLICATE = "zero-byte", "broken", "wrong suffix", "CMYK", "duplicate"
-KINDS = (ZERO_BYTE, BROKEN, SUFFIX, CMYK, DUPLICATE)
+DEPTH, TRANSPARENT = "grey scaled to 8 bits", "transparent"
+KINDS = (ZERO_BYTE, BROKEN, SUFFIX, CMYK, DEPTH, TRANSPARENT, DUPLICATE)
 EXCLUDED = (ZERO_BYTE, BROKEN)
 
 console = Console(highlight=False, soft_wrap=True)
@@ -163,7 +165,7 @@ def _in_processes(source: FileSource, workers: int) -> Iterator[tuple[int, list[
             # Only a few tasks ahead: all of them at once would hold the whole list a second time.
             while len(running) < 4 * workers and (start := next(starts, None)) is not None:
                 names = [source.names[index] for index in range(start, min(start + _TASK, len(source)))]
-                running[pool.submit(_inspect_files, os.fsencode(source.root), names)] = start
+                running[pool.submit(_inspect_files, os.fsencode(source.root), names, source.max_pixels)] = start
             if not running:
                 return
             for task in wait(running, return_when=FIRST_COMPLETED).done:
@@ -185,11 +187,11 @@ def _start_worker() -> None:
     warnings.simplefilter("ignore")
 
 
-def _inspect_files(root: bytes, names: list[bytes]) -> list[_File]:
-    return [_inspect_file(os.path.join(root, name)) for name in names]
+def _inspect_files(root: bytes, names: list[bytes], max_pixels: int) -> list[_File]:
+    return [_inspect_file(os.path.join(root, name), max_pixels) for name in names]
 
 
-def _inspect_file(path: bytes) -> _File:
+def _inspect_file(path: bytes, max_pixels: int) -> _File:
     nothing = (0, 0, 0, 0, 0)
     try:
         with open(path, "rb") as file:
@@ -199,12 +201,12 @@ def _inspect_file(path: bytes) -> _File:
     if not data:
         return _File(*nothing, [(ZERO_BYTE, "the file is empty")])
     try:
-        width, height = decode(io.BytesIO(data)).size
+        width, height = decode(io.BytesIO(data), max_pixels).size
     except BadImageError as error:
         return _File(0, 0, len(data), 0, 0, [(BROKEN, str(error))])
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         kind, mode = str(image.format), image.mode
-    findings = []
+        findings = list(_surprising_pixels(image))
     suffix = os.fsdecode(os.path.splitext(path)[1]).lower()
     # MPO is a JPEG with further images behind it, as some cameras write.
     if {"MPO": "JPEG"}.get(kind, kind) != SUFFIXES[suffix]:
@@ -213,6 +215,17 @@ def _inspect_file(path: bytes) -> _File:
         findings.append((CMYK, "decoded to RGB without a colour profile"))
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return _File(height, width, len(data), zlib.crc32(data), digest, findings)
+
+
+def _surprising_pixels(image: Image.Image) -> Iterator[tuple[str, str]]:
+    """Findings about what an image looks like in 8 bits and without transparency."""
+    scaled = grey_range(image)
+    if scaled not in (None, (0.0, 65535.0)):
+        yield DEPTH, f"{scaled[0]:g} becomes 0 and {scaled[1]:g} becomes 255, because no value is outside"
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA"))[:, :, 3]
+        if alpha.min() < 255:
+            yield TRANSPARENT, f"{(alpha < 255).mean():.0%} of it; the colours below are used as they are stored"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -243,6 +256,8 @@ def index_folder(arguments: Sequence[str] | None = None, prog: str | None = None
     sources = {"train": FolderSource(str(top), "train")}
     if split_folders(top)[1]:
         sources["test"] = FolderSource(str(top), "test")
+    for source in sources.values():
+        source.max_pixels = options.max_pixels
     inspections = _inspect_all(sources, options.workers)
     duplicates, repeated = find_duplicates([(sources[name], inspections[name]) for name in sources])
     splits: dict[str, SplitIndex] = {}
@@ -266,6 +281,12 @@ def _parse(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namesp
     parser.add_argument("folder", help="directory that holds train/<class>/*.JPEG and, for evaluation, val/ or test/")
     parser.add_argument("--output", metavar="FILE.npz", help=f"the index; default {NAME} in the folder")
     parser.add_argument("--workers", type=int, default=cores(), help="number of processes; default: one per core")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="leave out larger images, as data.max_pixels does (%(default)s)",
+    )
     parser.add_argument("--drop-duplicates", action="store_true", help="keep one of several equal training files")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if anything was left out")
     options = parser.parse_args(arguments)

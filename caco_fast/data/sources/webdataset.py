@@ -18,6 +18,7 @@ from PIL import Image
 from caco_fast.data.sources.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_PIXELS,
     SUFFIXES,
     BadImageError,
     Names,
@@ -39,6 +40,7 @@ class WebDatasetSource:
     channels = 3
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
+    max_pixels = MAX_PIXELS
 
     def __init__(self, path: str, split: str = "train") -> None:
         """`path`: the directory of the shards, or a brace pattern of them.
@@ -71,7 +73,7 @@ class WebDatasetSource:
 
     def image(self, index: int) -> Image.Image:
         """The decoded image as RGB, its EXIF orientation ignored as the published recipes do."""
-        return decode(io.BytesIO(self.encoded(index)))
+        return decode(io.BytesIO(self.encoded(index)), self.max_pixels)
 
     def encoded(self, index: int) -> bytes:
         # Opened for each image, as in a folder: nothing is shared between processes, threads or forks.
