@@ -48,11 +48,11 @@ def build_dataloader() -> Iterable:
     return torch.utils.data.DataLoader(dataset, batch_size=256, shuffle=True, drop_last=True, num_workers=8)
 
 
-def train(dataloader: Iterable, epochs: int = 10) -> tuple[CaCo, LearnableBank, float]:
+def train(dataloader: Iterable, epochs: int = 10, bank_size: int = 4096) -> tuple[CaCo, LearnableBank, float]:
     """Returns the model, the bank and the last loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = CaCo(nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])).to(device)
-    bank = LearnableBank(size=4096, dim=128).to(device)
+    bank = LearnableBank(size=bank_size, dim=128).to(device)
     criterion = CaCoLoss(bank, temperature=0.1, bank_temperature=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 

@@ -80,15 +80,19 @@ def test_published_recipe(name: str, settings: dict[str, Any]) -> None:
         **{"caco.warm_start_steps": 0, "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.scale_lr": True},
         **{"optimizer.momentum": 0.9, "optimizer.weight_decay": 1.5e-6, "optimizer.trust": 0.001},
         **{"schedule.warmup_epochs": 10.0, "schedule.final_ratio": 0.01, "schedule.key_momentum": 0.99},
-        **{"schedule.key_momentum_rises": True},
+        **{"schedule.key_momentum_rises": True, "schedule.per": "epoch", "caco.warm_start_key_momentum": 0.999},
         **{"views.0.size": 224, "views.0.blur_p": 1.0, "views.0.solarize_p": 0.0, "views.0.blur_sigma": (0.1, 2.0)},
         **{"views.1.size": 224, "views.1.blur_p": 0.1, "views.1.solarize_p": 0.2, "views.1.grey_p": 0.2},
         **{"views.0.jitter_p": 0.8, "views.0.brightness": 0.4, "views.0.contrast": 0.4, "views.0.saturation": 0.2},
         **{"views.0.hue": 0.1, "views.0.flip_p": 0.5, "views.0.scale": (0.2, 1.0), "views.1.scale": (0.2, 1.0)},
     }
     if "multicrop" in name:
-        wanted |= {"views.0.scale": (0.14, 1.0), "views.1.scale": (0.14, 1.0)}
-        wanted |= {"views.2.count": 6, "views.2.size": 96, "views.2.scale": (0.05, 0.14)}
+        crops = {"count": 2, "size": 224, "scale": (0.14, 1.0)}, {"count": 6, "size": 96, "scale": (0.05, 0.14)}
+        colours = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grey_p": 0.2}
+        for i, crop in enumerate(crops):
+            view = crop | colours | {"blur_p": 0.5, "blur_sigma": (0.1, 2.0), "solarize_p": 0.0, "flip_p": 0.5}
+            wanted |= {f"views.{i}.{name}": value for name, value in view.items()}
+        assert "views.2.size" not in found
     assert {key: found[key] for key in wanted} == wanted
 
 

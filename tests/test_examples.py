@@ -6,10 +6,13 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from caco_fast import LearnableBank
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -36,9 +39,20 @@ def batches_of_noise() -> list:
 def check_the_lightly_loop() -> None:
     torch.manual_seed(0)
     names = runpy.run_path(str(EXAMPLES / "lightly_loop.py"))
-    _, bank, loss = names["train"](batches_of_noise(), epochs=2)
+    filled: list[torch.Tensor] = []
+
+    class Bank(LearnableBank):
+        def fill(self, keys: torch.Tensor, start: int = 0, **options: Any) -> int:
+            filled.append(torch.arange(start, min(start + len(keys), self.size)))
+            return super().fill(keys, start, **options)
+
+    # The globals of the function, because a script that has run keeps no module.
+    names["train"].__globals__["LearnableBank"] = Bank
+    _, bank, loss = names["train"](batches_of_noise(), epochs=2, bank_size=20)
     assert math.isfinite(loss)
     assert bank.velocity.any()
+    # Keys have replaced every row once. The random rows resemble no image, so nearly all would stay out of use.
+    assert torch.cat(filled).tolist() == list(range(20))
 
 
 def test_the_lightly_loop_runs_on_lightly() -> None:

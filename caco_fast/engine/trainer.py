@@ -186,7 +186,8 @@ class Trainer:
             return Rates(lr, momentum, self.schedule.warmup_at(step))
         # The schedule's warm-up, which ends with this phase at the latest.
         warmup = max((step + 1) / steps, self.schedule.warmup_at(step))
-        return Rates(self.schedule.lr * warmup, self.schedule.config.key_momentum, warmup)
+        momentum = self.schedule.config.key_momentum if phase.key_momentum is None else phase.key_momentum
+        return Rates(self.schedule.lr * warmup, momentum, warmup)
 
     def _steps_of(self, phase: Phase) -> int:
         """All steps of a phase. A phase before the training may repeat the steps that were skipped."""

@@ -21,7 +21,7 @@ from caco_fast.distributed import (
 from caco_fast.errors import UserError
 from caco_fast.ops.tiling import f32_products
 
-# The tile of similarities in memory at a time, some 30 bytes each with the keys made of them.
+# The tile of similarities in memory at a time. Where many are equal, keys take some 30 bytes for each.
 QUERIES, ROWS = 1024, 8192
 # A key below that of any similarity. It fills the places of a rank that has fewer rows than k.
 NO_KEY = torch.iinfo(torch.int64).min
@@ -85,14 +85,27 @@ def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k:
     label = torch.zeros_like(keys)
     for start in range(0, len(bank), ROWS):
         rows = slice(start, start + ROWS)
-        found = _sortable(queries @ bank[rows].T, index[rows])  # [Q, ROWS]
-        found, place = found.topk(min(k, found.shape[1]), dim=1)
+        found, place = _nearest(queries @ bank[rows].T, index[rows], k)
         keys, label = _best(torch.cat([keys, found], 1), torch.cat([label, labels[rows][place]], 1), k)
     if is_distributed():
         missing = (0, k - keys.shape[1])
         keys, label = F.pad(keys, missing, value=NO_KEY), F.pad(label, missing)
         keys, label = _best(_columns_of_all_ranks(keys), _columns_of_all_ranks(label), k)
     return _similarity(keys), label
+
+
+def _nearest(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [Q, n], [n]
+    """Keys and columns of the k largest similarities of each row, in any order."""
+    if k >= similarity.shape[1]:
+        return _sortable(similarity, index).topk(similarity.shape[1], dim=1)
+    # One more than k tells the rows where the choice is among equal similarities. Only these need a key for every column.
+    values, place = similarity.topk(k + 1, dim=1)
+    tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+    place = place[:, :k].contiguous()
+    keys = _sortable(values[:, :k], index[place])
+    if len(tied):
+        keys[tied], place[tied] = _sortable(similarity[tied], index).topk(k, dim=1)
+    return keys, place
 
 
 def _columns_of_all_ranks(rows: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Phase:
     # (rows of the objective's output, share of the full rate in (0, 1], flag to skip) -> None; see `Method.update`.
     update: Callable[[Sequence[Tensor], Rate, Tensor | None], None]
     steps: int | None = None
+    # Momentum of the key encoder's EMA; None: `schedule.key_momentum`, which rises in the training only.
+    key_momentum: float | None = None
     # Called once after the last step, before the optimiser's state is dropped.
     finish: Callable[[EncoderPair], None] = lambda encoders: None
     # Whether a step that fp16 gradients made the optimiser skip is made up for at the end.

@@ -48,6 +48,9 @@ class LearnedBankConfig:
         0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
     )
     warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
+    warm_start_key_momentum: float = setting(
+        0.999, "EMA momentum of the key encoder in those steps (0 to 1); 0.999: as in the released code"
+    )
     operands: str = setting(
         "auto",
         "dtype of the queries in bank_attend and bank_step: bf16, fp16, f32 (products too: no CUDA kernels), or auto: "
@@ -67,6 +70,9 @@ class LearnedBankConfig:
         if self.warm_start_steps < 0:
             raise UserError(f"{section}.warm_start_steps: found {self.warm_start_steps}, expected 0 or more")
         check_settings(section, self, ("temperature", "bank_temperature", "warm_start_temperature"))
+        momentum = self.warm_start_key_momentum
+        if not 0 <= momentum <= 1:
+            raise UserError(f"{section}.warm_start_key_momentum: found {momentum}, expected a number in [0, 1]")
         if not self.bank_lr >= 0:
             raise UserError(f"{section}.bank_lr: found {self.bank_lr}, expected 0 or more")
         if not 0 <= self.bank_momentum < 1:
@@ -146,6 +152,7 @@ class LearnedBankMethod(Method):
             self.initialise,
             self.fill,
             steps=self.config.warm_start_steps or until_full,
+            key_momentum=self.config.warm_start_key_momentum,
             finish=lambda encoders: encoders.copy_query_to_key(),
             repeats_skipped=True,
             capturable=False,

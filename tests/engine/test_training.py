@@ -64,6 +64,8 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, summary["steps"] + 1))
     assert [line["step"] for line in lines if "knn_3" in line] == [summary["steps"] - 5, summary["steps"]]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    initialisation = {line["key_momentum"] for line in lines if "loss" in line and line["epoch"] < 0}
+    assert initialisation == ({0.999} if method.startswith("caco") else set())
     assert {path.name for path in folder.iterdir()} >= {"config.yaml", "environment.json", "log.txt", "curves.png"}
     assert (folder / "checkpoints" / "best.pt").exists()
 

@@ -163,7 +163,13 @@ def table(record: dict[str, Any]) -> str:
     settings, machine = record["settings"], record["machine"]
     host = f"{machine['cpu']}, {settings['threads']} threads"
     device = machine["gpus"][0] if settings["device"] != "cpu" else host
-    lines = [f"{settings['config']}: {settings['ranks']} x {device}, torch {record['versions']['torch']}", ""]
+    precision = f"encoders in {settings['resolved']['trainer.precision']}"
+    if any(RELEASED in point["variants"] for point in record["results"]):
+        precision += f", but those of {RELEASED} in f32"
+    lines = [
+        f"{settings['config']}: {settings['ranks']} x {device}, torch {record['versions']['torch']}; {precision}",
+        "",
+    ]
     floor = any("share_of_copy" in point for point in record["results"])
     heads = ["batch", "variant", "pairs/s", "step, ms (p20-p80)", "x released", *PHASES, "other", "peak MiB"]
     lines += ["| " + " | ".join(heads + ["share of the copy's rate"] * floor) + " |"]
