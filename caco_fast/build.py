@@ -95,7 +95,9 @@ def build_trainer(
     validate_views(config.views)
     # Listed once: ImageNet has 1.28 M names.
     source, held_out = _training_images(config)
-    encoders = _build_encoders(config, source.channels, device, autocast)
+    # A checkpoint has the weights already, and the file may be gone.
+    backbone = config.backbone if resume_at is None else replace(config.backbone, init="")
+    encoders = _build_encoders(replace(config, backbone=backbone), source.channels, device, autocast)
     method = _build_method(config, device)
     if config.trainer.compile:
         compile_step(encoders, method, device)

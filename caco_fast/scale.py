@@ -101,9 +101,9 @@ def _model_and_batch(config: Config, facts: Facts) -> Choices:
 
 
 def _length_and_bank(config: Config, facts: Facts) -> Choices:
-    """Some 2,000 steps on a CPU and 50,000 on GPUs, within limits; K is at most a quarter of the images."""
-    epochs = (50_000 if facts.gpu else 2_000) / _steps_per_epoch(config, facts)
-    fewest, most = (100, 400) if facts.gpu else (10, 400)
+    """Some 1,000 steps on a CPU and 50,000 on GPUs, within limits; K is at most a quarter of the images."""
+    epochs = (50_000 if facts.gpu else 1_000) / _steps_per_epoch(config, facts)
+    fewest, most = (100, 400) if facts.gpu else (10, 200)
     size = config.views[0].size
     resnet = config.backbone.name.startswith("resnet")
     return {

@@ -30,6 +30,8 @@ FREE_SECTIONS = (
     "checkpoint.",
     "evaluation.",
     "wandb.",
+    # It is read at the first start alone.
+    "backbone.init",
     "trainer.log_every",
     "trainer.max_steps",
     "trainer.collective_timeout",

@@ -16,6 +16,7 @@ from caco_fast.models.apex_norm import use_apex_norm
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
 from caco_fast.models.batch_norm import add_norm_sets, drop_norm_sets, segment_batch_norm, segmented, separable
 from caco_fast.models.projector import ProjectorConfig, build_projector
+from caco_fast.models.weights import initialise
 from caco_fast.ops import ema_update_
 from caco_fast.ops.rates import Rate
 
@@ -165,6 +166,8 @@ def build_encoder_pair(
     statistics in the query encoder.
     """
     features = build_backbone(backbone, channels)
+    if backbone.init:
+        initialise(features, backbone.init, backbone.name, channels, backbone.options)
     use_apex_norm(backbone.apex, features, autocast)
     features = segment_batch_norm(features)
     head = segment_batch_norm(build_projector(projector, feature_width(features)))
