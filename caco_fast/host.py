@@ -1,10 +1,6 @@
-"""Free and used memory, and bf16 support of this machine."""
+"""Free memory and bf16 support of this machine."""
 
 import os
-import resource
-import sys
-
-import torch
 
 
 def available_bytes() -> int | None:
@@ -20,14 +16,6 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use at one time so far: by tensors on a GPU, or by this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def computes_in_bf16() -> bool:
