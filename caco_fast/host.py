@@ -1,14 +1,10 @@
-"""Cores, free and used memory and bf16 support of this machine, and the signals by which it ends a process."""
+"""Cores, free memory and bf16 support of this machine, and the signals by which it ends a process."""
 
 import os
-import resource
 import signal
-import sys
 import tempfile
 from multiprocessing import util
 from pathlib import Path
-
-import torch
 
 from caco_fast.errors import UserError
 
@@ -88,14 +84,6 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use at one time so far: by tensors on a GPU, or by this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def computes_in_bf16() -> bool:

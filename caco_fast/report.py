@@ -1,10 +1,13 @@
 """The figures of a run: baselines before it, summary.json, the curves and the table at its end."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from caco_fast.config import Config, settings_of
-from caco_fast.distributed import all_gather_objects, broadcast_object, rank
+from caco_fast.distributed import all_gather_objects, broadcast_object, rank, world_size
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.progress import table
 from caco_fast.engine.run_folder import RunFolder
@@ -17,6 +20,38 @@ log = logging.getLogger("caco_fast.training")
 
 # Bytes of raw pixels as features, of all ranks together: every rank gathers them for the linear probe.
 RAW_LIMIT = 4 * 2**30
+
+
+def facts(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What runs: model, data, batch, device. The header of the log shows it, and environment.json keeps it."""
+    device, ranks = trainer.step.device, world_size()
+    gpu = device.type == "cuda"
+    return {
+        "method": config.method,
+        "epochs": config.trainer.epochs,
+        "steps_per_epoch": trainer.loader.steps_per_epoch,
+        "model": config.backbone.name,
+        "parameters": sum(p.numel() for p in [*trainer.encoders.query.parameters(), *trainer.method.parameters()]),
+        "precision": config.trainer.precision,
+        "device": torch.cuda.get_device_name(device) if gpu else f"the CPU (threads: {torch.get_num_threads()})",
+        "ranks": ranks,
+        "images": trainer.loader.length,
+        "data": config.data.path or config.data.source,
+        "loader": type(trainer.loader).__module__.rpartition(".")[2],
+        "batch_size": config.trainer.batch_size,
+        "images_of_a_rank": config.trainer.batch_size // ranks,
+        "parts": config.trainer.accumulate,
+    }
+
+
+def announce(found: dict[str, Any], folder: Path) -> None:
+    """Log the header of a run."""
+    log.info("{method}: {epochs:,} epochs of {steps_per_epoch:,} steps".format(**found) + f", in {folder.resolve()}")
+    log.info("model: {model} with {parameters:,} trained parameters, in {precision} on {device}".format(**found))
+    log.info("images: {images:,} of {data}, by the loader {loader}".format(**found))
+    of_a_rank = "{images_of_a_rank:,} on each of {ranks} ranks" if found["ranks"] > 1 else "on one rank"
+    parts = " in {parts} parts" if found["parts"] > 1 else ""
+    log.info(f"batch: {{batch_size:,}} images a step, {of_a_rank}{parts}".format(**found))
 
 
 def summary_if_done(config: Config, run: RunFolder, state: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """One run from its configuration: prepare, build, resume, train, report."""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,12 +20,17 @@ from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.kernel_check import BankBackend, settle_banks
 from caco_fast.engine.launch import launched
+from caco_fast.engine.metrics import peak_memory
 from caco_fast.engine.progress import log_to_console
+from caco_fast.engine.rehearsal import rehearse
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 
 log = logging.getLogger("caco_fast.training")
+
+# The first step also allocates and loads libraries.
+REHEARSED_STEPS = 2
 
 # Settings that change neither the model nor what it learns from; a resumed run may change them without a warning.
 FREE_SECTIONS = (
@@ -34,6 +42,8 @@ FREE_SECTIONS = (
     "backbone.init",
     "trainer.log_every",
     "trainer.max_steps",
+    "trainer.max_hours",
+    "trainer.profile",
     "trainer.collective_timeout",
     "data.workers",
     "data.prefetch",
@@ -50,11 +60,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
         Interrupted: a signal asked to stop; a checkpoint was written.
         RankLost, ReportedElsewhere: another rank failed; see engine/ranks.py.
     """
-    with launched(config.trainer) as device:
-        log_to_console()
-        advice = "start all ranks with the same settings and the same code"
-        require_equal_starts({**settings_of(config), "code": provenance.code()}, advice)
-        config = settled(config, device)
+    with _started(config) as (config, device):
         run = RunFolder(folder)
         try:
             # Before the store, which removes what killed runs left behind.
@@ -68,14 +74,46 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
                 together(lambda: run.claim(resumed_from=checkpoint))
                 return summary
             return _run(config, run, store, device, checkpoint, state)
+        finally:
+            run.close()
+
+
+def dry_run(config: Config, folder: Path) -> None:
+    """Build all, do the first steps of each phase, show loss, time and memory, and leave nothing behind.
+
+    folder: where the run would be. Raises what `train` raises.
+    """
+    outputs = replace(config.run, tensorboard=False)
+    trained = replace(config.trainer, max_steps=0, profile="")
+    config = replace(config, run=outputs, trainer=trained, wandb=replace(config.wandb, mode="off"))
+    with _started(config) as (config, device), TemporaryDirectory() as scratch:
+        run = RunFolder(Path(scratch))
+        trainer = together(lambda: build_trainer(config, run, CheckpointStore(run.checkpoints), device))
+        try:
+            check_banks(config, trainer, device)
+            report.announce(report.facts(config, trainer), folder)
+            for done in rehearse(trainer, REHEARSED_STEPS):
+                log.info("dry run: {} step {}, loss {:.4f}, {:.2f} s without the wait for its images".format(*done))
+            log.info("dry run: peak memory %.1f GiB on rank 0; nothing was written", peak_memory(device) / 2**30)
+        finally:
+            trainer.close()
+
+
+@contextmanager
+def _started(config: Config) -> Iterator[tuple[Config, torch.device]]:
+    """The settled configuration and the device of this rank, once all ranks are found to start alike."""
+    with launched(config.trainer) as device:
+        log_to_console()
+        advice = "start all ranks with the same settings and the same code"
+        require_equal_starts({**settings_of(config), "code": provenance.code()}, advice)
+        try:
+            yield settled(config, device), device
         except RuntimeError as error:
             what, found, _ = str(error).partition(" does not have a deterministic implementation")
             if not found:
                 raise
             line = f"trainer.deterministic: {what} is not on {device}; take trainer.deterministic=false"
             raise UserError(line) from None
-        finally:
-            run.close()
 
 
 def _resumed_from(run: RunFolder, store: CheckpointStore, resume: str) -> Path | None:
@@ -112,7 +150,9 @@ def _run(
         together(lambda: run.claim(resumed_from=checkpoint))
         if baselines:
             run.summary(baselines)
-        run.start(to_yaml(config), resumed_from=checkpoint, banks=[asdict(bank) for bank in banks])
+        found = report.facts(config, trainer)
+        report.announce(found, run.path)
+        run.start(to_yaml(config), resumed_from=checkpoint, banks=[asdict(bank) for bank in banks], run=found)
         if not trainer.finished:
             trainer.metrics.open()
             trainer.run()

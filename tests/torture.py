@@ -2,8 +2,8 @@
 """Runs tools/train.py on bad inputs, in odd environments and under signals: python tests/torture.py [--only NAME]
 
 Each case is a run as a user would start it, in a process of its own and with a time limit. The program prints the line
-that each run ended with. A case fails by a stack trace, a hang, another exit status, or if the expected words are not in
-the output. A further case is one entry of CASES. Makes and removes a folder for temporary files.
+that each run ended with. A case fails by a stack trace, a hang, another exit status, or if the expected words are not
+in the output. A further case is one entry of CASES. Makes and removes a folder for temporary files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.engine.tiny_run import SETTINGS, write_images
+from tests.engine.tiny_run import SETTINGS, write_images  # noqa: E402
 
 SECONDS = 240.0
 

@@ -61,16 +61,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     folder = Path(os.path.expanduser(config.run.folder or f"runs/{name}"))
     # A run must not end because nobody reads its output any more.
     with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
-        return _train(config, folder, os.path.expanduser(options.resume), rank)
+        return _train(config, folder, os.path.expanduser(options.resume), rank, options.dry_run)
 
 
-def _train(config: "Config", folder: Path, resume: str, rank: str) -> int:
+def _train(config: "Config", folder: Path, resume: str, rank: str, rehearse: bool) -> int:
     """Train, and turn every end of a run into one line and an exit status."""
     from caco_fast.engine.ranks import Interrupted, RankLost, ReportedElsewhere
-    from caco_fast.training import train
+    from caco_fast.training import dry_run, train
 
     try:
-        train(config, folder, resume)
+        if rehearse:
+            dry_run(config, folder)
+        else:
+            train(config, folder, resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -106,6 +109,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         metavar="auto|never|FILE",
         help="auto: continue from the newest checkpoint of the run folder, or start if there is none; never (default): "
         "start, and refuse a folder that holds a run; FILE: continue from this checkpoint",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, do the first steps of each phase, show time and memory, and stop; writes no run folder",
     )
     parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")

@@ -40,7 +40,8 @@ class CheckpointWriteError(UserError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step_00001234.pt` for the last `keep` saves, and `best.pt` with `best.json`.
+    """The checkpoints of one run: `step_00001234.pt` for the last `keep` saves, `best.pt` with `best.json`, and
+    `epoch_0050.pt`, ... that stay for good.
 
     A checkpoint is written before the kNN at the end of its epoch, so that nothing is lost if that fails, and a note in
     `epochs_ended.json` after it, in place of the same gigabytes again. `load` puts the note into the state's position.
@@ -111,6 +112,19 @@ class CheckpointStore:
             else:
                 _link(source, path)
             atomic_write_text(self.folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
+
+    def save_milestone(self, source: Path, epoch: int) -> None:
+        """Keep the checkpoint `source`, just saved, as `epoch_0050.pt` too, which is never pruned.
+
+        Those of later epochs are removed: the run was resumed from before them.
+        """
+        path = self.folder / f"epoch_{epoch:04d}.pt"
+        with _writing(path):
+            _link(source, path)
+            for other in self.folder.glob("epoch_*.pt"):
+                match = re.fullmatch(r"epoch_(\d+)\.pt", other.name)
+                if match and int(match[1]) > epoch:
+                    other.unlink(missing_ok=True)
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of `best.pt`, None if there is none or nothing was scored."""

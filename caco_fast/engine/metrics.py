@@ -9,12 +9,16 @@ import functools
 import json
 import logging
 import math
+import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from caco_fast.distributed import rank
 from caco_fast.errors import UserError
@@ -126,6 +130,14 @@ class MetricsWriter:
                 self.folder / "tensorboard",
                 error.strerror or error,
             )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at one time so far: by tensors on a GPU, or by this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The end of a run on all ranks together: a stop by a signal, or one error line and no rank left waiting."""
 
+import math
 import os
 import signal
 import socket
@@ -68,8 +69,11 @@ class Interrupt:
     the others.
     """
 
-    def __init__(self, timeout_s: float = 600.0) -> None:
+    def __init__(self, timeout_s: float = 600.0, max_seconds: float = 0.0) -> None:
         self.signal: signal.Signals | None = None
+        # Whether all ranks have agreed to end the run because `max_seconds` are over. 0 is for ever.
+        self.out_of_time = False
+        self._max_seconds = max_seconds
         self.timeout_s = timeout_s
         self._requested_at = 0.0
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -77,7 +81,8 @@ class Interrupt:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> "Interrupt":
-        self.signal = None
+        self.signal, self.out_of_time = None, False
+        self._deadline = time.monotonic() + (self._max_seconds or math.inf)
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
@@ -103,17 +108,23 @@ class Interrupt:
         synchronised. A lost rank shows here at the next step, as an error. A GPU's own collectives would only show it
         after their timeout.
         """
+        # Of several requests a signal counts more.
+        request = 2 * (self.signal or 0) + (time.monotonic() > self._deadline)
         if not is_distributed():
-            return self.signal
+            return self._answer(request)
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
-        previous, flag = self._pending, torch.tensor([self.signal or 0])
+        previous, flag = self._pending, torch.tensor([request])
         self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag
         if previous is None:
             return None
         answers, flag = previous
         answers.wait()
-        return signal.Signals(int(flag)) if flag else None
+        return self._answer(int(flag))
+
+    def _answer(self, request: int) -> signal.Signals | None:
+        asked, self.out_of_time = divmod(request, 2)[0], bool(request)
+        return signal.Signals(asked) if asked else None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

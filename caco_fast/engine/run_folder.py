@@ -132,16 +132,21 @@ class RunFolder:
         self._log_to(self.log, logging.INFO)
 
     def start(
-        self, config_yaml: str, *, resumed_from: Path | None = None, banks: Sequence[Mapping[str, Any]] = ()
+        self,
+        config_yaml: str,
+        *,
+        resumed_from: Path | None = None,
+        banks: Sequence[Mapping[str, Any]] = (),
+        run: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the configuration and the environment, once all components are built.
 
-        banks: the backend of every bank, and how it was chosen.
+        banks: the backend of every bank, and how it was chosen. run: what else runs, as the header of the log has it.
         """
         if rank() == 0:
             with self._writing():
                 self._write_config(config_yaml)
-                self._write_environment(resumed_from, banks)
+                self._write_environment(resumed_from, banks, run or {})
 
     def resume_in_restart(self, resume: str, latest: Path | None) -> str:
         """The value of `--resume` to follow: the given one, but `auto` if torchrun or SLURM restarted this very run.
@@ -265,7 +270,9 @@ class RunFolder:
         """The latest starts in this folder, newest first, as far as their launcher is the one of this restart."""
         return list(itertools.takewhile(lambda start: is_restart_of(start.get("job", {})), reversed(self._starts())))
 
-    def _write_environment(self, resumed_from: Path | None, banks: Sequence[Mapping[str, Any]]) -> None:
+    def _write_environment(
+        self, resumed_from: Path | None, banks: Sequence[Mapping[str, Any]], run: Mapping[str, Any]
+    ) -> None:
         starts = self._starts()
         starts.append(
             {
@@ -276,6 +283,7 @@ class RunFolder:
                 **provenance.commit(),
                 "versions": provenance.versions(),
                 "machine": provenance.hardware(),
+                "run": dict(run),
                 "banks": list(banks),
             }
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from caco_fast.engine.profile import steps_to_profile
 from caco_fast.errors import UserError
 from caco_fast.settings import require_at_least, setting, switch
 
@@ -38,6 +39,8 @@ class TrainerConfig:
     cuda_graph: bool = setting(False, "on a GPU, replay a step as a CUDA graph, without launches by the host")
     log_every: int = setting(10, "steps between two log lines; values in them are means over these steps")
     max_steps: int = setting(0, "stop after this many steps, with the initialisation; the schedule stays; 0: no stop")
+    max_hours: float = setting(0.0, "stop with a checkpoint after so many hours of this start; 0: no stop")
+    profile: str = setting("", "FIRST:LAST: a torch.profiler trace of these steps of the run, in the run folder")
     deterministic: bool = setting(False, "the same losses bit for bit on a GPU too, at a cost; a CPU gives them anyway")
     collective_timeout: int = setting(600, "seconds that a rank waits for the others before the run ends (status 75)")
 
@@ -50,6 +53,9 @@ class TrainerConfig:
         require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
         if not 1 <= self.accumulate <= MOST_PARTS:
             raise UserError(f"trainer.accumulate: found {self.accumulate}, expected a number from 1 to {MOST_PARTS}")
+        steps_to_profile(self.profile)
+        if not 0 <= self.max_hours < float("inf"):
+            raise UserError(f"trainer.max_hours: found {self.max_hours}, expected 0 (no stop) or a larger number")
         if not 0 <= self.clip_gradient < float("inf"):
             raise UserError(f"trainer.clip_gradient: found {self.clip_gradient}, expected 0 (none) or a larger number")
 
@@ -59,9 +65,10 @@ class CheckpointConfig:
     every_epochs: int = setting(1, "epochs between two checkpoints; epochs with kNN always have one; 0: only those")
     every_steps: int = setting(0, "steps between two checkpoints, within an epoch too; 0: none by steps")
     keep: int = setting(3, "number of newest checkpoints to keep, besides best.pt")
+    keep_every: int = setting(0, "epochs between two checkpoints that stay for good, as epoch_0050.pt; 0: none")
 
     def __post_init__(self) -> None:
-        for name, least in (("every_epochs", 0), ("every_steps", 0), ("keep", 1)):
+        for name, least in (("every_epochs", 0), ("every_steps", 0), ("keep", 1), ("keep_every", 0)):
             require_at_least(f"checkpoint.{name}", getattr(self, name), least)
 
 

@@ -21,8 +21,9 @@ from caco_fast.engine.checkpoint import (
     load_parts,
     restore_random_states,
 )
-from caco_fast.engine.metrics import MetricsWriter
+from caco_fast.engine.metrics import MetricsWriter, peak_memory
 from caco_fast.engine.precision import require_scale
+from caco_fast.engine.profile import Profiler
 from caco_fast.engine.progress import Progress
 from caco_fast.engine.ranks import Interrupt, Interrupted
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
@@ -31,7 +32,6 @@ from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.evaluate.held_out import HeldOut, describe
-from caco_fast.host import peak_memory
 from caco_fast.methods import Phase
 from caco_fast.optim import Schedule
 
@@ -72,7 +72,8 @@ class Trainer:
         self.resolved_config = resolved_config
         self.method, self.encoders = step.method, step.encoders
         self.phases = self.method.phases(config.batch_size)
-        self.interrupt = Interrupt(config.collective_timeout)
+        self.interrupt = Interrupt(config.collective_timeout, 3600 * config.max_hours)
+        self.profiler = Profiler(config.profile, metrics.folder, step.device)
         self.position = Position(phase=self.phases[0].name)
         # Metrics of the chosen positives in the first and the last log line of the training, and the last ones of the
         # held-out images, for the summary.
@@ -84,7 +85,7 @@ class Trainer:
         self.save_failed = False
 
     def run(self) -> None:
-        """Train from the present position to the end of the run, or to `max_steps`.
+        """Train from the present position to the end of the run, or to `max_steps` or `max_hours`.
 
         Raises:
             UserError: the loss became NaN or infinite, or the data ran out.
@@ -92,19 +93,24 @@ class Trainer:
         """
         self.encoders.train()
         self.method.train()
+        self.profiler.after(self.position.total_steps)
         with self.interrupt, self.progress:
             for phase in self.phases[self.phases.index(self.phase) :]:
                 if not self._run_phase(phase):
                     break
                 if phase is not self.phases[-1]:
                     self._finish_phase(phase)
+            if self.interrupt.out_of_time:
+                done = self.position.total_steps
+                log.info("trainer.max_hours: the time is over after step %d; continue with --resume auto", done)
             self._save()
 
     def close(self) -> None:
-        """End the loader's workers, close the metrics, and drop a captured step.
+        """End the loader's workers, close the metrics and the profile, and drop a captured step.
 
         NCCL waits at its end for every graph that holds its collectives, and the trainer may live longer than that.
         """
+        self.profiler.close()
         self.step.reset()
         self.loader.close()
         self.metrics.close()
@@ -126,7 +132,7 @@ class Trainer:
     def _run_phase(self, phase: Phase) -> bool:
         """Do the steps of a phase from the present position, epoch by epoch.
 
-        Returns whether the phase is complete. It is not if `max_steps` came first.
+        Returns whether the phase is complete. It is not if `max_steps` or `max_hours` came first.
         """
         self.step.enter(phase)
         per_epoch, shown = self.loader.steps_per_epoch, None
@@ -136,7 +142,7 @@ class Trainer:
                 self._end_epoch(epoch)
             steps = self._steps_of(phase)
             done = self.position.step >= steps
-            if done or self._out_of_steps():
+            if done or self._ends_early():
                 return done
             end = min(per_epoch, steps - epoch * per_epoch)
             if phase.steps is None:
@@ -150,7 +156,7 @@ class Trainer:
             self._run_epoch(phase, epoch, first, end, steps)
 
     def _run_epoch(self, phase: Phase, epoch: int, first: int, end: int, steps: int) -> None:
-        """Do a step on each of the batches first..end-1 of an epoch, or up to `max_steps`.
+        """Do a step on each of the batches first..end-1 of an epoch, or up to `max_steps` or `max_hours`.
 
         steps: the number of steps of the whole phase.
         """
@@ -168,7 +174,10 @@ class Trainer:
                 self.progress.step()
             if self.checkpoint.every_steps and self.position.total_steps % self.checkpoint.every_steps == 0:
                 self._save()
+            self.profiler.after(self.position.total_steps)
             self._stop_if_asked()
+            if self._ends_early():
+                break
             mark = time.perf_counter()
 
     def _step(self, batch: Batch, rates: Rates) -> None:
@@ -202,8 +211,8 @@ class Trainer:
         self.position.phase, self.position.step, self.position.phase_seconds = following.name, 0, 0.0
         self.step.interval = Interval()
 
-    def _out_of_steps(self) -> bool:
-        return 0 < self.config.max_steps <= self.position.total_steps
+    def _ends_early(self) -> bool:
+        return self.interrupt.out_of_time or 0 < self.config.max_steps <= self.position.total_steps
 
     def _batches(self, epoch: int, first: int, end: int) -> Iterator[Batch]:
         count = end - first
@@ -280,8 +289,13 @@ class Trainer:
             scores = self._evaluate(epochs_done)
         self.position.epochs_ended = epochs_done
         every = self.checkpoint.every_epochs
-        if last or parts or (every and epochs_done % every == 0):
-            self._save(score=next(iter(scores.values()), None), best=last or bool(parts))
+        milestone = self.checkpoint.keep_every > 0 and epochs_done % self.checkpoint.keep_every == 0
+        if last or parts or milestone or (every and epochs_done % every == 0):
+            self._save(
+                score=next(iter(scores.values()), None),
+                best=last or bool(parts),
+                milestone=epochs_done if milestone else None,
+            )
         if not last:
             self._count_bad_images()
 
@@ -315,12 +329,13 @@ class Trainer:
             "lower optimizer.lr or the bank's learning rate, lengthen schedule.warmup_epochs, or take a wider precision"
         )
 
-    def _save(self, score: float | None = None, best: bool = False) -> None:
+    def _save(self, score: float | None = None, best: bool = False, milestone: int | None = None) -> None:
         """Write a checkpoint of the present position (collective); training continues if the disk refuses it.
 
         A checkpoint with the highest `score` yet is kept as the best one too. With `best`, and without any score in
-        the run, so is the newest: nothing tells which one is better. Where only the end of the epoch is new since the
-        checkpoint of this step, a note of it takes the place of a second file.
+        the run, so is the newest: nothing tells which one is better. That of a `milestone`, an epoch, is kept for good.
+        Where only the end of the epoch is new since the checkpoint of this step, a note of it takes the place of a
+        second file.
 
         Raises:
             UserError: the loss is not finite, or the ranks no longer have the same weights.
@@ -339,6 +354,8 @@ class Trainer:
                 self.store.save_best(path, step, score)
             elif best:
                 self.store.save_newest_as_best(path, step)
+            if milestone is not None:
+                self.store.save_milestone(path, milestone)
         except CheckpointWriteError as error:
             self.save_failed = True
             log.error("%s; training continues without it", error)

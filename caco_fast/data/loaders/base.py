@@ -83,6 +83,11 @@ class TrainLoader(ABC):
         self._closed = False
 
     @property
+    def length(self) -> int:
+        """N."""
+        return self._length
+
+    @property
     def bad_images(self) -> dict[str, str]:
         """Name -> reason of every image found unreadable so far, by this rank, or by others before an exchange."""
         return self._bad.reasons
