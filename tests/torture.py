@@ -2,7 +2,7 @@
 """Runs tools/train.py on bad inputs, in odd environments and under signals: python tests/torture.py [--only NAME]
 
 Each case is a run as a user would start it, in a process of its own and with a time limit. The program prints the line
-that each run ended with. A case fails by a stack trace, a hang, another exit status, or if the expected words are not in
+that each run ended with. A case fails by a stack trace, a hang or another exit status, or if its words are missing from
 the output. A further case is one entry of CASES. Makes and removes a folder for temporary files.
 """
 
@@ -42,6 +42,7 @@ class Place:
         self.folder, self.images = folder, images
         self.run, self.home = folder / "run", folder / "home"
         self.home.mkdir(parents=True)
+        self.started: list[Run] = []
 
     def start(self, *arguments: str, before: Sequence[str] = (), **environment: str) -> "Run":
         """A run of the tiny settings. {folder}, {images} and {home} in arguments stand for these paths."""
@@ -49,7 +50,8 @@ class Place:
         filled = [re.sub(r"\{(folder|images|home)\}", lambda match: given[match[1]], text) for text in arguments]
         command = [*before, sys.executable, str(ROOT / "tools" / "train.py"), *SETTINGS]
         defaults = [f"data.path={self.images}", f"run.folder={self.run}"]
-        return Run([*command, *defaults, *filled], self.folder, {"HOME": str(self.home), **environment})
+        self.started.append(Run([*command, *defaults, *filled], self.folder, {"HOME": str(self.home), **environment}))
+        return self.started[-1]
 
 
 class Run:
@@ -317,6 +319,9 @@ def judge(case: Case, place: Place) -> tuple[str, list[str]]:
         runs = case.how(place)
     except (Hang, AssertionError) as error:
         return str(error).strip().rpartition("\n")[2], [f"{type(error).__name__}: the case did not get to its end"]
+    finally:
+        for run in place.started:
+            run.end_group()
     outputs = [run.output for run in runs]
     codes = [run.process.returncode for run in runs]
     together = "\n".join(outputs)
@@ -339,6 +344,8 @@ def main() -> int:
     if unknown := set(names) - CASES.keys():
         parser.error(f"--only: no case {', '.join(sorted(unknown))}; --list shows all")
     failed = []
+    # Ends the runs of the present case too, which are in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="torture") as folder:
         images = write_images(Path(folder) / "images")
         for number, name in enumerate(names):
