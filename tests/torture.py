@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs tools/train.py on bad inputs, in odd environments and under signals: python tests/torture.py [--only NAME]
+"""Runs tools/train.py on bad inputs, in odd environments and under signals: [--only NAME]
 
 Each case is a run as a user would start it, in a process of its own and with a time limit. The program prints the line
 that each run ended with. A case fails by a stack trace, a hang or another exit status, or if its words are missing from
