@@ -15,7 +15,7 @@ from caco_fast import provenance, report
 from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, flat_settings, settings_of, to_yaml
 from caco_fast.data.loaders.base import image_list_id
-from caco_fast.distributed import broadcast_object, world_size
+from caco_fast.distributed import broadcast_object, rank, world_size
 from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.checkpoint import CheckpointStore, resolve_resume
 from caco_fast.engine.kernel_check import BankBackend, settle_banks
@@ -71,7 +71,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
             state = together(lambda: store.load(checkpoint)) if checkpoint else None
             summary = broadcast_object(report.summary_if_done(config, run, state))
             if summary:
-                together(lambda: run.claim(resumed_from=checkpoint))
+                _claim(run, checkpoint)
                 return summary
             return _run(config, run, store, device, checkpoint, state)
         finally:
@@ -124,6 +124,14 @@ def _resumed_from(run: RunFolder, store: CheckpointStore, resume: str) -> Path |
     return checkpoint
 
 
+def _claim(run: RunFolder, checkpoint: Path | None) -> None:
+    """Make the folder and open the logs (collective)."""
+    on_rank_0(lambda: run.claim(resumed_from=checkpoint))
+    # After rank 0 has made the folder, because their logs are in it.
+    if rank() != 0:
+        run.claim()
+
+
 def _run(
     config: Config,
     run: RunFolder,
@@ -147,7 +155,7 @@ def _run(
             at = trainer.position
             log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
         # From here on nothing refuses this start, and the folder may change.
-        together(lambda: run.claim(resumed_from=checkpoint))
+        _claim(run, checkpoint)
         if baselines:
             run.summary(baselines)
         found = report.facts(config, trainer)

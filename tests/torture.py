@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Runs tools/train.py on bad inputs, in odd environments and under signals: python tests/torture.py [--only NAME]
+"""Runs tools/train.py on bad inputs, in odd environments and under signals: [--only NAME]
 
 Each case is a run as a user would start it, in a process of its own and with a time limit. The program prints the line
-that each run ended with. A case fails by a stack trace, a hang, another exit status, or if the expected words are not
-in the output. A further case is one entry of CASES. Makes and removes a folder for temporary files.
+that each run ended with. A case fails by a stack trace, a hang or another exit status, or if its words are missing from
+the output. A further case is one entry of CASES. Makes and removes a folder for temporary files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.engine.tiny_run import SETTINGS, write_images  # noqa: E402
+from tests.engine.tiny_run import SETTINGS, write_images
 
 SECONDS = 240.0
 
@@ -42,6 +42,7 @@ class Place:
         self.folder, self.images = folder, images
         self.run, self.home = folder / "run", folder / "home"
         self.home.mkdir(parents=True)
+        self.started: list[Run] = []
 
     def start(self, *arguments: str, before: Sequence[str] = (), **environment: str) -> "Run":
         """A run of the tiny settings. {folder}, {images} and {home} in arguments stand for these paths."""
@@ -49,7 +50,8 @@ class Place:
         filled = [re.sub(r"\{(folder|images|home)\}", lambda match: given[match[1]], text) for text in arguments]
         command = [*before, sys.executable, str(ROOT / "tools" / "train.py"), *SETTINGS]
         defaults = [f"data.path={self.images}", f"run.folder={self.run}"]
-        return Run([*command, *defaults, *filled], self.folder, {"HOME": str(self.home), **environment})
+        self.started.append(Run([*command, *defaults, *filled], self.folder, {"HOME": str(self.home), **environment}))
+        return self.started[-1]
 
 
 class Run:
@@ -136,12 +138,14 @@ def killed_and_resumed(place: Place) -> list[Run]:
 
 
 def second_in_folder(*arguments: str, **environment: str) -> How:
-    """Start the same run again while the first one trains; the first one must end well."""
+    """Start the same run again while the first one trains; the first one must go on, and stop well when asked."""
 
     def how(place: Place) -> list[Run]:
-        first = place.start("trainer.epochs=8", *arguments, **environment).wait_for(" step 2/")
-        second = place.start("trainer.epochs=8", *arguments, **environment).ended()
-        assert first.ended().process.returncode == 0, first.output
+        # So long that the first one still trains when the second one has started.
+        given = ("trainer.epochs=100000", "evaluation.every_epochs=0", "checkpoint.every_epochs=100", *arguments)
+        first = place.start(*given, **environment).wait_for(" step 2/")
+        second = place.start(*given, **environment).ended()
+        assert first.send(signal.SIGTERM).ended().process.returncode == 143, first.output
         return [second]
 
     return how
@@ -229,7 +233,8 @@ def floats(folder: Path) -> None:
 
 
 def fewer(folder: Path) -> None:
-    shutil.rmtree(folder / "train" / "cold")
+    for path in sorted((folder / "train" / "cold").iterdir())[:3]:
+        path.unlink()
 
 
 VIT = ("backbone={name: vit_tiny_patch16_224, stem: imagenet, options: {depth: 2}}",)
@@ -271,7 +276,7 @@ CASES: dict[str, Case] = {
             or two_ranks([], ["data.path={folder}/data"])(place)
         ),
         2,
-        "training images: found 20 images",
+        "training images: found 37 images",
     ),
     "rank without images": Case(two_ranks([], ["data.path=/no/such"]), 2, "on rank 1: .*/no/such"),
     "batch and ranks": Case(two_ranks(*[["trainer.batch_size=9"]] * 2), 2, "can't be shared evenly by 2 ranks"),
@@ -317,6 +322,9 @@ def judge(case: Case, place: Place) -> tuple[str, list[str]]:
         runs = case.how(place)
     except (Hang, AssertionError) as error:
         return str(error).strip().rpartition("\n")[2], [f"{type(error).__name__}: the case did not get to its end"]
+    finally:
+        for run in place.started:
+            run.end_group()
     outputs = [run.output for run in runs]
     codes = [run.process.returncode for run in runs]
     together = "\n".join(outputs)
@@ -339,6 +347,8 @@ def main() -> int:
     if unknown := set(names) - CASES.keys():
         parser.error(f"--only: no case {', '.join(sorted(unknown))}; --list shows all")
     failed = []
+    # Ends the runs of the present case too, which are in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="torture") as folder:
         images = write_images(Path(folder) / "images")
         for number, name in enumerate(names):
