@@ -138,7 +138,11 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
         small = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(small).resize((40, 32)).save(tmp_path / "val" / "a" / f"{number}.gif")
     expected = pixels(tmp_path, 24, 20, in_graph)
-    monkeypatch.setattr(dali_pipeline, "prepare", lambda data: Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40))
+
+    def as_they_are(data: bytes, max_pixels: int) -> Encoded:
+        return Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40)
+
+    monkeypatch.setattr(dali_pipeline, "prepare", as_they_are)
     assert torch.equal(pixels(tmp_path, 24, 20, in_graph), expected)
 
 

@@ -227,7 +227,7 @@ def test_what_only_dali_refuses_is_decoded_by_pil(
     config = DataConfig(path=str(tmp_path), loader="dali", workers=1)
     expected = list(build_train_loader(config, [PLAIN], batch_size=3, seed=0).batches(0))
 
-    def as_they_are(data: bytes) -> Encoded:
+    def as_they_are(data: bytes, max_pixels: int) -> Encoded:
         return Encoded(np.frombuffer(data, dtype=np.uint8), 32, 40)
 
     monkeypatch.setattr(dali_pipeline, "prepare", as_they_are)

@@ -64,7 +64,11 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
         (RAMP.astype(np.float32), "TIFF", (0, 1)),
         ((RAMP * 255).astype(np.float32), "TIFF", (0, 255)),
         ((RAMP * 2 - 1).astype(np.float32), "TIFF", (-1, 1)),
-        (np.where(RAMP > 0, RAMP * 900, np.nan).astype(np.float32), "TIFF", (0, 65535)),
+        (np.where(RAMP > 0, RAMP * 900, np.nan).astype(np.float32), "TIFF", (0, 4095)),
+        # An overshoot of a filter.
+        ((RAMP * 1.001).astype(np.float32), "TIFF", (0, 1.001)),
+        ((RAMP > 0.5).astype(np.int32), "TIFF", (0, 1)),
+        ((RAMP * 5).astype(np.uint16), "PNG", (0, 5)),
         ((RAMP * 4095).astype(np.uint16), "PNG", (0, 4095)),
         ((RAMP * 4095).astype(np.uint16), "TIFF", (0, 4095)),
         ((RAMP * 65535).astype(np.uint16), "PNG", (0, 65535)),

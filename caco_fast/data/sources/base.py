@@ -41,7 +41,7 @@ MAX_PIXELS = 178_956_970
 # PIL refuses a PNG for a text or a colour profile above 1 MB, which says nothing about its pixels; DALI doesn't.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 1024**2
 # The ranges in which people store grey values: 8, 12 and 16 bits of integers; 0 to 1, or one of the others, of floats.
-_RANGES = {"I": (255, 4095, 65535), "F": (1, 255, 65535)}
+_RANGES = {"I": (255, 4095, 65535), "F": (1, 255, 4095, 65535)}
 
 
 class BadImageError(Exception):
@@ -233,7 +233,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def grey_range(image: Image.Image) -> tuple[float, float] | None:
     """The values that become 0 and 255 in a grey image of more than 8 bits; None for any other image.
 
-    The smallest of the usual ranges that holds all values, or else from the smallest to the largest value.
+    The smallest of the usual ranges that holds all values. If they use less than a sixteenth of it, or fit into none,
+    they mean something else: then from the smallest to the largest value.
     """
     if image.mode[0] not in _RANGES:
         return None
@@ -241,7 +242,7 @@ def grey_range(image: Image.Image) -> tuple[float, float] | None:
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
     usual = next((top for top in _RANGES[image.mode[0]] if low >= 0 and high <= top), None)
-    if usual is not None:
+    if usual is not None and high >= usual / 16:
         return 0.0, float(usual)
     return float(low), float(max(high, low + 1e-12))
 
