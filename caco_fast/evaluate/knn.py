@@ -102,7 +102,7 @@ def _nearest(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]
     """Keys and columns of the k largest similarities of each row, in any order."""
     if k >= similarity.shape[1]:
         return _sortable(similarity, index).topk(similarity.shape[1], dim=1)
-    # One more than k tells the rows where the choice is among equal similarities. Only these need a key for every column.
+    # One more than k tells in which rows the choice is among equal similarities. Only they need a key for every column.
     values, place = similarity.topk(k + 1, dim=1)
     tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
     place = place[:, :k].contiguous()
