@@ -104,8 +104,7 @@ class MetricsWriter:
         line |= {name: to_json(value) for name, value in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._to_tensorboard(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "step": step, "epoch": epoch})
+        self._to_wandb(lambda run: run.log({**numbers, "step": step, "epoch": epoch}))
 
     def close(self) -> None:
         if self._file is not None:
@@ -113,9 +112,18 @@ class MetricsWriter:
             self._file = None
         self._to_tensorboard(lambda board: board.close())
         self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
+        self._wandb = None
+
+    def _to_wandb(self, act: Callable[[Any], Any]) -> None:
+        """Use the run of W&B, or give it up: its errors are of many kinds, and none is worth the training."""
+        if self._wandb is None:
+            return
+        try:
+            act(self._wandb)
+        except Exception as error:
             self._wandb = None
+            log.warning("W&B: %s; training continues without it, metrics.jsonl has all", _one_line(error))
 
     def _to_tensorboard(self, act: Callable[[Any], Any]) -> None:
         """Use TensorBoard's writer, or give it up. Its thread ends at the first error, which the next call raises."""
@@ -184,11 +192,15 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def _tensorboard_opener(folder: Path, resume_at: int | None) -> Callable[[], Any]:
+def _tensorboard_opener(folder: Path, resume_at: int | None) -> Callable[[], Any] | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("tensorboard is on but not installed: pip install tensorboard, or turn it off") from None
+        log.warning(
+            "run.tensorboard: tensorboard is not installed, so there are no events of it, metrics.jsonl has all; "
+            "pip install tensorboard, or set run.tensorboard=false"
+        )
+        return None
     # TensorBoard hides the points of older files from this step on: the run was resumed from before them.
     purge = None if not folder.exists() else 0 if resume_at is None else resume_at + 1
     _silence_tensorboard_thread()
@@ -224,16 +236,30 @@ def _open_wandb(wandb: Any, config: WandbConfig, folder: Path, run_config: Mappi
     # With its id a resumed run continues the same W&B run.
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text().strip() if id_file.exists() else None
-    run = wandb.init(
-        mode=config.mode,
-        project=config.project,
-        entity=config.entity,
-        name=config.name or folder.resolve().name,
-        dir=str(folder),
-        id=known,
-        resume="allow",
-        config=dict(run_config or {}),
-    )
+    try:
+        run = wandb.init(
+            mode=config.mode,
+            project=config.project,
+            entity=config.entity,
+            name=config.name or folder.resolve().name,
+            dir=str(folder),
+            id=known,
+            resume="allow",
+            config=dict(run_config or {}),
+        )
+        run.define_metric("*", step_metric="step")
+    # No network and no login are errors of W&B's own kinds.
+    except Exception as error:
+        log.warning(
+            "wandb.mode: %s does not start: %s; training continues without W&B, metrics.jsonl has all; run "
+            "wandb login, or set wandb.mode=offline",
+            config.mode,
+            _one_line(error),
+        )
+        return None
     atomic_write_text(id_file, f"{run.id}\n")
-    run.define_metric("*", step_metric="step")
     return run
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

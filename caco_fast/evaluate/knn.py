@@ -21,8 +21,9 @@ from caco_fast.distributed import (
 from caco_fast.errors import UserError
 from caco_fast.ops.tiling import f32_products
 
-# The tile of similarities in memory at a time. Where many are equal, keys take some 30 bytes for each.
-QUERIES, ROWS = 1024, 8192
+# A product has QUERIES x ROWS similarities. Of PRODUCTS of them next to each other the largest are taken at a time,
+# because a search in long rows is cheaper. Where many are equal, keys take some 30 bytes for each.
+QUERIES, ROWS, PRODUCTS = 1024, 8192, 4
 # A key below that of any similarity. It fills the places of a rank that has fewer rows than k.
 NO_KEY = torch.iinfo(torch.int64).min
 
@@ -83,9 +84,14 @@ def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k:
     """Similarities and labels [Q, k] of the nearest rows over all ranks, nearest first."""
     keys = queries.new_full((len(queries), 0), NO_KEY, dtype=torch.int64)
     label = torch.zeros_like(keys)
-    for start in range(0, len(bank), ROWS):
-        rows = slice(start, start + ROWS)
-        found, place = _nearest(queries @ bank[rows].T, index[rows], k)
+    width = PRODUCTS * ROWS
+    similarity = queries.new_empty(len(queries), min(width, len(bank)))
+    for start in range(0, len(bank), width):
+        rows = slice(start, start + width)
+        parts = bank[rows].split(ROWS)
+        for part, columns in zip(parts, similarity.split(ROWS, dim=1)):
+            torch.mm(queries, part.T, out=columns[:, : len(part)])
+        found, place = _nearest(similarity[:, : len(bank[rows])], index[rows], k)
         keys, label = _best(torch.cat([keys, found], 1), torch.cat([label, labels[rows][place]], 1), k)
     if is_distributed():
         missing = (0, k - keys.shape[1])
@@ -98,8 +104,7 @@ def _nearest(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]
     """Keys and columns of the k largest similarities of each row, in any order."""
     if k >= similarity.shape[1]:
         return _sortable(similarity, index).topk(similarity.shape[1], dim=1)
-    # One more than k tells the rows where the choice is among equal similarities. Only these need a key for every
-    # column.
+    # One more than k tells in which rows the choice is among equal similarities. Only they need a key for every column.
     values, place = similarity.topk(k + 1, dim=1)
     tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
     place = place[:, :k].contiguous()

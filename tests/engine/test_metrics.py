@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,41 @@ def test_missing_wandb_names_the_install_command(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="mode is online but wandb is not installed: pip install wandb"):
         MetricsWriter(tmp_path, tensorboard=False, wandb=WandbConfig(mode="online"))
+
+
+def test_without_tensorboard_one_warning_and_the_metrics_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5]
+    (said,) = caplog.messages
+    assert said.startswith("run.tensorboard: tensorboard is not installed")
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_without_network_or_login_wandb_is_given_up_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    def act(name: str, result: Any = None) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if name == fails:
+                raise ConnectionError("api_key not configured\n(no-tty)")
+            return result
+
+        return call
+
+    run = types.SimpleNamespace(id="a", log=act("log"), finish=act("finish"), define_metric=act("define_metric"))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=act("init", run)))
+    writer = MetricsWriter(tmp_path, tensorboard=False, wandb=WandbConfig(mode="online"))
+    for step in (1, 2):
+        writer.write(step, {"loss": 0.5})
+    writer.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    (said,) = caplog.messages
+    assert "api_key not configured (no-tty)" in said and "training continues without" in said and "\n" not in said
 
 
 def test_wandb_off_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
