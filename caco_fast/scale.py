@@ -4,6 +4,7 @@ A choice takes the place of a default, so every setting of the file or the comma
 are in the order in which they need each other: a batch that is given changes the bank, the epochs and the lr too.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -47,11 +48,15 @@ def load_scaled(path: Path | str | None, overrides: Sequence[str] = ()) -> tuple
 
     Without `data.path` nothing is chosen.
     """
-    config = load_config(path, overrides)
-    if not config.run.scale_to_images or not config.data.path:
+    asked = load_config(path, [given for given in overrides if given.startswith("run.scale_to_images=")])
+    if not asked.run.scale_to_images:
+        return load_config(path, overrides), ""
+    # Both views are there from the beginning, so that settings can name each of them.
+    chosen: Choices = {"views": _views(224)}
+    config = load_config(path, overrides, chosen)
+    if not config.data.path:
         return config, ""
     facts = _look(config)
-    chosen: Choices = {}
     for rule in RULES:
         chosen |= rule(config, facts)
         config = load_config(path, overrides, chosen)
@@ -62,7 +67,13 @@ def load_scaled(path: Path | str | None, overrides: Sequence[str] = ()) -> tuple
 
 
 def _look(config: Config) -> Facts:
-    source = build_source(config.data, "train")
+    # The run lists the images again, and then reports what is left out.
+    logger = logging.getLogger("caco_fast.data")
+    before, logger.disabled = logger.disabled, True
+    try:
+        source = build_source(config.data, "train")
+    finally:
+        logger.disabled = before
     if len(source) < FEWEST:
         raise UserError(f"data.path: found {len(source)} images in {config.data.path}, expected at least {FEWEST}")
     device = config.trainer.device
@@ -81,20 +92,22 @@ def _side(source: Source) -> float:
     return median(sides) if sides else 224
 
 
+def _views(size: int) -> list[dict[str, Any]]:
+    """View a and view b as published. Blur with the usual sigmas leaves nothing of small ones."""
+    blur = size > SMALL_VIEW
+    return [{"size": size, "blur_p": 1.0 * blur}, {"size": size, "blur_p": 0.1 * blur, "solarize_p": 0.2}]
+
+
 def _model_and_batch(config: Config, facts: Facts) -> Choices:
     """A ResNet-50 with views of 224 pixels on GPUs, a ResNet-18 with views of 96 on CPUs, fewer for small images."""
     size = min(224 if facts.gpu else 96, max(32, int(facts.side) // 32 * 32))
     # A quarter of the images at most, so that an epoch has some steps.
     batch = min((128 if facts.gpu else 64) * facts.ranks, _power_of_two(facts.images / 4))
-    views = [{"size": size, "blur_p": 1.0}, {"size": size, "blur_p": 0.1, "solarize_p": 0.2}]
-    if size <= SMALL_VIEW:
-        # Blur with the usual sigmas leaves nothing of so few pixels.
-        views = [{**view, "blur_p": 0.0} for view in views]
     return {
         "backbone.name": "resnet50" if facts.gpu else "resnet18",
         "projector.hidden": 2048 if facts.gpu else 512,
         "projector.dim": 256 if facts.gpu else 128,
-        "views": views,
+        "views": _views(size),
         "trainer.batch_size": max(batch, 2 * facts.ranks) // facts.ranks * facts.ranks,
         "evaluation.held_out": 0.1 if facts.images < 1000 else 0.02,
     }
@@ -106,12 +119,14 @@ def _length_and_bank(config: Config, facts: Facts) -> Choices:
     fewest, most = (100, 400) if facts.gpu else (10, 200)
     size = config.views[0].size
     resnet = config.backbone.name.startswith("resnet")
+    # A ViT takes views of its own size alone, unless it is told that they may have others.
+    options = {"dynamic_img_size": True} if config.backbone.name.startswith("vit") else {}
     return {
         "trainer.epochs": min(most, max(fewest, math.ceil(epochs))),
         "caco.bank_size": _power_of_two(min(65536, facts.images / 4)),
         "moco.queue_size": _power_of_two(min(65536, facts.images / 4)),
         "backbone.stem": "small_stride2" if resnet and size <= SMALL_VIEW else "imagenet",
-        "backbone.options": {"zero_init_last": False} if resnet else {},
+        "backbone.options": {"zero_init_last": False} if resnet else options,
         "data.eval_resize": round(min(size * 8 / 7, max(size, facts.side))),
         "data.eval_size": size,
         # Adam's steps have the length of lr, so it follows the root of the batch.

@@ -149,7 +149,7 @@ def read_weights(file: str) -> Mapping[str, Any]:
 
 
 def find_backbone(tree: Mapping[str, Any], wanted: Shapes, where: str) -> Weights:
-    """The tensors `wanted` in what a file holds. UserError, with what was found, if no prefix has all of them.
+    """The tensors of these names and shapes in what a file holds. UserError, with what was found, if one is missing.
 
     where: the setting and the file, for the error line.
     """
