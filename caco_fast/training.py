@@ -211,6 +211,10 @@ def _compare_settings(config: Config, before: str, name: str) -> None:
             f"optimizer.name: found {config.optimizer.name}, expected {kind}, which {name} was made with; resume with "
             f"optimizer.name={kind}, or start anew in another run.folder"
         )
+    # A setting that came after the checkpoint was at its default then.
+    defaults = flat_settings(yaml.safe_load(to_yaml(Config())))
     for key in sorted(then.keys() | now.keys()):
+        if key not in then and now[key] == defaults.get(key):
+            continue
         if then.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             log.warning("resuming with another %s: %s, was %s", key, now.get(key), then.get(key))

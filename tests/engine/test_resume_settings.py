@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore, load_parts
 from caco_fast.errors import UserError
-from caco_fast.training import train
+from caco_fast.training import _compare_settings, train
 from tests.engine.tiny_run import config, write_images
 
 SHORT = ("method=moco", "evaluation.every_epochs=0", "trainer.log_every=1")
@@ -94,3 +95,10 @@ def test_a_loss_scale_is_taken_up_dropped_or_kept(was, now, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == (was != now)
     assert all(line.startswith("step_00000001.pt has ") and "loss scale" in line for line in lines)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_stood_at_its_default(images, caplog):
+    now = config(images, "trainer.clip_gradient=1.0")
+    before = "".join(line for line in to_yaml(now).splitlines(True) if "accumulate" not in line and "clip" not in line)
+    _compare_settings(now, before, "a checkpoint")
+    assert caplog.messages == ["resuming with another trainer.clip_gradient: 1.0, was None"]
