@@ -3,7 +3,6 @@
 Legend: N ranks, R rows on this rank, C channels.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,17 +84,6 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:  # [R, ...] -> [N R, ..
     dist.all_gather_into_tensor(gathered, rows)
     _count("all_gather_rows", gathered, _ring_share())
     return gathered
-
-
-def all_gather_together(*parts: torch.Tensor) -> list[torch.Tensor]:  # each [R, ...] -> [N R, ...]
-    """`all_gather_rows` of several tensors of any dtypes with as many rows, by one collective."""
-    if not is_distributed():
-        return [part.detach() for part in parts]
-    of_bytes = [
-        part.detach().reshape(len(part), math.prod(part.shape[1:])).contiguous().view(torch.uint8) for part in parts
-    ]
-    gathered = all_gather_rows(torch.cat(of_bytes, dim=1)).split([part.shape[1] for part in of_bytes], dim=1)
-    return [whole.contiguous().view(part.dtype).reshape(-1, *part.shape[1:]) for whole, part in zip(gathered, parts)]
 
 
 def all_gather_rows_with_gradient(rows: torch.Tensor) -> torch.Tensor:  # [R, C] -> [N R, C]

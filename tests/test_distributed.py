@@ -12,7 +12,6 @@ from caco_fast.distributed import (
     all_gather_objects,
     all_gather_rows,
     all_gather_rows_with_gradient,
-    all_gather_together,
     all_gather_uneven,
     all_reduce_logsumexp,
     all_reduce_max,
@@ -26,29 +25,6 @@ from caco_fast.distributed import (
     world_size,
 )
 from tests.ranks import run_ranks
-
-
-def gathered_together() -> list[torch.Tensor]:
-    own = rank() + 1
-    parts = (
-        torch.full((2, 3), own, dtype=torch.int64),
-        torch.tensor([own / 3, -own / 7]),
-        torch.full((2, 1), own / 3, dtype=torch.float64),
-        torch.full((2, 2), own / 3, dtype=torch.bfloat16),
-    )
-    with count_traffic() as traffic:
-        together = all_gather_together(*parts)
-    assert traffic.calls == {"all_gather_rows": 1}
-    assert all(torch.equal(found, all_gather_rows(part)) for found, part in zip(together, parts, strict=True))
-    return together
-
-
-def test_tensors_of_several_dtypes_are_gathered_by_one_collective() -> None:
-    for integers, floats, doubles, halves in run_ranks(gathered_together, 3):
-        assert integers[:, 0].tolist() == [1, 1, 2, 2, 3, 3] and integers.dtype == torch.int64
-        assert floats.shape == (6,) and doubles.shape == (6, 1) and halves.shape == (6, 2)
-    part = torch.randn(3, 2)
-    assert torch.equal(all_gather_together(part)[0], part)
 
 
 def test_one_process_is_rank_0_of_1_and_every_collective_the_identity() -> None:

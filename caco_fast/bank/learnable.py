@@ -158,16 +158,6 @@ class LearnableBank(nn.Module):
             raise ValueError(f"LearnableBank.record: queries: found shape {found}, expected [R, {self.dim}]")
         self.pending.add(Rows(queries, lse, row_weight, positives, positive_weight), temperature)
 
-    def recorded_positives(self) -> Tensor:  # [N R, M]
-        """The positives of all ranks in the latest record."""
-        return all_gather_rows(self._latest_positives())
-
-    def _latest_positives(self) -> Tensor:
-        latest = self.pending.records[-1].positives if self.pending.records else None
-        if latest is None:
-            raise ValueError("LearnableBank.recorded_positives: no positives were recorded since the last step")
-        return latest
-
     @torch.no_grad()
     def step(self, lr: Rate, scale: float = 1.0, *, skip: Tensor | None = None) -> None:
         """One bank step with all recorded rows of all ranks, which are consumed.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from caco_fast.distributed import all_gather_together
+from caco_fast.distributed import all_gather_rows
 from caco_fast.errors import UserError
 
 
@@ -22,15 +22,15 @@ class Rows(NamedTuple):
     positive_weight: Tensor | None  # [R, M]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
-        """The rows with a function applied to every tensor, in the order of the fields."""
-        changed = {name: change(value) for name, value in self._asdict().items() if value is not None}
-        return self._replace(**changed)
+        """The rows with a function applied to every tensor."""
+        positives = None if self.positives is None else change(self.positives)
+        weight = None if self.positive_weight is None else change(self.positive_weight)
+        return Rows(change(self.queries), change(self.lse), change(self.row_weight), positives, weight)
 
 
 def gather_rows(rows: Rows) -> Rows:
     """The rows of all ranks, in rank order; every rank brings as many, with the same M."""
-    gathered = iter(all_gather_together(*(value for value in rows if value is not None)))
-    return rows.each(lambda _: next(gathered))
+    return rows.each(all_gather_rows)
 
 
 class PendingRows:

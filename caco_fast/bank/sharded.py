@@ -24,7 +24,6 @@ from caco_fast.bank.learnable import Contrast, LearnableBank
 from caco_fast.bank.pending import Rows, gather_rows
 from caco_fast.distributed import (
     all_gather_rows,
-    all_gather_together,
     all_reduce_logsumexp,
     all_reduce_max,
     gather_to_first,
@@ -120,16 +119,16 @@ class ShardedBank(LearnableBank):
     ) -> Contrast:
         """The contrast of a replicated bank, but similarities to positives are those of the queries as operands."""
         gathered = self._gather(queries.to(operands))  # [N R, C]
-        weighed = [positives, positive_weight] + ([] if row_weight is None else [row_weight])
-        everyone, weights, *row_weights = all_gather_together(*weighed)  # [N R, M], [N R, M], [N R]
+        everyone, weights = all_gather_rows(positives), all_gather_rows(positive_weight)  # [N R, M]
         lse, mean_row = self._attend(gathered, (temperature, bank_temperature))
         chosen = self._kept_rows(everyone)  # [N R, M, C]
         similarity = (gathered.to(self.bank.dtype).unsqueeze(1) * chosen).sum(dim=2)  # [N R, M]
         direction = mean_row - (weights.unsqueeze(2) * chosen).sum(dim=1)  # [N R, C]
         merged = reduce_scatter_rows(torch.cat([direction, similarity], dim=1))  # [R, C + M]
         direction, similarity = merged[:, : self.dim], merged[:, self.dim :]
-        if row_weights:
-            self.pending.add(Rows(gathered, lse[1], row_weights[0], everyone, weights), bank_temperature)
+        if row_weight is not None:
+            rows = Rows(gathered, lse[1], all_gather_rows(row_weight), everyone, weights)
+            self.pending.add(rows, bank_temperature)
         logits, own_lse = similarity / temperature, lse[0, own_slice(queries)]
         loss = own_lse - (positive_weight * logits).sum(dim=1)
         loss = WithGradient.apply(queries, loss, direction / temperature)
@@ -146,10 +145,6 @@ class ShardedBank(LearnableBank):
     ) -> None:
         rows = gather_rows(Rows(queries, lse, row_weight, positives, positive_weight))
         super().record(rows.queries, rows.lse, temperature, rows.row_weight, rows.positives, rows.positive_weight)
-
-    def recorded_positives(self) -> Tensor:
-        # They were gathered when they were recorded.
-        return self._latest_positives()
 
     def _of_all_ranks(self, rows: Rows) -> Rows:
         # They were gathered when they were recorded.

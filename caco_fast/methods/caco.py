@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from caco_fast.bank import LearnableBank
-from caco_fast.distributed import world_size
+from caco_fast.distributed import all_gather_rows, world_size
 from caco_fast.errors import UserError
 from caco_fast.methods.base import Embeddings, StepOutput, register
 from caco_fast.methods.learned_bank import OPERANDS, LearnedBankConfig, LearnedBankMethod
@@ -119,7 +119,7 @@ class CaCoLoss(nn.Module):
             row_weight / world_size() if recorded else None,
         )
         self.positive_probability = probability.mean()
-        chosen = self.bank.recorded_positives() if recorded else positives
+        chosen = all_gather_rows(positives) if recorded else positives
         self.positive_perplexity = _perplexity(chosen, self.bank.size)
         return (row_weight * loss).sum()
 

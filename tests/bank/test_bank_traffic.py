@@ -22,12 +22,12 @@ B, C, RANKS = 12, 8, 3
 
 def payload(parallel: str, rows: int, channels: int, operand_bytes: int) -> int:
     """Bytes, for M = 1."""
-    # Index and weight of the positive, weight of the row.
+    # Index of the positive for the step or its metric, weight of the positive, weight of the row.
     queries, index, weights = rows * channels * operand_bytes, rows * 8, rows * 4 + rows * 4
     if parallel == "replicated":
-        return queries + index + weights + rows * 4 + index  # and the lse, and the index for the metric
+        return queries + index + weights + rows * 4 + index  # and the lse
     keys, packed, normalisers = rows * channels * 4, rows * 8, 2 * rows * 4
-    return keys + packed + queries + index + weights + 2 * normalisers + rows * (channels + 1) * 4
+    return keys + packed + queries + index + weights + 2 * normalisers + rows * (channels + 1) * 4 + index
 
 
 def on_rank() -> list[dict[str, Any]]:
