@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 import caco_fast.scale
+from caco_fast.api import _data_settings
 from caco_fast.cli.train import main
 from caco_fast.config import Config, settings_of
+from caco_fast.configs import find_config
 from caco_fast.errors import UserError
 from caco_fast.scale import Facts, load_scaled
 
@@ -91,3 +93,8 @@ def test_too_few_images_are_refused(images: Path, tmp_path: Path) -> None:
         (tmp_path / f"{i}.png").write_bytes((images / "0.png").read_bytes())
     with pytest.raises(UserError, match=r"data\.path: found 3 images in .*, expected at least 16"):
         load_scaled("own_images", [f"data.path={tmp_path}"])
+
+
+def test_a_folder_given_in_python_keeps_the_source_of_the_configuration() -> None:
+    sources = [_data_settings("DIR", find_config(name))["data.source"] for name in ("own_images", "quickstart")]
+    assert sources == ["images", "folder"]
