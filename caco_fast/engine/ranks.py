@@ -74,6 +74,7 @@ class Interrupt:
         # Whether all ranks have agreed to end the run because `max_seconds` are over. 0 is for ever.
         self.out_of_time = False
         self._max_seconds = max_seconds
+        self._deadline = math.inf
         self.timeout_s = timeout_s
         self._requested_at = 0.0
         self._previous_handlers: dict[signal.Signals, Any] = {}
