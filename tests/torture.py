@@ -138,7 +138,7 @@ def killed_and_resumed(place: Place) -> list[Run]:
 
 
 def second_in_folder(*arguments: str, **environment: str) -> How:
-    """Start the same run again while the first one trains; the first one must go on, and stop well when asked."""
+    """Start the same run again while the first one trains; the first one must continue, and stop well when asked."""
 
     def how(place: Place) -> list[Run]:
         # So long that the first one still trains when the second one has started.

@@ -27,7 +27,6 @@ class BackboneConfig:
     apex: str = setting(
         "off", "BatchNorm, ReLU and addition of a ResNet as groupbn of NVIDIA Apex, in fp16: on, off, or auto: if built"
     )
-
     init: str = setting(
         "", "weights to start from: a file (see docs/training.md), timm or torchvision; empty: random ones"
     )
@@ -42,13 +41,13 @@ def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:
     """The architecture with `channels` input channels; it maps [B, channels, h, w] to [B, feature_width].
 
     Raises:
-        UserError: unknown architecture, an option that it does not take, or a stem that does not fit it.
+        UserError: unknown architecture, a tag of weights without backbone.init=timm, an option that it does not take, or a stem that does not fit it.
     """
     architecture, _, tag = config.name.partition(".")
-    if tag:
+    if tag and config.init != "timm":
         raise UserError(
             f"backbone.name: found '{config.name}', expected an architecture alone, because the tag '{tag}' names "
-            f"weights, and training begins from random ones; set backbone.name={architecture}"
+            f"weights; set backbone.init=timm to begin from them, or backbone.name={architecture}"
         )
     try:
         backbone = timm.create_model(config.name, pretrained=False, num_classes=0, in_chans=channels, **config.options)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from caco_fast.data.sources.base import ArraySource, Source
+from caco_fast.data.sources.base import MAX_PIXELS, ArraySource, Source
 
 
 class Part:
@@ -17,6 +17,8 @@ class Part:
         self.source, self.positions = source, positions
         self.classes, self.channels = source.classes, source.channels
         self.mean, self.std = source.mean, source.std
+        # Of files; an array has no limit.
+        self.max_pixels = getattr(source, "max_pixels", MAX_PIXELS)
 
     def __len__(self) -> int:
         return len(self.positions)
