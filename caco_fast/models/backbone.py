@@ -41,7 +41,8 @@ def build_backbone(config: BackboneConfig, channels: int) -> nn.Module:
     """The architecture with `channels` input channels; it maps [B, channels, h, w] to [B, feature_width].
 
     Raises:
-        UserError: unknown architecture, a tag of weights without backbone.init=timm, an option that it does not take, or a stem that does not fit it.
+        UserError: unknown architecture, a tag of weights without backbone.init=timm, an option that it does not take,
+            or a stem that does not fit it.
     """
     architecture, _, tag = config.name.partition(".")
     if tag and config.init != "timm":
