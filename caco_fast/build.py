@@ -50,14 +50,12 @@ def settled(config: Config, device: torch.device) -> Config:
     """The configuration with `trainer.precision` decided for the device, so that a run's copy says what it ran with.
 
     Raises:
-        UserError: there is no such method, a setting of the data is wrong, the backbone can't take a size of the
-            images, the named backend of the bank does not run on the device, or a way to save memory does not go with
-            another setting.
+        UserError: there is no such method, a view is wrong, the backbone can't take a size of the images, the named
+            backend of the bank does not run on the device, or a way to save memory does not go with another setting.
     """
     # Here, before anything is listed, built or written.
     registered(config.method)
     validate_views(config.views)
-    config.data.validate()
     require_sizes(config.backbone, _known_sizes(config))
     if backend := getattr(getattr(config, config.method), "backend", ""):
         together(lambda: require_backend(f"{config.method}.backend", backend, device))

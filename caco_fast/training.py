@@ -107,6 +107,7 @@ def _started(config: Config) -> Iterator[tuple[Config, torch.device]]:
         advice = "start all ranks with the same settings and the same code"
         require_equal_starts({**settings_of(config), "code": provenance.code()}, advice)
         try:
+            config.data.validate()
             yield settled(config, device), device
         except RuntimeError as error:
             what, found, _ = str(error).partition(" does not have a deterministic implementation")

@@ -227,7 +227,7 @@ def test_workers_can_be_started_afresh_and_not_only_forked(image_folder: Path) -
 @pytest.mark.parametrize(
     ("settings", "views", "options", "line"),
     [
-        ({"source": "imagenet"}, VIEWS, {}, r"data.source: found 'imagenet', expected one of folder, index, "),
+        ({"source": "imagenet"}, VIEWS, {}, r"data.source: found 'imagenet', expected one of folder, images, index, "),
         ({"loader": "daly"}, VIEWS, {}, r"data.loader: found 'daly'"),
         ({"jitter": "quick"}, VIEWS, {}, r"data.jitter: found 'quick', expected one of exact, fast"),
         ({"source": "folder"}, VIEWS, {}, r"data.path: found nothing"),

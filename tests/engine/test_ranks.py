@@ -19,12 +19,16 @@ REPORTED, SILENT = 10, 11
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Interrupt() as interrupt:
-        assert interrupt.agreed() is None
-        os.kill(os.getpid(), number)
-        assert interrupt.agreed() == number
-    assert signal.getsignal(number) == before
+    # Tests may be run under nohup, which ignores SIGHUP.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with Interrupt() as interrupt:
+            assert interrupt.agreed() is None
+            os.kill(os.getpid(), number)
+            assert interrupt.agreed() == number
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_closed_terminal_is_no_request_under_nohup() -> None:

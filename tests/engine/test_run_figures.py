@@ -84,7 +84,7 @@ def test_other_texts_name_no_steps(text: str) -> None:
 
 def test_milestones_stay(run: Path) -> None:
     found = {path.name for path in (run / "checkpoints").glob("*.pt")}
-    assert found == {"epoch_0002.pt", "step_00000020.pt"}
+    assert found == {"epoch_0002.pt", "step_00000020.pt", "best.pt"}
     assert CheckpointStore(run / "checkpoints").load(run / "checkpoints" / "epoch_0002.pt")["position"]["step"] == 10
 
 
