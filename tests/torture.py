@@ -237,7 +237,7 @@ def fewer(folder: Path) -> None:
         path.unlink()
 
 
-VIT = ("backbone={name: vit_tiny_patch16_224, stem: imagenet, options: {depth: 2}}",)
+VIT = ("backbone.options={}", "backbone={name: vit_tiny_patch16_224, stem: imagenet, options: {depth: 2}}")
 NO_FLOCK = (
     "import errno, fcntl\ndef no(*_): raise OSError(errno.ENOSYS, 'Function not implemented')\nfcntl.flock = no\n"
 )
@@ -282,7 +282,7 @@ CASES: dict[str, Case] = {
     "batch and ranks": Case(two_ranks(*[["trainer.batch_size=9"]] * 2), 2, "can't be shared evenly by 2 ranks"),
     "left WORLD_SIZE": Case(alone(WORLD_SIZE="2"), 2, "WORLD_SIZE"),
     "empty WORLD_SIZE": Case(alone("trainer.max_steps=1", WORLD_SIZE=""), 2, "WORLD_SIZE"),
-    "RANK without address": Case(alone(RANK="0", WORLD_SIZE="2"), 2, "MASTER_ADDR"),
+    "RANK without address": Case(alone(RANK="0", WORLD_SIZE="2"), 2, "MASTER_(ADDR|PORT)"),
     # Signals
     "SIGINT": Case(signalled(signal.SIGINT), 130, "stopped by SIGINT"),
     "SIGTERM": Case(signalled(signal.SIGTERM), 143, "stopped by SIGTERM"),
@@ -297,6 +297,7 @@ CASES: dict[str, Case] = {
     "home": Case(alone("run.folder=~/runs/x", "trainer.max_steps=1"), 0, f"{DONE}/.*/home/runs/x"),
     "kernels on a CPU": Case(alone("caco.backend=cuda"), 2, "caco.backend"),
     "diverges": Case(alone("optimizer={name: sgd, lr: 1e30}"), 2, "the loss is -?(nan|inf) at step"),
+    "tag of weights": Case(alone("backbone.name=resnet18.a1_in1k"), 2, "backbone\\.init=timm"),
     "vit and small views": Case(alone(*VIT), 2, "img_size|dynamic_img_size"),
     # Images
     "no data": Case(alone("data.path=/no/such/folder"), 2, "/no/such/folder"),
@@ -311,7 +312,7 @@ CASES: dict[str, Case] = {
     "no affinity": Case(patched("import os\ndel os.sched_getaffinity\n"), 0, DONE),
     "long TMPDIR": Case(in_long_tmpdir, 0, DONE),
     "few descriptors": Case(
-        alone("data.workers=2", before=("bash", "-c", 'ulimit -n 48; exec "$@"', "bash")), 2, "ulimit -n"
+        alone("data.workers=2", before=("bash", "-c", 'ulimit -n 26; exec "$@"', "bash")), 2, "ulimit -n"
     ),
 }
 
@@ -347,6 +348,8 @@ def main() -> int:
     if unknown := set(names) - CASES.keys():
         parser.error(f"--only: no case {', '.join(sorted(unknown))}; --list shows all")
     failed = []
+    # A test under nohup would hand its ignored SIGHUP to the runs.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Ends the runs of the present case too, which are in groups of their own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="torture") as folder:
