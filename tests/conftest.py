@@ -19,9 +19,11 @@ SLOW = tuple(
     emulation test_dependability test_sass test_method_interface test_train_cli test_training test_step_graph
     test_golden test_bench_ops test_examples test_methods_on_ranks test_kernel_check test_growth test_faulty_images
     test_compiling test_torchvision_loader test_resume_on_other_ranks test_ten_thousand test_index test_bench_train
-    test_bad_images_of_ranks test_scaling test_checkpoint test_reproducible test_readme test_bank_ranks
-    test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity test_views
-    test_bad_images test_accumulate test_run_figures test_recompute test_rank_0_writes test_no_waiting gpu
+    test_agreement test_epoch_end test_held_out test_curves test_distributed test_resume_settings test_scale
+    test_bank_traffic test_bad_images_of_ranks test_scaling test_checkpoint test_reproducible test_readme
+    test_bank_ranks test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity
+    test_views test_bad_images test_accumulate test_run_figures test_recompute test_rank_0_writes test_no_waiting
+    gpu
     """.split()
 )
 

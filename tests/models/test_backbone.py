@@ -54,6 +54,10 @@ def test_the_projector_fits_the_backbones_output(name: str) -> None:
     assert embedding.shape == (1, 8)
 
 
+def test_a_tag_names_the_weights_that_timm_gives() -> None:
+    assert build_backbone(BackboneConfig("resnet18.a1_in1k", init="timm"), channels=3).num_features == 512
+
+
 @pytest.mark.parametrize(
     "settings, line",
     [
