@@ -6,10 +6,11 @@ import errno
 import fcntl
 import io
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -162,6 +163,13 @@ class LastingOutput:
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """A context, and a decorator, in which a program does not end because nobody reads its output any more."""
+    with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:

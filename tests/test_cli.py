@@ -1,5 +1,6 @@
 """The command line itself: its commands, its help without torch, and configurations by name."""
 
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +17,15 @@ from caco_fast.errors import UserError
 def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "caco_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def test_a_reader_that_leaves_early_is_no_error(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["train", "--config", "quickstart", "--print-config"]) == 0
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -9,13 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caco_fast.configs import find_config, listing
 from caco_fast.errors import UserError
-from caco_fast.storage import LastingOutput
+from caco_fast.storage import lasting_output
 
 if TYPE_CHECKING:
     from caco_fast.config import Config
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 NO_CONFIG = "NAME or FILE, such as --config quickstart; --list-configs shows the shipped ones"
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
@@ -59,9 +59,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     name = file.stem if file else config.method
     # The shell leaves the `~` of run.folder=~/runs as it is.
     folder = Path(os.path.expanduser(config.run.folder or f"runs/{name}"))
-    # A run must not end because nobody reads its output any more.
-    with redirect_stdout(LastingOutput(sys.stdout)), redirect_stderr(LastingOutput(sys.stderr)):
-        return _train(config, folder, os.path.expanduser(options.resume), rank, options.dry_run)
+    return _train(config, folder, os.path.expanduser(options.resume), rank, options.dry_run)
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str, rehearse: bool) -> int:

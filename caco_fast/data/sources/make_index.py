@@ -30,7 +30,7 @@ from caco_fast.data.sources.folder import FolderSource, split_folders
 from caco_fast.data.sources.index import SplitIndex, read_index, write_index
 from caco_fast.errors import UserError
 from caco_fast.host import cores, make_socket_folder
-from caco_fast.storage import atomic_write, atomic_write_text, remove_leftovers
+from caco_fast.storage import atomic_write, atomic_write_text, lasting_output, remove_leftovers
 
 HELP = """\
 Check a folder of images and write an index to train from: python tools/index_data.py /data/imagenet
@@ -228,6 +228,7 @@ def _surprising_pixels(image: Image.Image) -> Iterator[tuple[str, str]]:
             yield TRANSPARENT, f"{(alpha < 255).mean():.0%} of it; the colours below are used as they are stored"
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the program and return its exit status. Errors of the user are printed."""
     previous = signal.signal(signal.SIGTERM, _stop)
