@@ -99,17 +99,7 @@ def build_trainer(
     method = _build_method(config, device)
     if config.trainer.compile:
         compile_step(encoders, method, device)
-    loader = build_train_loader(
-        config.data,
-        config.views,
-        batch_size=config.trainer.batch_size,
-        seed=config.trainer.seed,
-        rank=rank(),
-        world_size=world_size(),
-        device=device,
-        dtype=autocast or torch.float32,
-        source=source,
-    )
+    loader = _build_loader(config, source, config.trainer.batch_size, device, autocast)
     scaler = gradient_scaler(config.trainer.precision, device)
     optimizer = build_optimizer(
         config.optimizer,
@@ -220,27 +210,30 @@ def _training_images(config: Config) -> tuple[Source, Source | None]:
     return hold_out(source, share, config.trainer.seed)
 
 
+def _build_loader(
+    config: Config, source: Source, batch_size: int, device: torch.device, autocast: torch.dtype | None
+) -> TrainLoader:
+    """The loader of this rank's share of the views."""
+    return build_train_loader(
+        config.data,
+        config.views,
+        batch_size=batch_size,
+        seed=config.trainer.seed,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
+        dtype=autocast or torch.float32,
+        source=source,
+    )
+
+
 def _build_held_out(config: Config, source: Source, device: torch.device, autocast: torch.dtype | None) -> HeldOut:
     # As few batches as training's size allows, of one size, so that a mean over them is one over nearly all images.
     batches = -(-len(source) // config.trainer.batch_size)
     batch_size = max(1, len(source) // batches // world_size()) * world_size()
     # Bad images are counted by the training's loader, over the far larger part.
-    data = replace(config.data, bad_image_limit=1.0)
-
-    def open_loader() -> TrainLoader:
-        return build_train_loader(
-            data,
-            config.views,
-            batch_size=batch_size,
-            seed=config.trainer.seed,
-            rank=rank(),
-            world_size=world_size(),
-            device=device,
-            dtype=autocast or torch.float32,
-            source=source,
-        )
-
-    return HeldOut(config.evaluation, open_loader, device)
+    tolerant = replace(config, data=replace(config.data, bad_image_limit=1.0))
+    return HeldOut(config.evaluation, lambda: _build_loader(tolerant, source, batch_size, device, autocast), device)
 
 
 def _build_evaluator(config: Config, source: Source, device: torch.device) -> Evaluator | None:

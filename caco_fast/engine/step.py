@@ -119,15 +119,14 @@ class TrainStep:
     def compute(self, views: Sequence[Tensor], rates: Rates) -> None:
         """What the device does in a step, which is all that a CUDA graph repeats."""
         self.set_lr(rates.lr)
-        rows = []
-        for part in range(self.accumulate):
-            rows.append(self._part([view.chunk(self.accumulate)[part] for view in views], part))
+        parts = zip(*(view.chunk(self.accumulate) for view in views), strict=True)
+        rows = [self._part(of_part, number) for number, of_part in enumerate(parts)]
         with self.span("optimiser"):
             skip, norm = optimizer_step(self.optimizer, self.scaler, self.clip_gradient)
         self.interval.add({"gradient_norm": norm})
         with self.span("loss + bank"):
             # The rows of all parts at once: the bank, and so every part's loss, is that from before the step.
-            together = rows[0] if self.accumulate == 1 else [torch.cat(parts) for parts in zip(*rows)]
+            together = rows[0] if self.accumulate == 1 else [torch.cat(of_parts) for of_parts in zip(*rows)]
             self._phase.update(together, rates.warmup, skip)
         with self.span("EMA"):
             self.encoders.advance_key(rates.key_momentum, skip)

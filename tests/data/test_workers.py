@@ -124,8 +124,8 @@ def test_sockets_can_be_bound_whatever_the_length_of_tmpdir(
 
 def test_a_folder_that_refuses_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch, no_folder_yet: None) -> None:
     def refuse(*_: object, **__: object) -> str:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/tmp/pymp-x")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/folder/pymp-x")
 
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with pytest.raises(UserError, match="TMPDIR: /tmp/pymp-x can't be written"):
+    with pytest.raises(UserError, match="TMPDIR: /folder/pymp-x can't be written"):
         make_socket_folder()

@@ -20,7 +20,7 @@ from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoConfig, Method, MoCoConfig, build_method
 from caco_fast.models import Encoder, EncoderPair
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.methods.small_methods import Keyless, Temperature
 from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
@@ -149,11 +149,6 @@ def test_a_loss_with_negatives_from_the_batch_refuses_parts() -> None:
 def test_bounds(setting: str, line: str) -> None:
     with pytest.raises(UserError, match=f"trainer.{setting}: {line}"):
         TrainerConfig(**{setting: 0})
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def test_a_batch_that_does_not_divide_is_refused(images: Path, tmp_path: Path) -> None:

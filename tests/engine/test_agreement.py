@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from caco_fast import build
@@ -21,11 +20,6 @@ from tests.engine.tiny_run import config, write_images
 from tests.ranks import run_ranks
 
 SHORT = ("method=moco", "evaluation.every_epochs=0", "trainer.epochs=1")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def line_of(action: Callable[[], Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from caco_fast.config import to_yaml
 from caco_fast.methods import CaCo
 from caco_fast.models import Encoder, EncoderPair
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.tool import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +23,6 @@ prove_switches = load_tool("check/switches")
 train_steps = load_tool("bench/peers")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def test_the_released_step_is_caco(images: Path) -> None:

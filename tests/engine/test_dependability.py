@@ -18,18 +18,13 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from tests.engine.kill_ranks import moments
 from tests.engine.rank_processes import Ranks
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("trainer.epochs=6", "evaluation.every_epochs=0", "checkpoint.every_epochs=0")
 SETTINGS += ("trainer.collective_timeout=60",)
 # CACO_KILLS=20 is the full test, some minutes.
 KILLS = int(os.environ.get("CACO_KILLS", "3"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,7 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.evaluate.evaluator import Evaluator
 from caco_fast.training import train
-from tests.engine.tiny_run import config, write_images
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
+from tests.engine.tiny_run import config
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from caco_fast.methods import CaCo, CaCoConfig, Method, MoCo, MoCoConfig
 from caco_fast.ops import dispatch
 from caco_fast.ops.checks import BankUse
 from caco_fast.training import train
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.ops.backends import drop_kernels, emulated_module, kernels_over
 from tests.ranks import run_ranks
 
@@ -265,11 +265,6 @@ def test_kernels_that_are_not_there_are_refused_in_one_line():
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def short(images: Path, *overrides: str):

@@ -13,7 +13,7 @@ from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.step import Rates
 from caco_fast.engine.step_graph import WARMUP_STEPS
 from caco_fast.engine.trainer import Trainer
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -33,11 +33,6 @@ CASES = {
     "replays, parts, clipped": ("trainer.cuda_graph=true", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "replays, moco": ("trainer.cuda_graph=true", "method=moco"),
 }
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def make_trainer(images: Path, folder: Path, *settings: str) -> Trainer:

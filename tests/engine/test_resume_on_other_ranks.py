@@ -11,7 +11,7 @@ from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.engine.metrics import read_metrics
 from caco_fast.training import train
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.ranks import run_ranks
 
 # 2 steps of initialisation, and 3 in each epoch. Log lines come at odd steps of a phase. No number of ranks divides K.
@@ -48,11 +48,6 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 def state(folder: Path, step: int) -> dict[str, Any]:
     store = CheckpointStore(folder / "checkpoints")
     return store.load(folder / "checkpoints" / f"step_{step:08d}.pt")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,9 @@ from caco_fast.config import to_yaml
 from caco_fast.engine.checkpoint import CheckpointStore, load_parts
 from caco_fast.errors import UserError
 from caco_fast.training import _compare_settings, train
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 
 SHORT = ("method=moco", "evaluation.every_epochs=0", "trainer.log_every=1")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,10 @@ from caco_fast.engine.profile import steps_to_profile
 from caco_fast.engine.ranks import Interrupt
 from caco_fast.engine.settings import CheckpointConfig, TrainerConfig
 from caco_fast.errors import UserError
-from tests.engine.tiny_run import SETTINGS, config, write_images
+from tests.engine.tiny_run import SETTINGS, config
 from tests.ranks import run_ranks
 
 SHORT = ("evaluation.every_epochs=0", "evaluation.baselines=false", "evaluation.linear_probe=false")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -24,18 +24,13 @@ from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCoLoss
 from caco_fast.optim import build_optimizer
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 OPTIMIZERS = ("{name: lars, lr: 0.3, scale_lr: false}", "{name: sgd, lr: 0.03}", "{name: adamw, lr: 0.003}")
 METHODS = ("caco", "moco")
 RATES = Rates(lr=0.05, key_momentum=0.9, warmup=0.5)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def make_trainer(images: Path, folder: Path, *settings: str) -> Trainer:

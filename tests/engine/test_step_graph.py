@@ -41,18 +41,13 @@ from tests.engine.graph_steps import (
     state_of,
 )
 from tests.engine.replay import HostWait, NoHostWaits, Recorder
-from tests.engine.tiny_run import config, write_images
+from tests.engine.tiny_run import config
 from tests.ranks import run_ranks
 from tests.tool import load_tool
 
 prove_switches = load_tool("check/switches")
 
 FP16 = ("caco, lars", "caco, sgd", "caco, adamw", "moco")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
