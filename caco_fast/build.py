@@ -173,7 +173,7 @@ def _build_method(config: Config, device: torch.device) -> Method:
 
 
 def _build_encoders(config: Config, channels: int, device: torch.device, autocast: torch.dtype | None) -> EncoderPair:
-    method = registered(config.method).method
+    needs = registered(config.method).method.needs(getattr(config, config.method), method_sections(config))
     recompute = config.trainer.checkpoint_activations
     joint_views = config.trainer.joint_views == "on"
     if config.trainer.joint_views == "auto":
@@ -184,8 +184,8 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
         channels,
         autocast=autocast,
         joint_views=joint_views,
-        key_encoder=method.key_encoder,
-        norm_sets=method.norm_sets,
+        key_encoder=needs.key_encoder,
+        norm_sets=needs.norm_sets,
     )
     if recompute:
         recompute_activations(encoders.query, config.backbone.name)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from caco_fast.bank.memory import check_loaded_shape, enough_memory, moved, random_unit_rows
 from caco_fast.bank.operand import OperandCopy
 from caco_fast.distributed import all_gather_rows
-from caco_fast.ops import bank_attend
+from caco_fast.ops import bank_attend, bank_select
+from caco_fast.ops.tiling import unit_rows
 
 
 class KeyQueue(nn.Module):
@@ -50,6 +51,14 @@ class KeyQueue(nn.Module):
         """`ops.bank_attend` on the keys: lse [R] (a pair for two temperatures) and mean_row [R, C]."""
         operand = self.operand.for_attend(self.queue, queries)
         return bank_attend(queries, self.queue, temperature, self.backend, operand=operand)
+
+    def select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`ops.bank_select` on the keys: index [R] of the most similar key and its similarity [R]."""
+        return bank_select(rows, self.queue, self.backend, operand=self.operand.for_select(self.queue))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Keys at these indices, scaled to unit length, as constants. [...] -> [..., C]"""
+        return unit_rows(self.queue[index.flatten()])[0].view(*index.shape, self.queue.shape[1])
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, *, skip: Tensor | None = None) -> None:  # [R, C], []

@@ -6,6 +6,7 @@ import pkgutil
 from caco_fast.methods.base import (
     METHODS,
     Embeddings,
+    EncoderNeeds,
     Method,
     Phase,
     StepOutput,
@@ -27,6 +28,7 @@ __all__ = [
     "CaCoConfig",
     "CaCoLoss",
     "Embeddings",
+    "EncoderNeeds",
     "Method",
     "MoCo",
     "MoCoConfig",

@@ -67,6 +67,13 @@ class Phase:
     capturable: bool = True
 
 
+class EncoderNeeds(NamedTuple):
+    """What a method asks of the encoders that are built for it."""
+
+    key_encoder: bool = True  # whether it calls `encoders.keys`; if not, no key encoder is built, kept or averaged
+    norm_sets: int = 1  # sets of BatchNorm weights and statistics in the query encoder
+
+
 class Method(nn.Module, ABC):
     """One self-supervised objective, with the bank, queue or layers that it learns with.
 
@@ -81,10 +88,9 @@ class Method(nn.Module, ABC):
 
     # The name under which it is registered. Its section in a configuration has this name too.
     section: ClassVar[str] = ""
-    # Whether the method calls `encoders.keys`. If not, no key encoder is built, kept or averaged.
-    key_encoder: bool = True
-    # Sets of BatchNorm weights and statistics in the query encoder; `encoders.queries(views, norm_sets)` chooses.
-    norm_sets: int = 1
+    # What `needs` answers, unless it depends on the settings. `encoders.queries(views, norm_sets)` chooses a set.
+    key_encoder: ClassVar[bool] = True
+    norm_sets: ClassVar[int] = 1
     # Whether the loss of a batch is the mean of the losses of its parts, so that `trainer.accumulate` may split it. It
     # is not if the negatives come from the batch. `update` follows the last part, with the rows of all.
     accumulates: bool = False
@@ -101,6 +107,11 @@ class Method(nn.Module, ABC):
         `build_method(name, dim, sections)`.
         """
         return cls(config, dim)
+
+    @classmethod
+    def needs(cls, config: Any, sections: Mapping[str, Any]) -> EncoderNeeds:
+        """What the method asks of the encoders with these settings; `sections` as in `build`."""
+        return EncoderNeeds(cls.key_encoder, cls.norm_sets)
 
     @abstractmethod
     def check_views(self, sizes: Sequence[int]) -> None:
@@ -121,6 +132,17 @@ class Method(nn.Module, ABC):
     def forward(self, views: Sequence[Tensor], encoders: EncoderPair) -> StepOutput:
         """Views, [B, channels, h, w] each, in the configured order, to the loss of this step."""
         return self.loss(self.embed(views, encoders))
+
+    def adversarial_loss(self, embeddings: Embeddings, anchor: Tensor, other: Tensor) -> Tensor:  # [B, C] each -> []
+        """The loss of view a against an image that a wrapper has changed, such as an adversarial example of it.
+
+        embeddings: those of the clean views, from `embed`. anchor: query of the clean view a. other: query of the
+        changed image. A method with keys takes `other` as the query and leaves `anchor` out. Nothing is recorded.
+
+        Raises:
+            NotImplementedError: the method has no such loss, so that a wrapper must refuse it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss for adversarial examples")
 
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         """Step the bank or queue after the optimiser's step.

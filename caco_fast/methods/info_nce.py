@@ -1,9 +1,28 @@
 """InfoNCE of a query with its own key and the rows of a bank or queue: the loss of MoCo and of CaCo's initialisation.
 
-Legend: R rows, C channels; n_j are the rows of the bank or queue.
+Legend: R rows on this rank, N ranks, C channels; n_j are the rows of the bank or queue.
 """
 
 import torch
+
+from caco_fast.distributed import rank
+from caco_fast.ops.tiling import f32_products
+
+
+@f32_products()
+def batch_logits(
+    queries: torch.Tensor,  # [R, C]
+    rows: torch.Tensor,  # [S, C], such as the keys of all ranks
+    temperature: float,
+) -> torch.Tensor:  # [R, S]
+    """q_i . x_l / t for rows of the batch, which are few enough for a dense product. Differentiable in both."""
+    return queries @ rows.T / temperature
+
+
+def own_rows(queries: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R]
+    """The place of this rank's rows among those of all ranks, as `all_gather_rows` orders them."""
+    count = queries.shape[0]
+    return torch.arange(rank() * count, (rank() + 1) * count, device=queries.device)
 
 
 def info_nce(

@@ -56,3 +56,13 @@ def test_wrong_shapes_are_named():
         KeyQueue(5, 3).enqueue(torch.ones(2, 4))
     with pytest.raises(UserError, match="the key queue: found size 0 and dim 3"):
         KeyQueue(0, 3)
+
+
+def test_select_finds_the_nearest_key_and_rows_returns_it():
+    queue = KeyQueue(5, 3)
+    # A key that is not of unit length is compared, and returned, as one that is.
+    queue.enqueue(torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]))
+    index, similarity = queue.select(torch.tensor([[0.8, 0.6, 0.0], [-0.6, -0.8, 0.0]]))
+    assert index.tolist() == [0, 4]
+    torch.testing.assert_close(similarity, torch.tensor([0.8, 0.8]))
+    torch.testing.assert_close(queue.rows(index), torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]))
