@@ -18,7 +18,7 @@ from caco_fast.models import Encoder
 
 log = logging.getLogger("caco_fast.training")
 
-# Bytes of raw pixels as features, of all ranks together: every rank gathers them for the linear probe.
+# Bytes of raw pixels as features, of all ranks together.
 RAW_LIMIT = 4 * 2**30
 
 

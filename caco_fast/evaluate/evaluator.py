@@ -3,31 +3,23 @@
 Legend: N rows of this rank, D feature size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from caco_fast.distributed import all_gather_objects, all_gather_uneven, all_reduce_sum
+from caco_fast.distributed import all_gather_objects, all_reduce_sum
 from caco_fast.errors import UserError
-from caco_fast.evaluate.features import extract_features
+from caco_fast.evaluate.features import SizedBatches, extract_features
 from caco_fast.evaluate.knn import knn_accuracy
 from caco_fast.evaluate.linear_probe import linear_probe
 from caco_fast.models import Encoder
 from caco_fast.settings import require_at_least, setting
 
 Result = TypeVar("Result")
-
-
-class EvalBatches(Protocol):
-    """An iterable of (images, labels, index) batches that can be iterated again."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -92,8 +84,8 @@ class Evaluator:
     def __init__(
         self,
         config: EvaluationConfig,
-        train: EvalBatches,
-        test: EvalBatches,
+        train: SizedBatches,
+        test: SizedBatches,
         *,
         classes: int,
         denormalise: Callable[[Tensor], Tensor],
@@ -136,8 +128,7 @@ class Evaluator:
         train, test = self._extract(module, precision)
         scores = self._knn(train, test)
         if self.config.linear_probe:
-            rows = [all_gather_uneven(part) for part in (*train[:2], *test[:2])]
-            scores["linear"] = linear_probe(*rows, classes=self.classes)
+            scores["linear"] = linear_probe(*train[:2], *test[:2], classes=self.classes, train_index=train[2])
         return scores
 
     def _extract(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:

@@ -4,7 +4,7 @@ Legend: N training rows of this rank, M test rows of all ranks, D feature size, 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,49 +55,61 @@ def knn_accuracy(
         raise ValueError(f"k: found {ks}, expected numbers of at least 1")
     shards = all_gather_rows(torch.tensor([len(train_features)], device=train_features.device)).tolist()
     total = sum(shards)
-    queries = all_gather_uneven(F.normalize(test_features.float(), dim=1))  # [M, D]
+    queries = all_gather_uneven(_unit(test_features))  # [M, D]
     answers = all_gather_uneven(test_labels.to(test_features.device, torch.int64))  # [M]
     if total == 0 or len(queries) == 0:
         raise UserError(f"kNN: found {total} training and {len(queries)} test images, expected at least 1 of each")
     if max(ks) > total and rank() == 0:
         log.warning("kNN: k %d is larger than the training set, %d neighbours vote", max(ks), total)
-    bank = F.normalize(train_features.float(), dim=1)  # [N, D]
-    _require_finite(bank, queries)
+    _require_finite(train_features, queries)
+    device = train_features.device
     if train_index is None:
-        train_index = sum(shards[: rank()]) + torch.arange(len(bank))
-    train_index, labels = train_index.to(bank.device, torch.int64), train_labels.to(bank.device, torch.int64)
-    most = min(max(ks), total)
+        train_index = sum(shards[: rank()]) + torch.arange(len(train_features))
+    train_index, labels = train_index.to(device, torch.int64), train_labels.to(device, torch.int64)
+    neighbours = _neighbours(queries, train_features, labels, train_index, min(max(ks), total))
 
     correct = dict.fromkeys(ks, 0)
-    for rows, answer in zip(queries.split(QUERIES), answers.cpu().split(QUERIES), strict=True):
-        similarity, label = _neighbours(rows, bank, labels, train_index, most)
+    for (similarity, label), answer in zip(neighbours, answers.cpu().split(QUERIES), strict=True):
         # On the CPU, because the order of a sum is fixed there.
         weight = (similarity.cpu().double() / temperature).exp()  # [Q, most]
         for each in ks:
-            votes = weight.new_zeros(len(rows), classes)
+            votes = weight.new_zeros(len(answer), classes)
             votes.scatter_add_(1, label[:, :each].cpu(), weight[:, :each])
             correct[each] += int((votes.argmax(1) == answer).sum())
     return {each: 100.0 * correct[each] / len(queries) for each in ks}
 
 
-def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and labels [Q, k] of the nearest rows over all ranks, nearest first."""
-    keys = queries.new_full((len(queries), 0), NO_KEY, dtype=torch.int64)
-    label = torch.zeros_like(keys)
+def _neighbours(
+    queries: Tensor, features: Tensor, labels: Tensor, index: Tensor, k: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities and labels [Q, k] of the nearest rows over all ranks, nearest first, for each tile of the queries.
+
+    Rows are scaled to unit length block by block, because a scaled copy of them all would double the memory.
+    """
+    tiles = queries.split(QUERIES)
+    none = labels.new_empty(0)
+    best = [(none.expand(len(tile), 0), none.expand(len(tile), 0)) for tile in tiles]
     width = PRODUCTS * ROWS
-    similarity = queries.new_empty(len(queries), min(width, len(bank)))
-    for start in range(0, len(bank), width):
+    similarity = queries.new_empty(min(QUERIES, len(queries)), min(width, len(features)))
+    for start in range(0, len(features), width):
         rows = slice(start, start + width)
-        parts = bank[rows].split(ROWS)
-        for part, columns in zip(parts, similarity.split(ROWS, dim=1)):
-            torch.mm(queries, part.T, out=columns[:, : len(part)])
-        found, place = _nearest(similarity[:, : len(bank[rows])], index[rows], k)
-        keys, label = _best(torch.cat([keys, found], 1), torch.cat([label, labels[rows][place]], 1), k)
-    if is_distributed():
-        missing = (0, k - keys.shape[1])
-        keys, label = F.pad(keys, missing, value=NO_KEY), F.pad(label, missing)
-        keys, label = _best(_columns_of_all_ranks(keys), _columns_of_all_ranks(label), k)
-    return _similarity(keys), label
+        parts = [_unit(part) for part in features[rows].split(ROWS)]
+        for number, (tile, (keys, label)) in enumerate(zip(tiles, best)):
+            products = similarity[: len(tile), : len(features[rows])]
+            for part, columns in zip(parts, products.split(ROWS, dim=1)):
+                torch.mm(tile, part.T, out=columns)
+            found, place = _nearest(products, index[rows], k)
+            best[number] = _best(torch.cat([keys, found], 1), torch.cat([label, labels[rows][place]], 1), k)
+    for keys, label in best:
+        if is_distributed():
+            missing = (0, k - keys.shape[1])
+            keys, label = F.pad(keys, missing, value=NO_KEY), F.pad(label, missing)
+            keys, label = _best(_columns_of_all_ranks(keys), _columns_of_all_ranks(label), k)
+        yield _similarity(keys), label
+
+
+def _unit(rows: Tensor) -> Tensor:  # [n, D] -> [n, D] f32
+    return F.normalize(rows.float(), dim=1)
 
 
 def _nearest(similarity: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [Q, n], [n]
@@ -139,8 +151,11 @@ def _similarity(keys: Tensor) -> Tensor:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _require_finite(bank: Tensor, queries: Tensor) -> None:
+def _require_finite(features: Tensor, queries: Tensor) -> None:
     """Raise on all ranks alike, because a rank that raised alone would leave the others waiting."""
-    bad = all_reduce_sum((~bank.isfinite().all(1)).sum()) + (~queries.isfinite().all(1)).sum()
+    bad = torch.zeros((), dtype=torch.int64, device=features.device)
+    for part in features.split(ROWS):
+        bad += (~_unit(part).isfinite().all(1)).sum()
+    bad = all_reduce_sum(bad) + (~queries.isfinite().all(1)).sum()
     if bad:
         raise UserError(f"kNN: {int(bad)} images have features that are NaN or infinite, the encoder has diverged")

@@ -48,14 +48,23 @@ def test_mode_comes_back_after_an_error(encoder: nn.Sequential) -> None:
     assert encoder.training
 
 
-def test_autocast_computes_in_bf16_and_gives_f32(encoder: nn.Sequential) -> None:
+def test_features_have_the_dtype_that_autocast_computes(encoder: nn.Sequential) -> None:
     autocast = torch.autocast("cpu", torch.bfloat16)
     low, _, _ = extract_features(encoder, loader(), "cpu", autocast)
     full, _, _ = extract_features(encoder, loader(), "cpu")
-    assert low.dtype == torch.float32
-    assert 0 < (low - full).abs().max() < 0.1
+    assert low.dtype == torch.bfloat16
+    assert 0 < (low.float() - full).abs().max() < 0.1
 
 
 def test_no_images_is_one_line(encoder: nn.Sequential) -> None:
     with pytest.raises(UserError, match="found no images"):
         extract_features(encoder, [], "cpu")
+
+
+def test_a_first_batch_that_lost_images_is_no_limit(encoder: nn.Sequential) -> None:
+    batches = loader(5)
+    batches[0] = tuple(part[:1] for part in batches[0])
+    features, labels, index = extract_features(encoder, batches, "cpu")
+    expected = encoder.eval()(torch.cat([images for images, _, _ in batches]))
+    torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
+    assert len(labels) == len(index) == 17

@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from caco_fast.data import DataConfig, build_source
+from caco_fast.distributed import rank, world_size
 from caco_fast.errors import UserError
 from caco_fast.evaluate import linear_probe
+from tests.ranks import run_ranks
 
 module = sys.modules["caco_fast.evaluate.linear_probe"]
 
@@ -25,10 +29,27 @@ def blobs(count: int, dim: int = 8, classes: int = 4, noise: float = 1.0, seed: 
     return centres[labels] + noise * torch.randn(count, dim, generator=generator), labels
 
 
+def standardised(features: Tensor, labels: Tensor) -> module.Rows:
+    return module.Rows(features, labels, *module._standardisation(features, len(features)))
+
+
+def test_loss_and_gradient_over_blocks_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 64)
+    features, labels = blobs(201)
+    rows = standardised(3 * features + 1, labels)
+    weight = torch.randn(4, 9)
+    found = module.loss_and_gradient(rows, weight, 0.03, 201)
+    exact = weight.double().requires_grad_()
+    x = F.pad((features - features.mean(0)) / features.std(0, correction=0), (0, 1), value=1.0).double()
+    loss = F.cross_entropy(x @ exact.T, labels) + 0.03 / 2 * exact[:, :-1].square().sum()
+    for value, wanted in zip(found, (loss, *torch.autograd.grad(loss, exact)), strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_the_penalised_loss_vanishes_at_the_solution() -> None:
     features, labels = blobs(300)
-    rows, _ = module._standardise(features, features)
-    weight = module._fit(rows, labels, 4, 0.03, 500).double().requires_grad_()
+    weight = module._fit(standardised(features, labels), 4, 0.03, 500).double().requires_grad_()
+    rows = F.pad((features - features.mean(0)) / features.std(0, correction=0), (0, 1), value=1.0)
     loss = F.cross_entropy(rows.double() @ weight.T, labels) + 0.03 / 2 * weight[:, :-1].square().sum()
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.abs().max() < 1e-4
@@ -68,11 +89,12 @@ def test_result_is_deterministic() -> None:
 def test_penalty_is_chosen_on_rows_held_out() -> None:
     # Few rows in many dimensions need a strong penalty; many rows in few dimensions, with sharp borders, a weak one.
     noisy, labels = blobs(60, dim=400, noise=4.0)
-    assert module._choose_penalty(module._standardise(noisy, noisy)[0], labels, 4, 100) == module.PENALTIES[0]
+    places = torch.arange(4000)
+    assert module._choose_penalty(standardised(noisy, labels), places[:60], 4, 100) == module.PENALTIES[0]
     generator = torch.Generator().manual_seed(0)
     fine = torch.rand(4000, 2, generator=generator)
     stripes = (fine[:, 0] * 6).long()
-    assert module._choose_penalty(module._standardise(fine, fine)[0], stripes, 6, 200) == module.PENALTIES[-1]
+    assert module._choose_penalty(standardised(fine, stripes), places, 6, 200) == module.PENALTIES[-1]
 
 
 def test_no_gradient_context_of_the_caller_is_no_obstacle() -> None:
@@ -108,3 +130,46 @@ def test_raw_pixels_of_fashion_mnist_give_the_known_figure() -> None:
         rows.append(torch.tensor([source.label(i) for i in range(len(source))]))
     # 83.3 was measured elsewhere on 10,000 test images; the 2,000 here have a standard error of 0.8.
     assert linear_probe(*rows, classes=10, l2=0.01) == pytest.approx(83.3, abs=1.6)
+
+
+class LargestResult(TorchDispatchMode):
+    """A context that notes the bytes of the largest tensor that an operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func in (torch.ops.aten.split.Tensor, torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default)
+        for tensor in tree_leaves(result) if not views else ():
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+def shared() -> float:
+    """The figure of this rank, whose share has other rows than a cut in order would give."""
+    (train, labels), (test, answers) = blobs(301), blobs(200, seed=1)
+    own = torch.arange(301) % world_size() == rank()
+    index = torch.arange(301)[own]
+    return linear_probe(
+        train[own], labels[own], test.chunk(world_size())[rank()], answers.chunk(world_size())[rank()], classes=4,
+        train_index=index,
+    )  # fmt: skip
+
+
+def test_ranks_with_a_share_each_find_what_one_finds() -> None:
+    alone = shared()
+    assert run_ranks(shared, 3) == [alone] * 3
+
+
+def test_features_of_16_bits_are_read_without_an_f32_copy_of_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 512)
+    monkeypatch.setattr(module, "AT_ONCE", 2**16)
+    train, labels = blobs(40_000, dim=128)
+    rows = train.bfloat16()
+    plain = linear_probe(rows.float(), labels, rows[:1000].float(), labels[:1000], classes=4, l2=0.01, max_iter=3)
+    with LargestResult() as largest:
+        found = linear_probe(rows, labels, rows[:1000], labels[:1000], classes=4, l2=0.01, max_iter=3)
+    assert found == plain
+    # In f64, for the deviations.
+    assert largest.bytes <= 512 * 128 * 8
