@@ -1,9 +1,11 @@
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from caco_fast.data import DataConfig, TrainLoader, ViewConfig, build_train_loader
 from caco_fast.data.loaders.base import epoch_order
@@ -136,3 +138,17 @@ def test_an_error_of_our_own_is_not_taken_for_a_bad_image(
     with pytest.raises(ValueError, match="a mistake in the source"):
         next(loader.batches(0))
     assert loader.bad_images == {}
+
+
+def test_too_few_descriptors_are_no_fault_of_the_image(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images of a run on a machine with a low limit would else be counted as bad."""
+    loader = build(damaged, "torchvision", limit=0.5)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="open files, which is too low .* raise it .ulimit -n 4096."):
+        next(loader.batches(0))
+    assert not loader.bad_images
+    loader.close()

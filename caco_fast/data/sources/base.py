@@ -3,6 +3,7 @@
 Legend: N images, h x w pixels, ch channels.
 """
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -175,7 +176,7 @@ class FileSource:
         try:
             return self.path(index).read_bytes()
         except OSError as error:
-            raise BadImageError(f"{type(error).__name__}: {error}") from error
+            raise unreadable(error) from error
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -207,7 +208,17 @@ def decode(file: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
         # PIL's own message ends with the address of an object.
         raise BadImageError("UnidentifiedImageError: cannot identify image file") from error
     except Exception as error:
-        raise BadImageError(f"{type(error).__name__}: {error}") from error
+        raise unreadable(error) from error
+
+
+def unreadable(error: Exception) -> BadImageError:
+    """The error of one image for an exception that came of reading its file.
+
+    A process that may open no more files learns nothing about the image, so that error is raised as it is.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+    return BadImageError(f"{type(error).__name__}: {error}")
 
 
 def header_size(file: Path | BinaryIO) -> tuple[int, int]:
@@ -216,7 +227,7 @@ def header_size(file: Path | BinaryIO) -> tuple[int, int]:
         with Image.open(file, formats=FORMATS) as image:
             return image.height, image.width
     except Exception as error:
-        raise BadImageError(f"{type(error).__name__}: {error}") from error
+        raise unreadable(error) from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

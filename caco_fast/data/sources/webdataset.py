@@ -24,6 +24,7 @@ from caco_fast.data.sources.base import (
     Names,
     data_directory,
     decode,
+    unreadable,
 )
 from caco_fast.data.sources.shard_table import shard_tables
 from caco_fast.errors import UserError
@@ -82,7 +83,7 @@ class WebDatasetSource:
                 file.seek(int(self._offset[index]))
                 data = file.read(int(self._length[index]))
         except OSError as error:
-            raise BadImageError(f"{type(error).__name__}: {error}") from error
+            raise unreadable(error) from error
         if len(data) != self._length[index]:
             raise BadImageError(f"the shard ends after {len(data)} of its {self._length[index]} bytes")
         return data
