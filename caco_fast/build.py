@@ -37,6 +37,7 @@ from caco_fast.methods import METHODS, Method, build_method, registered
 from caco_fast.models import (
     EncoderPair,
     build_encoder_pair,
+    group_batch_norm,
     recompute_activations,
     require_sizes,
     segment_batch_norm,
@@ -60,6 +61,7 @@ def settled(config: Config, device: torch.device) -> Config:
     if backend := getattr(getattr(config, config.method), "backend", ""):
         together(lambda: require_backend(f"{config.method}.backend", backend, device))
     _check_memory_savers(config.trainer)
+    _check_batch_norm(config.trainer)
     # Rank 0 decides, because one step has one precision.
     precision = broadcast_object(settled_precision(config.trainer.precision, device))
     return replace(config, trainer=replace(config.trainer, precision=precision))
@@ -159,6 +161,24 @@ def _check_memory_savers(trainer: TrainerConfig) -> None:
         raise UserError("trainer.checkpoint_activations: not possible with trainer.joint_views=on; set that to auto")
 
 
+def _check_batch_norm(trainer: TrainerConfig) -> None:
+    """Check that the images which a rank embeds at a time are whole groups of BatchNorm."""
+    ranks, images = world_size(), trainer.batch_norm_images
+    at_a_time = trainer.batch_size // (ranks * trainer.accumulate)
+    if images and at_a_time % images:
+        raise UserError(
+            f"trainer.batch_norm_images: found {images}, expected 0 or a divisor of the {at_a_time} images that a rank "
+            f"embeds at a time (batch {trainer.batch_size}, ranks {ranks}, accumulate {trainer.accumulate}); "
+            "change one of them"
+        )
+
+
+def _shuffle_seed(trainer: TrainerConfig, key_encoder: bool) -> int | None:
+    """The seed of the orders of keys, or None where a query shares its statistics with all images anyway."""
+    several_groups = 0 < trainer.batch_norm_images < trainer.batch_size // trainer.accumulate
+    return trainer.seed if key_encoder and trainer.shuffle_keys and several_groups else None
+
+
 def method_sections(config: Config) -> Mapping[str, Any]:
     """The settings of every method, by its name."""
     return {name: getattr(config, name) for name in METHODS}
@@ -167,8 +187,9 @@ def method_sections(config: Config) -> Mapping[str, Any]:
 def _build_method(config: Config, device: torch.device) -> Method:
     method = build_method(config.method, config.projector.dim, method_sections(config))
     method.check_views([view.size for view in config.views for _ in range(view.count)])
-    # Layers that a method owns, such as a predictor, take their statistics over all ranks too.
+    # Layers that a method owns, such as a predictor, take their statistics over the same images.
     segment_batch_norm(method)
+    group_batch_norm(method, config.trainer.batch_norm_images)
     return method.to(device)
 
 
@@ -177,7 +198,7 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
     recompute = config.trainer.checkpoint_activations
     joint_views = config.trainer.joint_views == "on"
     if config.trainer.joint_views == "auto":
-        joint_views = is_distributed() and not recompute
+        joint_views = is_distributed() and not recompute and not config.trainer.batch_norm_images
     encoders = build_encoder_pair(
         config.backbone,
         config.projector,
@@ -186,6 +207,8 @@ def _build_encoders(config: Config, channels: int, device: torch.device, autocas
         joint_views=joint_views,
         key_encoder=needs.key_encoder,
         norm_sets=needs.norm_sets,
+        norm_images=config.trainer.batch_norm_images,
+        shuffle_seed=_shuffle_seed(config.trainer, needs.key_encoder),
     )
     if recompute:
         recompute_activations(encoders.query, config.backbone.name)

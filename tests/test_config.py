@@ -96,6 +96,23 @@ def test_published_recipe(name: str, settings: dict[str, Any]) -> None:
     assert {key: found[key] for key in wanted} == wanted
 
 
+def test_published_recipe_of_moco_on_cifar10() -> None:
+    """docs/method.md, InfoNCE and MoCo: the authors' notebook, one way and symmetric."""
+    one_way, symmetric = (settings_of(load_config(f"cifar10_resnet18_moco{kind}")) for kind in ("", "_symmetric"))
+    wanted = {
+        **{"backbone.name": "resnet18", "backbone.stem": "small", "projector.layers": 1, "projector.dim": 128},
+        **{"projector.bias": True, "moco.queue_size": 4096, "moco.temperature": 0.1, "moco.symmetric": False},
+        **{"optimizer.lr": 0.06, "optimizer.scale_lr": False, "optimizer.weight_decay": 5e-4},
+        **{"optimizer.momentum": 0.9, "schedule.key_momentum": 0.99, "schedule.key_momentum_rises": False},
+        **{"schedule.warmup_epochs": 0.0, "schedule.final_ratio": 0.0, "schedule.per": "epoch"},
+        **{"trainer.batch_size": 512, "trainer.batch_norm_images": 64, "trainer.shuffle_keys": True},
+        **{"views.0.scale": (0.08, 1.0), "views.0.saturation": 0.4, "views.0.blur_p": 0.0, "views.0.count": 2},
+        **{"evaluation.temperature": 0.1, "evaluation.k": [200, 20]},
+    }
+    assert {key: one_way[key] for key in wanted} == wanted
+    assert {key for key in one_way if one_way[key] != symmetric[key]} == {"moco.symmetric"}
+
+
 def test_describe_lists_every_setting_with_its_help() -> None:
     config = load_config(None)
     lines = describe(config).splitlines()

@@ -26,7 +26,17 @@ class TrainerConfig:
     joint_views: str = setting(
         "auto",
         "views of one size pass the convolutions as one batch, with BatchNorm still per view: on, off, or "
-        "auto: on with several ranks, where it halves the collectives",
+        "auto: on with several ranks that share statistics, where it halves the collectives",
+    )
+    batch_norm_images: int = setting(
+        0,
+        "images that BatchNorm takes its statistics over in training, a group of one rank's batch; 0: the whole batch, "
+        "over all ranks (SyncBN)",
+    )
+    shuffle_keys: bool = setting(
+        True,
+        "with batch_norm_images: deal the images of all ranks to the groups of the key encoder anew for every view, "
+        "as MoCo does",
     )
     accumulate: int = setting(
         1, "parts of a step's batch, each with a forward and backward of its own, so that a large batch fits the memory"
@@ -51,6 +61,11 @@ class TrainerConfig:
         for name, least in (("epochs", 1), ("batch_size", 2), ("log_every", 1), ("cpu_threads", 0), ("max_steps", 0)):
             require_at_least(f"trainer.{name}", getattr(self, name), least)
         require_at_least("trainer.collective_timeout", self.collective_timeout, 1)
+        if self.batch_norm_images < 0 or self.batch_norm_images == 1:
+            raise UserError(
+                f"trainer.batch_norm_images: found {self.batch_norm_images}, expected 0 (all) or at least 2; one image "
+                "has no spread"
+            )
         if not 1 <= self.accumulate <= MOST_PARTS:
             raise UserError(f"trainer.accumulate: found {self.accumulate}, expected a number from 1 to {MOST_PARTS}")
         steps_to_profile(self.profile)

@@ -19,7 +19,11 @@ from caco_fast.engine.state import Interval
 from caco_fast.errors import UserError
 from caco_fast.methods import Method, Phase, StepOutput
 from caco_fast.models import EncoderPair
-from caco_fast.models.batch_norm import require_statistics_of_all_ranks
+from caco_fast.models.batch_norm import (
+    average_over_ranks,
+    require_statistics_of_all_ranks,
+    statistics_of_this_rank,
+)
 from caco_fast.ops.rates import Rate
 
 log = logging.getLogger(__name__)
@@ -73,6 +77,7 @@ class TrainStep:
         self.span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         self.phase: Phase | None = None
         self._trained: nn.Module | None = None
+        self._own_statistics: list[Tensor] = []
         self._first = False
 
     def enter(self, phase: Phase) -> None:
@@ -82,6 +87,7 @@ class TrainStep:
         gradients.
         """
         self.phase = phase
+        self._own_statistics = statistics_of_this_rank(self.encoders, self.method)
         # The old one goes first, and its hooks with it.
         self._trained = None
         with self.aside():
@@ -130,6 +136,7 @@ class TrainStep:
             self._phase.update(together, rates.warmup, skip)
         with self.span("EMA"):
             self.encoders.advance_key(rates.key_momentum, skip)
+            average_over_ranks(self._own_statistics)
         if skip is not None:
             self.skipped_steps += skip != 0
 

@@ -23,7 +23,9 @@ from caco_fast.settings import setting
 class MoCoConfig:
     queue_size: int = setting(65536, "K, keys in the queue")
     temperature: float = setting(0.2, "t, temperature of the loss")
-    symmetric: bool = setting(False, "use each view once as query and once as key; the loss is the mean of both")
+    symmetric: bool = setting(
+        False, "use each view once as query and once as key; the loss is the sum of both, so lr 0.03 is 0.06 of a mean"
+    )
     backend: str = setting("auto", BACKEND_HELP)
 
     def __post_init__(self) -> None:
@@ -32,7 +34,10 @@ class MoCoConfig:
 
 @register("moco", MoCoConfig, "MoCo v2: the queue of keys")
 class MoCo(Method):
-    """L = mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ] over a FIFO queue `n` of past keys."""
+    """L = mean_i [ lse(q_i . k_i / t  U  {q_i . n_j / t}_j) - q_i . k_i / t ] over a FIFO queue `n` of past keys.
+
+    The symmetric loss is the sum of that of (q_a, k_b) and that of (q_b, k_a), as the authors have it.
+    """
 
     accumulates = True
 
@@ -46,18 +51,21 @@ class MoCo(Method):
             raise UserError(f"views: found {len(sizes)} views of an image, expected 2 for moco")
 
     def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
-        queries = encoders.queries(views if self.config.symmetric else views[:1])
-        # The key of a query comes from the other view.
-        return Embeddings(queries, encoders.keys([views[1], views[0]] if self.config.symmetric else views[1:]))
+        symmetric = self.config.symmetric
+        # The keys of view a come first, since they are the first to enter the queue.
+        return Embeddings(
+            encoders.queries(views if symmetric else views[:1]), encoders.keys(views if symmetric else views[1:])
+        )
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
         temperature = self.config.temperature
+        # The key of a query is that of the other view.
         halves = [
             info_nce(q, k, self.queue.attend(q, temperature)[0], temperature)
-            for q, k in zip(embeddings.queries, embeddings.keys, strict=True)
+            for q, k in zip(embeddings.queries, reversed(embeddings.keys), strict=True)
         ]
-        loss, probability = (torch.stack(values).mean() for values in zip(*halves))
-        return StepOutput(loss, {"positive_probability": probability}, tuple(embeddings.keys))
+        losses, probabilities = (torch.stack(values) for values in zip(*halves))
+        return StepOutput(losses.sum(), {"positive_probability": probabilities.mean()}, tuple(embeddings.keys))
 
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         for keys in rows:

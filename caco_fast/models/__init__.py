@@ -1,7 +1,7 @@
 """Backbone, projector, and the pair of query and key encoder."""
 
 from caco_fast.models.backbone import BackboneConfig, build_backbone
-from caco_fast.models.batch_norm import segment_batch_norm
+from caco_fast.models.batch_norm import group_batch_norm, segment_batch_norm
 from caco_fast.models.encoder import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.models.input_size import require_sizes
 from caco_fast.models.projector import ProjectorConfig, build_projector
@@ -15,6 +15,7 @@ __all__ = [
     "build_backbone",
     "build_encoder_pair",
     "build_projector",
+    "group_batch_norm",
     "recompute_activations",
     "require_sizes",
     "segment_batch_norm",

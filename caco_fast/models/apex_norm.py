@@ -77,8 +77,10 @@ class ApexBottleneck(Bottleneck):
 BLOCKS = {BasicBlock: ApexBasicBlock, Bottleneck: ApexBottleneck}
 
 
-def use_apex_norm(asked: str, backbone: nn.Module, autocast: torch.dtype | None) -> None:
+def use_apex_norm(asked: str, backbone: nn.Module, autocast: torch.dtype | None, images: int = 0) -> None:
     """Put these BatchNorms into `backbone`, in place, if `asked` is on, or if it is auto and they serve this backbone.
+
+    images: that the statistics are to be taken over; 0: all.
 
     Raises:
         UserError: `asked` is on, and they do not serve this backbone, precision or machine.
@@ -86,6 +88,8 @@ def use_apex_norm(asked: str, backbone: nn.Module, autocast: torch.dtype | None)
     if asked == "off":
         return
     reason = _not_for(backbone, autocast)
+    if images:
+        reason = f"groupbn of Apex takes statistics over all images, not over {images} (trainer.batch_norm_images)"
     advice = "set backbone.apex to off or auto"
     if reason is None:
         reason, advice = missing("contrib/groupbn/batch_norm.py", "bnp"), build_or_off("backbone.apex")

@@ -1,14 +1,15 @@
-"""BatchNorm of several views in one batch, with the statistics of each view, taken over all ranks.
+"""BatchNorm of several views in one batch, with the statistics of each view, over all ranks or over groups of images.
 
 Legend: S segments (views) of a batch, B rows of each on this rank, C channels, n values per channel of a segment over
 all ranks; x input, y output, dx and dy their gradients, xhat = (x - mean) / sigma.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -26,12 +27,17 @@ class SegmentedBatchNorm(_BatchNorm):
     take the segments in order. On several ranks one collective forward and one backward serve all segments, and the
     ranks may bring different B.
 
+    With `images`, statistics are those of successive groups of so many rows of a segment, and no rank waits for
+    another. The running statistics then take the mean over the groups of a segment.
+
     A norm may hold further sets of weights and statistics (`add_norm_sets`): set 0 is its own, set n is `further[n-1]`.
     The context `segmented` sets `segments` and `norm_set`.
     """
 
     segments = 1
     norm_set = 0
+    # Rows of a group; 0: the whole batch, over all ranks.
+    images = 0
     # Whether views together cost less than views apart.
     joins_views = True
     # Whether forwards may be repeated in the backward pass (`recompute_activations`).
@@ -48,21 +54,42 @@ class SegmentedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.norm_set:
             return self.further[self.norm_set - 1](input)
-        normalise = super().forward
         if not self.training:
-            return normalise(input)
+            return super().forward(input)
         if self.recomputes and torch._C._current_graph_task_id() >= 0:
             # Within a backward pass: the running statistics have these values already.
             with self._statistics_kept():
-                return self._over_ranks(input) if world_size() > 1 else normalise(input)
+                return self._normalise(input)
         if input.shape[0] % self.segments:
             found = f"{list(input.shape)} in {self.segments} segments"
             raise ValueError(f"{type(self).__name__}: found {found}, expected [segments * B, channels, ...]")
-        if world_size() > 1:
+        return self._normalise(input)
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        """The output in training mode."""
+        if world_size() > 1 and not self.images:
             return self._over_ranks(input)
+        normalise = self._in_groups if self.images else super().forward
         if self.segments == 1:
             return normalise(input)
         return torch.cat([normalise(segment) for segment in input.chunk(self.segments)])
+
+    def _in_groups(self, segment: Tensor) -> Tensor:  # [B, C, ...], one view
+        groups, left = divmod(segment.shape[0], self.images)
+        if left:
+            raise ValueError(f"{type(self).__name__}: found {segment.shape[0]} rows, expected groups of {self.images}")
+        if groups == 1:
+            return super().forward(segment)
+        means, variances = (value.repeat(groups, 1) for value in (self.running_mean, self.running_var))
+        parts = zip(segment.chunk(groups), means.unbind(), variances.unbind(), strict=True)
+        output = torch.cat(
+            [F.batch_norm(part, *own, self.weight, self.bias, True, self.momentum, self.eps) for part, *own in parts]
+        )
+        # Source: SplitBatchNorm of MoCo's CIFAR-10 demo.
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return output
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
@@ -160,6 +187,38 @@ def _further_set(norm: SegmentedBatchNorm, momentum: float) -> SegmentedBatchNor
 def separable(module: nn.Module) -> bool:
     """Whether several views may pass `module` as one batch: each BatchNorm in it can tell them apart and gains."""
     return not any(mixes_views(child) or not getattr(child, "joins_views", True) for child in module.modules())
+
+
+def group_batch_norm(module: nn.Module, images: int) -> None:
+    """Let every BatchNorm of `module` take its statistics over groups of so many images of this rank; 0: over all.
+
+    Raises:
+        UserError: a BatchNorm that has no groups.
+    """
+    for child in module.modules():
+        if images and mixes_views(child):
+            raise UserError(
+                f"trainer.batch_norm_images: found {images}, but {child} takes its statistics over a whole batch; set "
+                "it to 0, or use a ResNet"
+            )
+        if isinstance(child, SegmentedBatchNorm):
+            child.images = images
+
+
+def statistics_of_this_rank(*modules: nn.Module) -> list[Tensor]:
+    """The running statistics that no collective keeps equal: those of groups, where there are several ranks."""
+    if world_size() == 1:
+        return []
+    norms = [child for module in modules for child in module.modules() if isinstance(child, SegmentedBatchNorm)]
+    return [value for norm in norms if norm.images for value in (norm.running_mean, norm.running_var)]
+
+
+@torch.no_grad()
+def average_over_ranks(statistics: Sequence[Tensor]) -> None:  # [C] each
+    """Replace each of them by its mean over all ranks, by one collective."""
+    if statistics:
+        mean = all_reduce_sum(torch.cat(statistics)) / world_size()
+        torch._foreach_copy_(statistics, mean.split([len(value) for value in statistics]))
 
 
 def require_statistics_of_all_ranks(module: nn.Module) -> None:

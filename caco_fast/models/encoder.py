@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from caco_fast.models.apex_norm import use_apex_norm
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
-from caco_fast.models.batch_norm import add_norm_sets, drop_norm_sets, segment_batch_norm, segmented, separable
+from caco_fast.models.batch_norm import (
+    add_norm_sets,
+    drop_norm_sets,
+    group_batch_norm,
+    segment_batch_norm,
+    segmented,
+    separable,
+)
+from caco_fast.models.key_shuffle import KeyShuffle
 from caco_fast.models.projector import ProjectorConfig, build_projector
 from caco_fast.models.weights import initialise
 from caco_fast.ops import ema_update_
@@ -78,14 +87,17 @@ class EncoderPair(nn.Module):
 
     The EMA covers parameters only: the BatchNorm buffers of `g` come from its own forwards, and both run in training
     mode. Parameters are paired by name: `f` may have more of them, such as a second set of BatchNorms.
+
+    shuffle: deals the images of all ranks anew for the key encoder in training mode; None leaves them in their order.
     """
 
     key: Encoder | None
 
-    def __init__(self, query: Encoder, key_encoder: bool = True) -> None:
+    def __init__(self, query: Encoder, key_encoder: bool = True, shuffle: KeyShuffle | None = None) -> None:
         super().__init__()
         self.query = query
         self.key = None
+        self.shuffle = shuffle
         if key_encoder:
             self.key = copy.deepcopy(query).requires_grad_(False)
             drop_norm_sets(self.key)
@@ -108,7 +120,11 @@ class EncoderPair(nn.Module):
         """
         if self.key is None:
             raise RuntimeError("the method asked for keys, but its `key_encoder` is False")
-        return self.key(*views)
+        if self.shuffle is None or not self.key.training:
+            return self.key(*views)
+        orders = [self.shuffle.next_order(view.shape[0]) for view in views]
+        keys = self.key(*(self.shuffle.deal(view, order) for view, (order, _) in zip(views, orders, strict=True)))
+        return [self.shuffle.deal(key, back) for key, (_, back) in zip(keys, orders, strict=True)]
 
     @torch.no_grad()
     def advance_key(self, momentum: Rate, skip: Tensor | None = None) -> None:  # [], []
@@ -128,6 +144,15 @@ class EncoderPair(nn.Module):
         key, query = self._paired()
         if key:
             torch._foreach_copy_(key, query)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A run may be resumed with or without the shuffle.
+        name = f"{prefix}shuffle.count"
+        if self.shuffle is None:
+            state_dict.pop(name, None)
+        else:
+            state_dict.setdefault(name, self.shuffle.count)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _paired(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters of g, and the parameters of f with the same names."""
@@ -159,18 +184,22 @@ def build_encoder_pair(
     joint_views: bool = False,
     key_encoder: bool = True,
     norm_sets: int = 1,
+    norm_images: int = 0,
+    shuffle_seed: int | None = None,
 ) -> EncoderPair:
     """Both encoders from their settings.
 
     channels: of the images. key_encoder: whether the method needs keys. norm_sets: sets of BatchNorm weights and
-    statistics in the query encoder.
+    statistics in the query encoder. norm_images: of this rank that a BatchNorm takes its statistics over; 0: all of all
+    ranks. shuffle_seed: of the orders in which the key encoder gets the images; None: in their own order.
     """
     features = build_backbone(backbone, channels)
     if backbone.init:
         initialise(features, backbone.init, backbone.name, channels, backbone.options)
-    use_apex_norm(backbone.apex, features, autocast)
+    use_apex_norm(backbone.apex, features, autocast, norm_images)
     features = segment_batch_norm(features)
     head = segment_batch_norm(build_projector(projector, feature_width(features)))
     query = Encoder(features, head, autocast, joint_views)
     add_norm_sets(query, norm_sets)
-    return EncoderPair(query, key_encoder)
+    group_batch_norm(query, norm_images)
+    return EncoderPair(query, key_encoder, None if shuffle_seed is None else KeyShuffle(shuffle_seed))

@@ -27,11 +27,13 @@ CASES = {
     "caco, parts, clipped": ("trainer.precision=fp16", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "caco, activations twice": ("trainer.precision=bf16", "trainer.checkpoint_activations=true"),
     "moco": ("method=moco", "moco.symmetric=true"),
+    "moco, keys shuffled": ("method=moco", "trainer.batch_norm_images=2"),
     "replays": ("trainer.cuda_graph=true", "trainer.precision=bf16"),
     "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
     "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),
     "replays, parts, clipped": ("trainer.cuda_graph=true", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "replays, moco": ("trainer.cuda_graph=true", "method=moco"),
+    "replays, keys shuffled": ("trainer.cuda_graph=true", "method=moco", "trainer.batch_norm_images=2"),
 }
 
 

@@ -136,6 +136,7 @@ OF_RANKS = {
     "sharded": (LARS,),
     "replicated": (ADAMW, "caco.bank_parallel=replicated"),
     "moco": (SGD, "method=moco"),
+    "moco, keys shuffled": (SGD, "method=moco", "trainer.batch_norm_images=4"),
 }
 
 

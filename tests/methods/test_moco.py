@@ -18,8 +18,8 @@ from tests.methods.stand_ins import ScriptedEncoders
 B, K, C = 4, 10, 6
 
 
-def unit() -> Tensor:
-    return normalize(torch.randn(B, C, dtype=torch.float64), dim=1)
+def unit(rows: int = B) -> Tensor:
+    return normalize(torch.randn(rows, C, dtype=torch.float64), dim=1)
 
 
 def make(**settings: Any) -> MoCo:
@@ -40,8 +40,8 @@ def by_hand(queries: Tensor, keys: Tensor, queue: Tensor, t: float) -> tuple[flo
         losses.append(math.log(total) - logits[0])
         probabilities.append(p[0])
         mean = [math.fsum(weight * row[c] for weight, row in zip(p, rows)) for c in range(C)]
-        gradient.append([(mean[c] - k[c]) / (t * B) for c in range(C)])
-    return sum(losses) / B, sum(probabilities) / B, gradient
+        gradient.append([(mean[c] - k[c]) / (t * len(queries)) for c in range(C)])
+    return sum(losses) / len(queries), sum(probabilities) / len(queries), gradient
 
 
 def close(found: Tensor, wanted: Any) -> None:
@@ -68,22 +68,30 @@ def test_one_way_loss_gradient_and_queue_over_several_steps() -> None:
         close(method.queue.queue, queue)
 
 
-def test_symmetric_loss_is_the_mean_of_both_ways() -> None:
-    method, encoders = make(symmetric=True), ScriptedEncoders(C)
-    queue = method.queue.queue.clone()
-    views = [unit().requires_grad_(), unit().requires_grad_()]
-    output = method(views, encoders)
-    assert encoders.calls == ["queries of 2", "keys of 2"]
-    k_a, k_b = encoders.key_of(views[0]), encoders.key_of(views[1])
-    forth, back = by_hand(views[0], k_b, queue, 0.2), by_hand(views[1], k_a, queue, 0.2)
-    output.loss.backward()
-    close(output.loss, (forth[0] + back[0]) / 2)
-    close(output.metrics["positive_probability"], (forth[1] + back[1]) / 2)
-    close(2 * views[0].grad, forth[2])
-    close(2 * views[1].grad, back[2])
-    method.update(output.rows, 1.0)
-    close(method.queue.queue[:B], k_b)
-    close(method.queue.queue[B : 2 * B], k_a)
+@pytest.mark.parametrize("size, batch, t", [(K, B, 0.2), (7, 3, 0.03), (1, 1, 0.12), (3, 2, 0.14)])
+def test_symmetric_loss_gradients_and_queue_over_several_steps(size: int, batch: int, t: float) -> None:
+    """The sum of both ways over the old queue; then both keys enter it, view a's first."""
+    method = make(symmetric=True, queue_size=size, temperature=t)
+    encoders = ScriptedEncoders(C)
+    queue, entered = method.queue.queue.tolist(), 0
+    for _ in range(4):
+        views = [unit(batch).requires_grad_(), unit(batch).requires_grad_()]
+        output = method(views, encoders)
+        assert encoders.calls[-2:] == ["queries of 2", "keys of 2"]
+        k_a, k_b = encoders.key_of(views[0]), encoders.key_of(views[1])
+        old = torch.tensor(queue, dtype=torch.float64)
+        forth, back = by_hand(views[0], k_b, old, t), by_hand(views[1], k_a, old, t)
+        output.loss.backward()
+        close(output.loss, forth[0] + back[0])
+        close(output.metrics["positive_probability"], (forth[1] + back[1]) / 2)
+        close(views[0].grad, forth[2])
+        close(views[1].grad, back[2])
+        method.update(output.rows, 1.0)
+        for key in [*k_a.tolist(), *k_b.tolist()]:
+            queue[entered % size] = key
+            entered += 1
+        close(method.queue.queue, queue)
+        assert int(method.queue.pointer) == entered % size
 
 
 def test_training_is_the_only_phase() -> None:

@@ -11,7 +11,7 @@ from caco_fast.distributed import rank
 from caco_fast.errors import UserError
 from caco_fast.models import Encoder, recompute_activations
 from caco_fast.models.backbone import BackboneConfig, build_backbone, feature_width
-from caco_fast.models.batch_norm import add_norm_sets, segment_batch_norm
+from caco_fast.models.batch_norm import add_norm_sets, group_batch_norm, segment_batch_norm
 from caco_fast.models.projector import ProjectorConfig, build_projector
 from tests.engine.graph_steps import different, losses, make_trainer, state_of
 from tests.engine.tiny_run import config, write_images
@@ -23,16 +23,18 @@ VIT = BackboneConfig(
 )
 
 
-def encoder_of(backbone: BackboneConfig) -> Encoder:
+def encoder_of(backbone: BackboneConfig, norm_images: int = 0) -> Encoder:
     torch.manual_seed(0)
     features = segment_batch_norm(build_backbone(backbone, 3))
     projector = build_projector(ProjectorConfig(hidden=16, dim=8), feature_width(features))
-    return Encoder(features, segment_batch_norm(projector))
+    encoder = Encoder(features, segment_batch_norm(projector))
+    group_batch_norm(encoder, norm_images)
+    return encoder
 
 
-def forward_and_backward(backbone: BackboneConfig, recompute: bool) -> tuple[dict[str, Tensor], int]:
+def forward_and_backward(backbone: BackboneConfig, norm_images: int, recompute: bool) -> tuple[dict[str, Tensor], int]:
     """Embeddings, gradients and state after two views, and the numbers that the backward pass found in memory."""
-    encoder = encoder_of(backbone)
+    encoder = encoder_of(backbone, norm_images)
     if recompute:
         recompute_activations(encoder, backbone.name)
     torch.manual_seed(1)
@@ -51,10 +53,12 @@ def forward_and_backward(backbone: BackboneConfig, recompute: bool) -> tuple[dic
     return found | dict(encoder.state_dict()), kept
 
 
-@pytest.mark.parametrize("backbone", [RESNET, VIT], ids=lambda config: config.name)
-def test_only_the_memory_differs(backbone: BackboneConfig) -> None:
-    found, less = forward_and_backward(backbone, recompute=True)
-    wanted, more = forward_and_backward(backbone, recompute=False)
+@pytest.mark.parametrize(
+    "backbone, norm_images", [(RESNET, 0), (RESNET, 2), (VIT, 0)], ids=["ResNet", "ResNet in groups", "ViT"]
+)
+def test_only_the_memory_differs(backbone: BackboneConfig, norm_images: int) -> None:
+    found, less = forward_and_backward(backbone, norm_images, recompute=True)
+    wanted, more = forward_and_backward(backbone, norm_images, recompute=False)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     assert less < 0.6 * more
