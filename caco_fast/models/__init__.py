@@ -4,7 +4,7 @@ from caco_fast.models.backbone import BackboneConfig, build_backbone
 from caco_fast.models.batch_norm import segment_batch_norm
 from caco_fast.models.encoder import Encoder, EncoderPair, build_encoder_pair
 from caco_fast.models.input_size import require_sizes
-from caco_fast.models.projector import ProjectorConfig, build_projector
+from caco_fast.models.projector import ProjectorConfig, build_mlp, build_projector
 from caco_fast.models.recompute import recompute_activations
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ProjectorConfig",
     "build_backbone",
     "build_encoder_pair",
+    "build_mlp",
     "build_projector",
     "recompute_activations",
     "require_sizes",

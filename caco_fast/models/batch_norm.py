@@ -154,6 +154,8 @@ def _further_set(norm: SegmentedBatchNorm, momentum: float) -> SegmentedBatchNor
     with torch.no_grad():
         further.weight.copy_(norm.weight)
         further.bias.copy_(norm.bias)
+    for ours, theirs in zip(further.parameters(), norm.parameters()):
+        ours.requires_grad_(theirs.requires_grad)
     return further
 
 
