@@ -144,8 +144,8 @@ class CACR(Method):
         images, form = embeddings.queries[0].shape[0], self.config.form
         if images == 1 and (form == "batch" or self.config.distance == "euclidean"):
             raise UserError(
-                f"trainer.batch_size: found 1 image on a rank, expected 2 or more for cacr.form={form}, whose negatives "
-                "are the other images; raise it"
+                f"trainer.batch_size: found 1 image on a rank, expected 2 or more for cacr.form={form}, "
+                "whose negatives are the other images; raise it"
             )
         return {"batch": self._within_batch, "queue": self._with_queue, "global": self._anchored}[form](embeddings)
 
