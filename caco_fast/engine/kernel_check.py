@@ -145,7 +145,7 @@ def _checks(
         shape,
         use.dtype,
         device,
-        use.temperatures[0],
+        use.temperatures[0] if use.temperatures else (0.1,),
         generator=torch.Generator(device).manual_seed(seed),
         copies=True,
         positives=use.positives,
@@ -158,10 +158,11 @@ def _checks(
         ("bank_attend", partial(check_attend, problem._replace(temperatures=temperatures), operand))
         for temperatures in use.temperatures
     ]
-    if use.step_temperature is not None:
+    if use.selects or use.step_temperature is not None:
         of_keys = problem._replace(queries=problem.queries.float())
-        of_step = problem._replace(temperatures=(use.step_temperature,))
         checks.append(("bank_select", partial(check_select, of_keys, operand)))
+    if use.step_temperature is not None:
+        of_step = problem._replace(temperatures=(use.step_temperature,))
         checks.append(("bank_step", partial(check_step, of_step, operand)))
     return checks
 

@@ -97,7 +97,7 @@ class Method(nn.Module, ABC):
     # In how many parts a batch comes. A bank that adds up the records of all parts divides their weights by it.
     parts: int = 1
     # Metrics that the log line shows after the loss.
-    shown: ClassVar[tuple[str, ...]] = ("positive_probability",)
+    shown: tuple[str, ...] = ("positive_probability",)
 
     @classmethod
     def build(cls, config: Any, dim: int, sections: Mapping[str, Any]) -> "Method":
@@ -242,9 +242,9 @@ def build_method(name: str, dim: int, sections: Mapping[str, Any]) -> Method:
 
 
 def check_settings(section: str, config: Any, positive: Sequence[str]) -> None:
-    """Raise UserError if a setting named in `positive` is not above 0, or `backend` is unknown to the operations."""
+    """Raise UserError if a setting named in `positive` is not above 0, or a `backend` is unknown to the operations."""
     for name in positive:
         if not 0 < getattr(config, name) < float("inf"):
             raise UserError(f"{section}.{name}: found {getattr(config, name)}, expected a number above 0")
-    if config.backend not in BACKENDS:
+    if getattr(config, "backend", "auto") not in BACKENDS:
         raise UserError(f"{section}.backend: found '{config.backend}', expected one of {', '.join(BACKENDS)}")

@@ -166,6 +166,13 @@ class CaCo(LearnedBankMethod):
         }
         return StepOutput(loss, metrics)
 
+    def adversarial_loss(self, embeddings: Embeddings, anchor: Tensor, other: Tensor) -> Tensor:
+        """The half of view a: the positive is the row nearest to k_b, and nothing of the bank gets a gradient."""
+        _, k_b = embeddings.keys
+        positive, _ = self.bank.select(k_b)
+        lse, _ = self.bank.attend(other.to(self.criterion.operands), self.config.temperature)
+        return (lse - self.bank.similarity(other, positive) / self.config.temperature).mean()
+
     def losses(self) -> Sequence[nn.Module]:
         # With several ranks the loss may hold collectives, which a graph can't.
         return (self.criterion,) if world_size() == 1 else ()

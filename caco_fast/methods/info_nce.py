@@ -1,11 +1,12 @@
-"""InfoNCE of a query with its own key and the rows of a bank or queue: the loss of MoCo and of CaCo's initialisation.
+"""InfoNCE of a query with its own key: against the rows of a bank or queue (MoCo, CaCo's initialisation), or the batch.
 
 Legend: R rows on this rank, N ranks, C channels; n_j are the rows of the bank or queue.
 """
 
 import torch
+from torch.nn.functional import cross_entropy
 
-from caco_fast.distributed import rank
+from caco_fast.distributed import all_gather_rows_with_gradient, rank
 from caco_fast.ops.tiling import f32_products
 
 
@@ -23,6 +24,21 @@ def own_rows(queries: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R]
     """The place of this rank's rows among those of all ranks, as `all_gather_rows` orders them."""
     count = queries.shape[0]
     return torch.arange(rank() * count, (rank() + 1) * count, device=queries.device)
+
+
+def batch_info_nce(
+    queries: torch.Tensor,  # [R, C]
+    rows: torch.Tensor,  # [R, C], row i is the positive of query i
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean_i [ lse_l(q_i . r_l / t) - q_i . r_i / t ], l over the rows of all ranks, with gradient in both arguments.
+
+    Returns:
+        The loss and the mean probability of the positive, both 0-d; the second without gradient.
+    """
+    logits = batch_logits(queries, all_gather_rows_with_gradient(rows), temperature)
+    losses = cross_entropy(logits, own_rows(queries), reduction="none")
+    return losses.mean(), (-losses).detach().exp().mean()
 
 
 def info_nce(

@@ -59,6 +59,11 @@ class MoCo(Method):
         loss, probability = (torch.stack(values).mean() for values in zip(*halves))
         return StepOutput(loss, {"positive_probability": probability}, tuple(embeddings.keys))
 
+    def adversarial_loss(self, embeddings: Embeddings, anchor: Tensor, other: Tensor) -> Tensor:
+        temperature = self.config.temperature
+        # The first key is that of view b.
+        return info_nce(other, embeddings.keys[0], self.queue.attend(other, temperature)[0], temperature)[0]
+
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         for keys in rows:
             self.queue.enqueue(keys, skip=skip)

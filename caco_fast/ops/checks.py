@@ -231,8 +231,9 @@ class BankUse(NamedTuple):
     bank_rows: int  # K
     channels: int  # C
     temperatures: tuple[tuple[float, ...], ...]  # of each kind of call of `bank_attend`
-    step_temperature: float | None = None  # None: neither `bank_select` nor `bank_step_` is called
+    step_temperature: float | None = None  # None: `bank_step_` is not called
     dtype: torch.dtype = torch.float32  # of the queries; keys are f32
     positives: int = 1  # M
     norm: str = "implicit"
     reason: str | None = None  # why the method asks for this backend, if no setting names it
+    selects: bool = False  # whether `bank_select` is called; it is wherever `bank_step_` is

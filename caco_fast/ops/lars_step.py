@@ -8,6 +8,11 @@ For a parameter w with gradient g, velocity v, loss scale s:
     v <- momentum v + d                 /
     w <- w - lr v
 
+and with `lr_in_velocity`, in place of the last two lines:
+
+    v <- momentum v + lr d
+    w <- w - v
+
 Kernels  none: torch's multi-tensor operations
 Tests    tests/ops/test_lars_step.py
 Time     python tools/bench/ops.py lars_step
@@ -35,6 +40,7 @@ class LarsSettings(NamedTuple):
     momentum: float
     weight_decay: float
     trust: float
+    lr_in_velocity: bool
     grad_scale: Tensor | None
     skip: Tensor | None
 
@@ -49,6 +55,7 @@ def lars_step_(
     momentum: float,
     weight_decay: float,
     trust: float,
+    lr_in_velocity: bool = False,
     grad_scale: Tensor | None = None,  # []
     skip: Tensor | None = None,  # []
     backend: str = "auto",
@@ -57,6 +64,7 @@ def lars_step_(
 
     grads, velocities: like params in shape, dtype and device.
     lr: the value of a tensor [] on the device is not read by the host.
+    lr_in_velocity: the velocity adds up steps, each of its own lr, so that a change of lr acts on new gradients alone.
     grad_scale: s, on the device, by which the gradients are still multiplied; None: they are not.
     skip: a flag on the device, such as GradScaler's found_inf; if it is not 0, nothing changes, whatever the gradients
         hold.
@@ -75,7 +83,7 @@ def lars_step_(
         check_rate(OP, "lr", lr, device)
     dispatch.check_flag(OP, "grad_scale", grad_scale, device)
     dispatch.check_flag(OP, "skip", skip, device)
-    settings = LarsSettings(lr, float(momentum), float(weight_decay), float(trust), grad_scale, skip)
+    settings = LarsSettings(lr, float(momentum), float(weight_decay), float(trust), lr_in_velocity, grad_scale, skip)
     chosen = tensor_lists.resolve(OP, backend, device)
     step = lars_step_reference_ if chosen == "reference" else lars_step_foreach_
     step(list(params), list(grads), list(velocities), settings)
@@ -85,14 +93,15 @@ def lars_step_reference_(
     params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], settings: LarsSettings
 ) -> None:
     """The formula, tensor by tensor."""
-    lr, momentum, weight_decay, trust, grad_scale, skip = settings
+    lr, momentum, weight_decay, trust, lr_in_velocity, grad_scale, skip = settings
+    of_gradient, of_velocity = (lr, 1.0) if lr_in_velocity else (1.0, lr)
     for w, g, v in zip(params, grads, velocities, strict=True):
         d = g if grad_scale is None else g / grad_scale
         if w.ndim > 1:
             d = d + weight_decay * w
             d = trust_ratio(w.norm(), d.norm(), trust) * d
-        new_v = momentum * v + d
-        new_w = w - lr * new_v
+        new_v = momentum * v + of_gradient * d
+        new_w = w - of_velocity * new_v
         if skip is not None:
             new_v, new_w = torch.where(skip != 0, v, new_v), torch.where(skip != 0, w, new_w)
         v.copy_(new_v)
@@ -108,6 +117,10 @@ def lars_step_foreach_(
     params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], settings: LarsSettings
 ) -> None:
     directions = scaled_directions(params, grads, settings)
+    if settings.lr_in_velocity:
+        lr = settings.lr
+        directions = torch._foreach_mul(directions, lr.to(params[0].dtype) if isinstance(lr, Tensor) else lr)
+        settings = settings._replace(lr=1.0)
     if settings.skip is not None:
         step_unless_skipped_(params, directions, velocities, settings)
         return

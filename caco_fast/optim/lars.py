@@ -20,6 +20,11 @@ class LARS(Optimizer):
         v <- momentum v + d
         w <- w - lr v
 
+    With `lr_in_velocity` the last two lines are those of SimCLR's code, which differ where lr changes:
+
+        v <- momentum v + lr d
+        w <- w - v
+
     Tensors of one dimension (biases, BatchNorm) get neither decay nor trust scaling. The norms never leave the device.
 
     Under a GradScaler it unscales and skips on the device, as torch's fused optimisers do: the scaler sets `grad_scale`
@@ -35,11 +40,13 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1.5e-6,
         trust: float = 0.001,
+        lr_in_velocity: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("trust", trust)):
             if not value >= 0.0:
                 raise ValueError(f"LARS: {name} must not be negative, found {value}")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+        options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, lr_in_velocity=lr_in_velocity)
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,6 +64,8 @@ class LARS(Optimizer):
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 trust=group["trust"],
+                # A state that was saved before this setting has none.
+                lr_in_velocity=group.get("lr_in_velocity", False),
                 grad_scale=getattr(self, "grad_scale", None),
                 skip=getattr(self, "found_inf", None),
             )

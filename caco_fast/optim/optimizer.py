@@ -19,12 +19,13 @@ NAMES = ("lars", "sgd", "adamw")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = setting("lars", "lars, sgd or adamw")
+    name: str = setting("lars", "lars, sgd or adamw; Adam is adamw with weight_decay 0")
     lr: float = setting(0.3, "learning rate; with scale_lr the one at batch 256")
     scale_lr: bool = setting(True, "multiply lr by batch / 256; false: use lr as it is")
     momentum: float = setting(0.9, "momentum of lars and sgd")
     weight_decay: float = setting(1.5e-6, "weight decay; lars leaves one-dimensional tensors out")
     trust: float = setting(0.001, "trust coefficient of lars")
+    lr_in_velocity: bool = setting(False, "lars: v <- momentum v + lr d; w <- w - v, as in SimCLR's code")
     apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: if it is built")
 
     def __post_init__(self) -> None:
@@ -39,6 +40,8 @@ class OptimizerConfig:
             raise UserError(f"optimizer.weight_decay: found {self.weight_decay}, expected 0 or more")
         if not self.trust > 0:
             raise UserError(f"optimizer.trust: found {self.trust}, expected a number above 0")
+        if self.lr_in_velocity and self.name != "lars":
+            raise UserError(f"optimizer.lr_in_velocity: it is a setting of lars, not of {self.name}; set it to false")
         if self.apex == "on" and self.name != "sgd":
             raise UserError(f"optimizer.apex: Apex serves sgd here, not {self.name}; set it to off or auto")
 
@@ -72,7 +75,7 @@ def _optimizer(config: OptimizerConfig, params: list[Tensor], lr: float, scaled:
     # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
     fused = True if scaled or captured else None
     if config.name == "lars":
-        return LARS(params, lr, config.momentum, config.weight_decay, config.trust)
+        return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.lr_in_velocity)
     if config.name == "sgd":
         apex = "off" if captured else config.apex
         if (of_apex := fused_sgd(apex, params, lr, config.momentum, config.weight_decay)) is not None:

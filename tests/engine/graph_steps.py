@@ -35,6 +35,9 @@ CASES = {
     "caco, parts, clipped": (LARS, "trainer.accumulate=2", "trainer.clip_gradient=0.1"),
     "moco": (SGD, "method=moco"),
     "moco, symmetric": (ADAMW, "method=moco", "moco.symmetric=true"),
+    "simclr, lr in the velocity": ("optimizer={lr: 0.3, scale_lr: false, lr_in_velocity: true}", "method=simclr"),
+    "nnclr": (SGD, "method=nnclr", "nnclr={queue_size: 37, predictor_hidden: 16}"),
+    "clae over caco": (SGD, "method=clae", "clae.base=caco"),
 }
 
 

@@ -17,6 +17,7 @@ from caco_fast.engine.kernel_check import first_fault, require_backend, settle, 
 from caco_fast.engine.precision import use_tf32
 from caco_fast.errors import UserError
 from caco_fast.methods import CaCo, CaCoConfig, Method, MoCo, MoCoConfig
+from caco_fast.methods.nnclr import NNCLR, NNCLRConfig
 from caco_fast.ops import dispatch
 from caco_fast.ops.checks import BankUse
 from caco_fast.training import train
@@ -141,6 +142,16 @@ def test_a_tie_that_goes_to_a_later_row_is_found(cuda_ops, monkeypatch, path):
 
 
 @one_path
+def test_a_queue_that_only_selects_is_checked_with_select_alone(cuda_ops, monkeypatch, path):
+    use = NNCLR(NNCLRConfig(queue_size=130), 80).bank_uses(33, 1)[0]
+    for operation in ("attend_cuda", "step_cuda_"):
+        plant(monkeypatch, operation, 0)
+    assert first_fault(use, cuda_ops, CPU, seed=3) is None
+    plant(monkeypatch, "select_cuda", 0)
+    assert "bank_select: select " in (first_fault(use, cuda_ops, CPU, seed=3) or "")
+
+
+@one_path
 def test_a_queue_is_checked_without_select_and_step(cuda_ops, monkeypatch, path):
     for operation in PLANTED[1:]:
         plant(monkeypatch, operation, 0)
@@ -176,6 +187,8 @@ def test_uses_name_the_rows_temperatures_and_dtype_of_the_method():
     )
     (use,) = MoCo(MoCoConfig(queue_size=37), 16).bank_uses(8, 2)
     assert use == BankUse("moco.backend", "auto", 8, 37, 16, ((0.2,),))
+    (use,) = NNCLR(NNCLRConfig(queue_size=37), 16).bank_uses(8, 2)
+    assert use == BankUse("nnclr.backend", "auto", 16, 37, 16, (), selects=True)
 
 
 def test_banks_are_found_in_a_method_that_does_not_name_them_and_in_methods_within():

@@ -20,6 +20,11 @@ METHODS = {
     "moco": ("method=moco",),
     "moco-symmetric": ("method=moco", "moco.symmetric=true"),
 }
+# Those of resumed runs that need more than `method`.
+RESUMED = {
+    "nnclr": ("method=nnclr", "nnclr={queue_size: 37, predictor_hidden: 16}"),
+    "clae-caco": ("method=clae", "clae.base=caco"),
+}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -74,12 +79,15 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("caco", "dali", 8, id="caco-dali-mid-epoch-with-more-threads"),
         pytest.param("caco", "torchvision", 10, id="caco-torchvision-epoch-end"),
         pytest.param("moco", "torchvision", 8, id="moco-torchvision-mid-epoch"),
+        pytest.param("simclr", "memory", 8, id="simclr-mid-epoch"),
+        pytest.param("nnclr", "memory", 8, id="nnclr-mid-epoch"),
+        pytest.param("clae-caco", "memory", 8, id="clae-over-caco-mid-epoch"),
     ],
 )
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    settings = (f"method={method}", f"data.loader={loader}", "trainer.log_every=2")
+    settings = (*RESUMED.get(method, (f"method={method}",)), f"data.loader={loader}", "trainer.log_every=2")
     train(config(images, *settings), tmp_path / "whole")
     train(config(images, *settings, f"trainer.max_steps={stop}"), tmp_path / "parts")
     more = ("data.workers=2",) if loader == "dali" else ()

@@ -4,6 +4,8 @@ hold the bank.
 Legend: B images of the global batch, K bank rows, C channels.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,7 +17,11 @@ from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
-from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method
+from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method, registered
+from caco_fast.methods.clae import CLAEConfig
+from caco_fast.methods.nnclr import NNCLRConfig
+from caco_fast.methods.simclr import InfoNCEConfig, SimCLRConfig
+from caco_fast.models import segment_batch_norm
 from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
 
@@ -60,11 +66,15 @@ def train_criterion(small: int, norm: str, parallel: str, operands: torch.dtype,
     return {name: torch.stack(value) for name, value in values.items()} | dict(bank.state_dict())
 
 
-def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[str, Any]:
+def train_method(
+    name: str, settings: Any, steps: int, crops: int = 0, sections: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """All phases of a method on real encoders, with BatchNorm and gradients over all ranks."""
     torch.manual_seed(0)
-    encoders = small_pair(C, joint_views=is_distributed())
-    method = build_method(name, C, {name: settings})
+    sections = {name: settings, **sections}
+    needs = registered(name).method.needs(settings, sections)
+    encoders = small_pair(C, is_distributed(), *needs)
+    method = segment_batch_norm(build_method(name, C, sections))
     step = sgd_step(method, encoders)
     losses = []
     for phase in method.phases(B):
@@ -102,6 +112,21 @@ TRAINED = {
 TRAINED |= {
     "moco": (train_method, "moco", MoCoConfig(queue_size=K), 3),
     "moco symmetric": (train_method, "moco", MoCoConfig(queue_size=K, symmetric=True), 3),
+}
+# Candidates from the batch, and adversarial examples.
+TRAINED |= {
+    "simclr": (train_method, "simclr", SimCLRConfig(), 3),
+    "infonce": (train_method, "infonce", InfoNCEConfig(), 3),
+    "nnclr": (train_method, "nnclr", NNCLRConfig(queue_size=K, predictor_hidden=8), 3),
+}
+TRAINED |= {
+    f"clae over {case}": (train_method, "clae", CLAEConfig(base=base), 3, 0, {base: section})
+    for case, base, section in (
+        ("simclr", "simclr", SimCLRConfig(temperature=0.5)),
+        ("moco", "moco", MoCoConfig(queue_size=K)),
+        ("caco, replicated", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="replicated")),
+        ("caco, sharded", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="sharded")),
+    )
 }
 CASES = {**CRITERIA, **TRAINED}
 

@@ -29,7 +29,9 @@ def lists(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor
     return params, grads, velocities
 
 
-def by_hand(params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], scale: float = 1.0):
+def by_hand(
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], scale: float = 1.0, inside: bool = False
+):
     """New parameters and velocities, tensor by tensor in f64."""
     stepped = []
     for w, g, v in zip(params, grads, velocities, strict=True):
@@ -39,8 +41,9 @@ def by_hand(params: list[Tensor], grads: list[Tensor], velocities: list[Tensor],
             weight_norm, norm = math.sqrt(w.square().sum()), math.sqrt(d.square().sum())
             if weight_norm > 0 and norm > 0:
                 d = SETTINGS["trust"] * weight_norm / norm * d
-        v = SETTINGS["momentum"] * v + d
-        stepped.append((w - SETTINGS["lr"] * v, v))
+        of_gradient, of_velocity = (SETTINGS["lr"], 1.0) if inside else (1.0, SETTINGS["lr"])
+        v = SETTINGS["momentum"] * v + of_gradient * d
+        stepped.append((w - of_velocity * v, v))
     return [list(tensors) for tensors in zip(*stepped)]
 
 
@@ -48,7 +51,8 @@ def by_hand(params: list[Tensor], grads: list[Tensor], velocities: list[Tensor],
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [None, 1024.0])
 @pytest.mark.parametrize("flagged", [False, True])
-def test_the_formula(backend, dtype, scale, flagged):
+@pytest.mark.parametrize("inside", [False, True], ids=["", "lr in velocity"])
+def test_the_formula(backend, dtype, scale, flagged, inside):
     """Several steps; a gradient stays as it was, and the norms are those of unscaled gradients."""
     params, grads, velocities = lists(dtype)
     flags = dict(skip=torch.tensor(0.0)) if flagged else {}
@@ -56,8 +60,8 @@ def test_the_formula(backend, dtype, scale, flagged):
         flags["grad_scale"] = torch.tensor(scale)
         grads = [scale * g for g in grads]
     for _ in range(3):
-        expected, kept = by_hand(params, grads, velocities, scale or 1.0), copies(grads)
-        lars_step_(params, grads, velocities, **SETTINGS, **flags, backend=backend)
+        expected, kept = by_hand(params, grads, velocities, scale or 1.0, inside), copies(grads)
+        lars_step_(params, grads, velocities, **SETTINGS, **flags, lr_in_velocity=inside, backend=backend)
         atol = 1e-6 if dtype == torch.float32 else 1e-14
         assert_same([w.double() for w in params], expected[0], atol)
         assert_same([v.double() for v in velocities], expected[1], atol)
@@ -94,11 +98,12 @@ def test_a_flag_is_read_for_every_layout(flag):
 
 @backends
 @pytest.mark.parametrize("skip", [None, 0.0, 1.0])
-def test_an_lr_on_the_device_is_the_number(backend, skip):
+@pytest.mark.parametrize("inside", [False, True], ids=["", "lr in velocity"])
+def test_an_lr_on_the_device_is_the_number(backend, skip, inside):
     skip = None if skip is None else torch.tensor(skip)
     params, grads, velocities = lists()
     others = copies(params), copies(velocities)
-    settings: dict[str, Any] = SETTINGS | {"skip": skip, "backend": backend}
+    settings: dict[str, Any] = SETTINGS | {"skip": skip, "backend": backend, "lr_in_velocity": inside}
     lars_step_(params, grads, velocities, **settings)
     lars_step_(others[0], grads, others[1], **settings | {"lr": torch.tensor(0.3, dtype=torch.float64)})
     assert_same(others[0], params, 1e-7)  # next to a flag, a number passes through f32

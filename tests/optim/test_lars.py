@@ -19,7 +19,9 @@ def make_params() -> dict[str, Tensor]:
     return {name: p.requires_grad_() for name, p in params.items()}
 
 
-def by_hand(weights: dict[str, Tensor], velocity: dict[str, Tensor], grads: dict[str, Tensor], lr: float) -> None:
+def by_hand(
+    weights: dict[str, Tensor], velocity: dict[str, Tensor], grads: dict[str, Tensor], lr: float, inside: bool
+) -> None:
     """One step of You et al. on each tensor by itself, in plain numbers where a norm is concerned."""
     for name, grad in grads.items():
         direction = grad.clone()
@@ -29,15 +31,16 @@ def by_hand(weights: dict[str, Tensor], velocity: dict[str, Tensor], grads: dict
             grad_norm = sum(x * x for x in direction.flatten().tolist()) ** 0.5
             if weight_norm > 0 and grad_norm > 0:
                 direction *= TRUST * weight_norm / grad_norm
-        velocity[name] = MOMENTUM * velocity[name] + direction
-        weights[name] -= lr * velocity[name]
+        velocity[name] = MOMENTUM * velocity[name] + (lr * direction if inside else direction)
+        weights[name] -= velocity[name] if inside else lr * velocity[name]
 
 
-def test_several_steps_match_a_loop_over_tensors() -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["lr outside", "lr in velocity"])
+def test_several_steps_match_a_loop_over_tensors(inside: bool) -> None:
     params = make_params()
     weights = {name: p.detach().clone() for name, p in params.items()}
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
-    optimizer = LARS(list(params.values()), LR, MOMENTUM, DECAY, TRUST)
+    optimizer = LARS(list(params.values()), LR, MOMENTUM, DECAY, TRUST, inside)
     for step in range(5):
         lr = LR / (step + 1)
         optimizer.param_groups[0]["lr"] = lr
@@ -47,7 +50,7 @@ def test_several_steps_match_a_loop_over_tensors() -> None:
         for name, p in params.items():
             p.grad = grads[name].clone() if name in grads else None
         optimizer.step()
-        by_hand(weights, velocity, grads, lr)
+        by_hand(weights, velocity, grads, lr, inside)
         for name, p in params.items():
             torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=1e-13, msg=f"{name} at step {step}")
     assert weights["zero matrix"].abs().sum() > 0

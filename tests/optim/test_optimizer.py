@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
 
 from caco_fast.errors import UserError
 from caco_fast.optim import LARS, OptimizerConfig, build_optimizer, peak_lr
@@ -21,7 +21,18 @@ def test_name_and_settings_reach_the_optimiser(name: str, kind: type) -> None:
     if name != "adamw":
         assert group["momentum"] == 0.8
     if name == "lars":
-        assert group["trust"] == 0.005
+        assert group["trust"] == 0.005 and not group["lr_in_velocity"]
+
+
+def test_adamw_without_decay_is_adam() -> None:
+    weights = [torch.arange(6.0).view(2, 3).requires_grad_() for _ in range(2)]
+    config = OptimizerConfig(name="adamw", lr=0.01, scale_lr=False, weight_decay=0.0)
+    optimizers = build_optimizer(config, weights[:1], 256), Adam(weights[1:], lr=0.01)
+    for _ in range(3):
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = weight.detach().sin()
+            optimizer.step()
+    assert torch.equal(*weights)
 
 
 def test_peak_lr_grows_with_the_batch_unless_switched_off() -> None:
@@ -38,6 +49,7 @@ def test_peak_lr_grows_with_the_batch_unless_switched_off() -> None:
         ({"momentum": 1.0}, "optimizer.momentum: found 1.0, expected a number in [0, 1)"),
         ({"weight_decay": -1.0}, "optimizer.weight_decay: found -1.0, expected 0 or more"),
         ({"trust": 0.0}, "optimizer.trust: found 0.0, expected a number above 0"),
+        ({"lr_in_velocity": True, "name": "sgd"}, "optimizer.lr_in_velocity: it is a setting of lars, not of sgd; set"),
         ({"apex": "on", "name": "lars"}, "optimizer.apex: Apex serves sgd here, not lars; set it to off or auto"),
     ],
 )
