@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from caco_fast.build import method_sections
+from caco_fast.config import load_config, settings_of
 from caco_fast.distributed import rank, world_size
 from caco_fast.errors import UserError
-from caco_fast.methods import Embeddings, registered
+from caco_fast.methods import Embeddings, build_method, registered
 from caco_fast.methods.cacr import CACR, CACRConfig
+from caco_fast.models import build_backbone, require_sizes
+from caco_fast.ops.checks import BankUse
 from tests.methods.stand_ins import ScriptedEncoders, small_pair
 from tests.ranks import run_ranks
 
@@ -229,6 +233,12 @@ def test_metrics_are_the_weighted_distances() -> None:
     assert 0 < probability.item() < 1
 
 
+def test_its_use_of_the_queue_is_that_of_a_step() -> None:
+    (use,) = CACR(CACRConfig(form="queue", queue_size=K), C).bank_uses(8, 5)
+    assert use == BankUse("cacr.backend", "auto", 40, K, C, ((0.25,),))
+    assert CACR(CACRConfig(), C).bank_uses(8, 5) == []
+
+
 @pytest.mark.parametrize(
     "settings, sizes, calls",
     [
@@ -313,3 +323,66 @@ def test_views_that_it_cannot_use_are_named(form: str, sizes: list[int], line: s
 def test_a_single_image_without_negatives_is_refused(case: str) -> None:
     with pytest.raises(UserError, match="trainer.batch_size: found 1 image on a rank, expected 2 or more for cacr"):
         make(case).loss(Embeddings(*drawn(case, 0, images=1)))
+
+
+SMALL_ALEXNET = {
+    **{"backbone.name": "small_alexnet", "projector.layers": 1, "projector.dim": 128, "cacr.form": "batch"},
+    **{"optimizer.name": "sgd", "optimizer.lr": 0.12, "optimizer.scale_lr": True, "optimizer.weight_decay": 1e-4},
+    **{"schedule.milestones": [155, 170, 185], "schedule.milestone_factor": 0.1, "schedule.warmup_epochs": 0.0},
+    **{"trainer.epochs": 200, "trainer.batch_size": 128, "views.0.count": 5, "views.0.size": 32, "views.0.hue": 0.4},
+    **{"views.0.jitter_p": 1.0, "views.0.brightness": 0.4, "views.0.contrast": 0.4, "views.0.saturation": 0.4},
+    **{"views.0.grey_p": 0.2, "views.0.blur_p": 0.0, "views.0.scale": (0.2, 1.0), "views.0.flip_p": 0.5},
+}
+GLOBAL = {
+    **{"cacr.form": "global", "cacr.predictor_hidden": 4096, "cacr.distance": "rbf", "projector.hidden": 4096},
+    **{"projector.last_batch_norm": "plain", "projector.bias": False, "projector.dim": 256, "schedule.per": "step"},
+    **{"trainer.batch_size": 4096, "schedule.final_ratio": 0.0, "schedule.key_momentum_rises": True},
+}
+RESNET = {
+    **{"cacr.temperature": 1.0, "backbone.name": "resnet50", "projector.layers": 2, "optimizer.name": "lars"},
+    **{"optimizer.lr": 0.3, "optimizer.weight_decay": 1.5e-6, "schedule.warmup_epochs": 10.0, "trainer.epochs": 1000},
+    **{"schedule.key_momentum": 0.996},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    **{
+        f"{data}_small_alexnet_cacr{f'_{part}' if part != 'none' else ''}": {
+            **SMALL_ALEXNET,
+            **{"data.source": data, "data.imbalance": part, "cacr.t_neg": 0.9 if data == "cifar10" else 2.0},
+        }
+        for data in ("cifar10", "cifar100")
+        for part in ("none", "linear", "exponential")
+    },
+    "imagenet_resnet50_cacr_queue_200ep": {
+        **{"cacr.form": "queue", "cacr.queue_size": 65536, "cacr.t_neg": 2.0, "cacr.negatives": "auto"},
+        **{"views.0.count": 5, "views.0.size": 224, "optimizer.lr": 0.03, "schedule.key_momentum": 0.999},
+        **{"optimizer.name": "sgd", "projector.dim": 128, "trainer.batch_size": 256, "trainer.epochs": 200},
+    },
+    "imagenet_resnet50_cacr_global_1000ep_batch4096": {**GLOBAL, **RESNET, "views.1.solarize_p": 0.2},
+    "imagenet_resnet50_cacr_global_multicrop": {**GLOBAL, **RESNET, "views.1.count": 8, "views.1.size": 96},
+    "imagenet_vit_base_cacr_global_300ep_batch4096": {
+        **GLOBAL,
+        **{"backbone.name": "vit_base_patch16_224", "backbone.options": {}, "optimizer.name": "adamw"},
+        **{
+            "optimizer.lr": 1.5e-4,
+            "optimizer.weight_decay": 0.1,
+            "schedule.warmup_epochs": 40.0,
+            "trainer.epochs": 300,
+        },
+        **{"cacr.temperature": 0.2, "projector.layers": 3},
+    },
+    "small_cacr": {"cacr.form": "batch", "data.source": "embedded"},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_configurations_are_the_recipes_and_build(name: str) -> None:
+    config = load_config(name)
+    found = settings_of(config)
+    assert config.method == "cacr" and {key: found[key] for key in RECIPES[name]} == RECIPES[name]
+    # The widths of the predictor and the queue need no memory here.
+    with torch.device("meta"):
+        method = build_method("cacr", config.projector.dim, method_sections(config))
+        backbone = build_backbone(config.backbone, channels=3)
+    method.check_views([view.size for view in config.views for _ in range(view.count)])
+    require_sizes(config.backbone, {"views": (config.views[0].size,) * 2})
+    assert backbone.num_features > 0
