@@ -254,9 +254,10 @@ def _build_held_out(config: Config, source: Source, device: torch.device, autoca
     # As few batches as training's size allows, of one size, so that a mean over them is one over nearly all images.
     batches = -(-len(source) // config.trainer.batch_size)
     batch_size = max(1, len(source) // batches // world_size()) * world_size()
-    # Bad images are counted by the training's loader, over the far larger part.
-    tolerant = replace(config, data=replace(config.data, bad_image_limit=1.0))
-    return HeldOut(config.evaluation, lambda: _build_loader(tolerant, source, batch_size, device, autocast), device)
+    # Bad images are counted by the training's loader, over the far larger part; what is evaluated is not imbalanced.
+    data = replace(config.data, bad_image_limit=1.0, imbalance="none")
+    held_out = replace(config, data=data)
+    return HeldOut(config.evaluation, lambda: _build_loader(held_out, source, batch_size, device, autocast), device)
 
 
 def _build_evaluator(config: Config, source: Source, device: torch.device) -> Evaluator | None:

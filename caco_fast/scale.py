@@ -18,6 +18,7 @@ import torch
 from caco_fast.config import Config, load_config, settings_of
 from caco_fast.data import BadImageError, Source, build_source
 from caco_fast.data.sources.base import as_pil
+from caco_fast.data.sources.part import imbalanced
 from caco_fast.errors import UserError
 
 FEWEST = 16
@@ -71,7 +72,7 @@ def _look(config: Config) -> Facts:
     logger = logging.getLogger("caco_fast.data")
     before, logger.disabled = logger.disabled, True
     try:
-        source = build_source(config.data, "train")
+        source = imbalanced(build_source(config.data, "train"), config.data)
     finally:
         logger.disabled = before
     if len(source) < FEWEST:

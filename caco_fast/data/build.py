@@ -10,10 +10,11 @@ from caco_fast.data.config import NO_EVALUATION, DataConfig, ViewConfig, validat
 from caco_fast.data.loaders.base import TrainLoader, evaluation_share
 from caco_fast.data.loaders.evaluation import EvalLoader, check_sizes
 from caco_fast.data.loaders.torchvision import TorchvisionLoader
-from caco_fast.data.sources.arrays import cifar10, fashion_mnist
+from caco_fast.data.sources.arrays import cifar10, cifar100, fashion_mnist
 from caco_fast.data.sources.base import ArraySource, FileSource, Source
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.data.sources.index import IndexSource
+from caco_fast.data.sources.part import imbalanced
 from caco_fast.data.sources.tree import images_of
 from caco_fast.data.sources.webdataset import WebDatasetSource
 from caco_fast.errors import UserError
@@ -36,6 +37,8 @@ def build_source(config: DataConfig, split: str) -> Source:
         return fashion_mnist(split)
     if config.source == "cifar10":
         return cifar10(config.path, split)
+    if config.source == "cifar100":
+        return cifar100(config.path, split)
     source: FileSource | WebDatasetSource
     if config.source == "index":
         source = IndexSource(config.path, split, config.root)
@@ -58,13 +61,14 @@ def build_train_loader(
     dtype: torch.dtype = torch.float32,
     source: Source | None = None,
 ) -> TrainLoader:
-    """The loader that `config.loader` names, over the training set; `batch_size` counts the images of all ranks.
+    """The loader that `config.loader` names, over the training set or the part of it that `config.imbalance` leaves.
 
+    `batch_size` counts the images of all ranks.
     `dtype` is the dtype of the views. The dtype of the encoder's first convolution spares it a cast, and half of the
     bytes. `source` holds the training images, if they are listed already; None: they are listed here.
     """
     validate_views(views)
-    source = _source(config, "train", source)
+    source = imbalanced(_source(config, "train", source), config)
     options = dict(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device, dtype=dtype)
     if config.loader == "memory" or (config.loader == "auto" and _small(source)):
         from caco_fast.data.loaders.in_memory import MemoryLoader

@@ -7,9 +7,10 @@ from caco_fast.errors import UserError
 from caco_fast.host import cores_of_rank
 from caco_fast.settings import setting
 
-SOURCES = ("folder", "images", "index", "webdataset", "cifar10", "embedded")
+SOURCES = ("folder", "images", "index", "webdataset", "cifar10", "cifar100", "embedded")
 LOADERS = ("auto", "dali", "torchvision", "memory")
 JITTERS = ("exact", "fast")
+IMBALANCES = ("none", "linear", "exponential")
 # Advice for data without test images or labels.
 NO_EVALUATION = "turn evaluation off: evaluation.every_epochs=0, with evaluation.baselines and .linear_probe false"
 
@@ -84,14 +85,19 @@ class DataConfig:
     source: str = setting(
         "folder",
         "folder (path/train/<class>/*.JPEG), images (every image below path, without labels unless it has train/ and "
-        "val/), index (file by tools/index_data.py), webdataset (.tar shards), cifar10 "
-        "(release files) or embedded (Fashion-MNIST)",
+        "val/), index (file by tools/index_data.py), webdataset (.tar shards), cifar10 or cifar100 "
+        "(release files), or embedded (Fashion-MNIST)",
     )
     path: str = setting(
         "",
         "directory of the data; index: the file; webdataset: also a pattern, DIR/train-{000..146}.tar; embedded: none",
     )
     root: str = setting("", "index: directory of the images, if they are not where the index says")
+    imbalance: str = setting(
+        "none",
+        "part of each class to train on: none (all of it), linear or exponential in the class's number, as in CACR; "
+        "evaluation takes all images",
+    )
     loader: str = setting(
         "auto",
         "dali, torchvision (worker processes, slower), memory (whole set in memory) or auto (memory for small sets, "
@@ -126,7 +132,12 @@ class DataConfig:
 
         `needs_path`: whether the images are to be found by these settings, and not by a source that is there already.
         """
-        for name, known in (("source", SOURCES), ("loader", LOADERS), ("jitter", JITTERS)):
+        for name, known in (
+            ("source", SOURCES),
+            ("imbalance", IMBALANCES),
+            ("loader", LOADERS),
+            ("jitter", JITTERS),
+        ):
             value = getattr(self, name)
             _require(f"data.{name}", f"'{value}'", value in known, f"one of {', '.join(known)}")
         if needs_path:

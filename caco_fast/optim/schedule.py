@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from caco_fast.errors import UserError
 from caco_fast.settings import setting
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 class ScheduleConfig:
     warmup_epochs: float = setting(10.0, "epochs of linear warm-up, of the lr and of the bank lr")
     final_ratio: float = setting(0.01, "the cosine ends at this share of the lr")
+    milestones: list[int] = setting([], "epochs after which the lr is multiplied by milestone_factor; empty: a cosine")
+    milestone_factor: float = setting(0.1, "factor of the lr at each milestone (0 to 1)")
     key_momentum: float = setting(0.99, "EMA momentum m0 of the key encoder at the start")
     key_momentum_rises: bool = setting(True, "m rises from m0 to 1 by a cosine; false: it stays m0 (MoCo v2)")
     per: str = setting("step", "step: values change every step; epoch: every epoch, as in the released code")
@@ -23,9 +26,15 @@ class ScheduleConfig:
             raise UserError(f"schedule.per: found '{self.per}', expected step or epoch")
         if not self.warmup_epochs >= 0:
             raise UserError(f"schedule.warmup_epochs: found {self.warmup_epochs}, expected 0 or more")
-        for name in ("final_ratio", "key_momentum"):
+        for name in ("final_ratio", "key_momentum", "milestone_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"schedule.{name}: found {getattr(self, name)}, expected a number in [0, 1]")
+        ascending = all(before < after for before, after in pairwise([0, *self.milestones]))
+        if not ascending or (self.milestones and self.milestones[0] < self.warmup_epochs):
+            raise UserError(
+                f"schedule.milestones: found {list(self.milestones)}, expected ascending epochs after the warm-up of "
+                f"{self.warmup_epochs:g}; change them or schedule.warmup_epochs"
+            )
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Schedule:
     At step s of the run, e = s / steps_per_epoch (docs/method.md, schedule):
 
         warmup(s)       = min(1, (s + 1) / warm-up steps)
-        lr(s)           = lr * warmup(s) during the warm-up, then a cosine from lr to final_ratio lr
+        lr(s)           = lr * warmup(s) during the warm-up, then a cosine from lr to final_ratio lr,
+                          or with milestones lr * milestone_factor ^ (milestones that are no later than e)
         key_momentum(s) = 1 - (1 - m0) (1 + cos(pi e / E)) / 2
     """
 
@@ -67,6 +77,9 @@ class Schedule:
         at, warm, end = self._position(step)
         if at < warm:
             return self.lr * self.warmup_at(step)
+        if self.config.milestones:
+            passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.config.milestones)
+            return self.lr * self.config.milestone_factor**passed
         through = (at - warm) / max(end - warm, 1.0)
         floor = self.config.final_ratio * self.lr
         return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))

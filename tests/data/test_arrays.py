@@ -18,6 +18,7 @@ from caco_fast.data.sources.arrays import (
     EMBEDDED_STD,
     PYTHON_FOLDER,
     cifar10,
+    cifar100,
 )
 from caco_fast.errors import UserError
 from tests.tool import load_tool
@@ -63,6 +64,32 @@ def test_both_release_formats_give_the_same_images(tmp_path: Path, write, inside
         assert np.array_equal(source.image(8 + row), pixels[row].reshape(3, 32, 32).transpose(1, 2, 0))
     test = build_source(config, "test")
     assert len(test) == 4 and np.array_equal(test.labels, records("test_batch")[1])
+
+
+@pytest.mark.parametrize("form", ["python", "binary"])
+def test_cifar_100_is_read_with_its_fine_labels(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / f"cifar-100-{form}"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 256, (3, 3072), dtype=np.uint8)
+        fine, coarse = np.array([99, 0, 57], dtype=np.uint8), np.array([19, 4, 4], dtype=np.uint8)
+        if form == "python":
+            content = {b"data": pixels, b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist()}
+            (folder / split).write_bytes(pickle.dumps(content, protocol=2))
+        else:
+            np.concatenate([coarse[:, None], fine[:, None], pixels], axis=1).tofile(folder / f"{split}.bin")
+    for path in (tmp_path, folder):
+        for split in ("train", "test"):
+            source = build_source(DataConfig(source="cifar100", path=str(path)), split)
+            assert source.labels.tolist() == [99, 0, 57] and len(source.classes) == 100
+            assert [source.classes[label] for label in source.labels] == ["worm", "apple", "pear"]
+        assert np.array_equal(source.image(1), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_a_folder_without_cifar_100_says_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither cifar-100-python/ nor cifar-100-binary/; fetch it with: python -c"):
+        cifar100(str(tmp_path), "train")
 
 
 def test_a_file_as_python_2_wrote_it_is_read(tmp_path: Path) -> None:

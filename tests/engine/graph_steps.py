@@ -38,6 +38,9 @@ CASES = {
     "simclr, lr in the velocity": ("optimizer={lr: 0.3, scale_lr: false, lr_in_velocity: true}", "method=simclr"),
     "nnclr": (SGD, "method=nnclr", "nnclr={queue_size: 37, predictor_hidden: 16}"),
     "clae over caco": (SGD, "method=clae", "clae.base=caco"),
+    "cacr": (SGD, "method=cacr"),
+    "cacr, queue": (SGD, "method=cacr", "cacr={form: queue, queue_size: 37}"),
+    "cacr, global, multi-crop": (LARS, "method=cacr", "cacr={form: global, predictor_hidden: 16}", SMALL_VIEWS),
 }
 
 

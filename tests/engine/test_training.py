@@ -24,6 +24,9 @@ METHODS = {
 RESUMED = {
     "nnclr": ("method=nnclr", "nnclr={queue_size: 37, predictor_hidden: 16}"),
     "clae-caco": ("method=clae", "clae.base=caco"),
+    "cacr": ("method=cacr",),
+    "cacr-queue": ("method=cacr", "cacr={form: queue, queue_size: 37}"),
+    "cacr-global": ("method=cacr", "cacr={form: global, predictor_hidden: 16}"),
 }
 
 
@@ -82,6 +85,9 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("simclr", "memory", 8, id="simclr-mid-epoch"),
         pytest.param("nnclr", "memory", 8, id="nnclr-mid-epoch"),
         pytest.param("clae-caco", "memory", 8, id="clae-over-caco-mid-epoch"),
+        pytest.param("cacr", "memory", 8, id="cacr-mid-epoch"),
+        pytest.param("cacr-queue", "memory", 8, id="cacr-queue-mid-epoch"),
+        pytest.param("cacr-global", "memory", 8, id="cacr-global-mid-epoch"),
     ],
 )
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):

@@ -18,6 +18,7 @@ from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_si
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
 from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method, registered
+from caco_fast.methods.cacr import CACRConfig
 from caco_fast.methods.clae import CLAEConfig
 from caco_fast.methods.nnclr import NNCLRConfig
 from caco_fast.methods.simclr import InfoNCEConfig, SimCLRConfig
@@ -127,6 +128,11 @@ TRAINED |= {
         ("caco, replicated", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="replicated")),
         ("caco, sharded", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="sharded")),
     )
+}
+TRAINED |= {
+    "cacr": (train_method, "cacr", CACRConfig(), 3, 1),
+    "cacr, queue": (train_method, "cacr", CACRConfig(form="queue", queue_size=K, negatives="all"), 3, 1),
+    "cacr, global": (train_method, "cacr", CACRConfig(form="global", predictor_hidden=8), 3, 1),
 }
 CASES = {**CRITERIA, **TRAINED}
 

@@ -99,3 +99,27 @@ def test_a_warm_up_as_long_as_the_run_is_named(caplog) -> None:
     assert caplog.text == ""
     Schedule(ScheduleConfig(warmup_epochs=4.0), lr=1.0, epochs=4, steps_per_epoch=2)
     assert "schedule.warmup_epochs 4 is no less than trainer.epochs 4" in caplog.text
+
+
+@pytest.mark.parametrize("per", ["step", "epoch"])
+def test_the_lr_falls_at_each_milestone_in_place_of_the_cosine(per: str) -> None:
+    run = schedule(milestones=[20, 50], milestone_factor=0.5, per=per)
+    assert run.lr_at(WARM * STEPS - 1) == pytest.approx(2.0)
+    wanted = {WARM: 2.0, 19: 2.0, 20: 1.0, 49: 1.0, 50: 0.5, EPOCHS - 1: 0.5}
+    for epoch, lr in wanted.items():
+        for step in (epoch * STEPS, (epoch + 1) * STEPS - 1):
+            assert run.lr_at(step) == pytest.approx(lr), epoch
+    assert run.lr_at(0) == schedule(per=per).lr_at(0)
+
+
+@pytest.mark.parametrize("milestones", [[50, 20], [20, 20], [0, 20], [5, 20]])
+def test_milestones_ascend_from_the_end_of_the_warm_up(milestones: list[int]) -> None:
+    with pytest.raises(
+        UserError, match=r"schedule.milestones: found .*, expected ascending epochs after the warm-up of 10"
+    ):
+        schedule(milestones=milestones)
+
+
+def test_a_factor_above_1_is_refused() -> None:
+    with pytest.raises(UserError, match="schedule.milestone_factor: found 10.0, expected a number in"):
+        schedule(milestone_factor=10.0)

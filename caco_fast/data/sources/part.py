@@ -1,12 +1,21 @@
-"""A part of a source: the images that are held out of training, and the others. Legend: N images, M of the part."""
+"""A part of a source: the images that are held out of training, the others, or an imbalanced part of these.
+
+Legend: N images, M of the part.
+"""
 
 import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
+from caco_fast.data.config import DataConfig
 from caco_fast.data.sources.base import MAX_PIXELS, ArraySource, Source
+from caco_fast.errors import UserError
+
+# Classes share a part of their images by tenths of all classes: each of CIFAR-10 alone, those of CIFAR-100 by tens.
+GROUPS = 10
 
 
 class Part:
@@ -53,3 +62,48 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     # The second number keeps these draws apart from those of other uses of the seed.
     order = np.random.default_rng([seed % 2**64, 0x48454C44]).permutation(len(source))
     return take(source, np.sort(order[count:])), take(source, np.sort(order[:count]))
+
+
+def imbalanced(source: Source, config: DataConfig) -> Source:
+    """The part of the training images that `data.imbalance` leaves: of class c the first int(f N_c) of a fixed shuffle.
+
+    f = (g + 1) / G for linear, e^(g + 1 - G) for exponential, where g is the class's group of G. The part does not
+    depend on `trainer.seed`, so that runs of several seeds see the same images.
+
+    Source: CACR (arXiv 2105.03746), section 4.2, for CIFAR-10 and CIFAR-100.
+
+    Raises:
+        UserError: the images have no labels.
+    """
+    if config.imbalance == "none":
+        return source
+    if not source.classes:
+        raise UserError(
+            f"data.imbalance: found {config.imbalance}, but the training images have no labels; set it to none, or put "
+            "them into one folder for each class"
+        )
+    classes = len(source.classes)
+    order = np.random.default_rng(0x494D42).permutation(len(source))
+    labels = _labels(source)[order]
+    by_class = np.argsort(labels, kind="stable")  # positions in the shuffle, class after class
+    counts = np.bincount(labels, minlength=classes)
+    kept = np.array([_kept(config.imbalance, label, classes, int(count)) for label, count in enumerate(counts)])
+    place = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
+    chosen = by_class[place < np.repeat(kept, counts)]
+    return take(source, np.sort(order[chosen]))
+
+
+def _kept(imbalance: str, label: int, classes: int, count: int) -> int:
+    """int(f N_c) of class `label`."""
+    groups = min(GROUPS, classes)
+    group = label * groups // classes
+    if imbalance == "linear":
+        # In whole numbers, so that no product is rounded down to one image less.
+        return (group + 1) * count // groups
+    return int(math.exp(group + 1 - groups) * count)
+
+
+def _labels(source: Source) -> np.ndarray:  # [N] int64
+    if isinstance(source, ArraySource):
+        return source.labels
+    return np.fromiter((source.label(index) for index in range(len(source))), dtype=np.int64, count=len(source))
