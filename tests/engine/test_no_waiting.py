@@ -26,11 +26,13 @@ CASES = {
     "caco, sgd": ("optimizer={name: sgd, lr: 0.03}",),
     "caco, parts, clipped": ("trainer.precision=fp16", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "caco, activations twice": ("trainer.precision=bf16", "trainer.checkpoint_activations=true"),
+    "adco": ("method=adco", "adco.symmetric=true", "trainer.precision=fp16"),
     "moco": ("method=moco", "moco.symmetric=true"),
     "replays": ("trainer.cuda_graph=true", "trainer.precision=bf16"),
     "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
     "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),
     "replays, parts, clipped": ("trainer.cuda_graph=true", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
+    "replays, adco": ("trainer.cuda_graph=true", "method=adco"),
     "replays, moco": ("trainer.cuda_graph=true", "method=moco"),
 }
 

@@ -15,7 +15,7 @@ from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
-from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method
+from caco_fast.methods import AdCoConfig, CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method
 from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
 
@@ -102,6 +102,22 @@ TRAINED = {
 TRAINED |= {
     "moco": (train_method, "moco", MoCoConfig(queue_size=K), 3),
     "moco symmetric": (train_method, "moco", MoCoConfig(queue_size=K, symmetric=True), 3),
+}
+TRAINED |= {
+    f"adco{form}, {2 + crops} views, {parallel}": (
+        train_method,
+        "adco",
+        # A bank temperature and a decay with which errors of rounding do not grow.
+        AdCoConfig(bank_size=K, bank_lr=0.1, bank_temperature=0.1, bank_parallel=parallel, **settings),
+        5,
+        crops,
+    )
+    for form, crops, settings in (
+        ("", 2, {"bank_weight_decay": 0.01}),
+        (" symmetric", 0, {"symmetric": True}),
+        (" without batch negatives", 0, {"batch_negatives": False}),
+    )
+    for parallel in BANKS
 }
 CASES = {**CRITERIA, **TRAINED}
 

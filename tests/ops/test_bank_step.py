@@ -233,7 +233,9 @@ def test_rows_without_a_direction_only_decay(backend: Backend, norm, many):
 @over(*PLAIN, *KERNELS)
 def test_the_bound_finds_weight_decay_that_is_too_small(backend: Backend):
     step = DecayingStep(Case(20, 150, 64), 1)
-    assert share(step.run(backend, weight_decay=0.9 * step.weight_decay)[1], step.expected()[1], step.bound(backend)) > 1
+    assert (
+        share(step.run(backend, weight_decay=0.9 * step.weight_decay)[1], step.expected()[1], step.bound(backend)) > 1
+    )
 
 
 @over(*KERNELS)
