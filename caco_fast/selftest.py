@@ -28,7 +28,7 @@ def run(device: torch.device, shapes: tuple[tuple[int, int, int], ...] = LARGE +
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             problem = make_problem(shape, dtype, device, TEMPERATURES)
-            of_step = problem._replace(temperatures=TEMPERATURES[:1])
+            of_step = problem._replace(temperatures=TEMPERATURES[:1], weight_decay=0.01)
             name = "R {} K {} C {} ".format(*shape) + str(dtype).removeprefix("torch.")
             for check in (*check_attend(problem), *check_select(problem), *check_step(of_step)):
                 passed &= report(name, check)

@@ -88,7 +88,8 @@ int64_t bank_select_workspace(int64_t rows, int64_t bank_rows, int channels, con
 void bank_select(const SelectParams &params, const Target &target);
 
 // p_ij = exp(s_ij / t - lse_i), c_ij = p_ij + sum_m o_im [j = positive_im] (1 - 2 p_ij),
-// g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j);  V <- mu V + g;  W <- W - eta V;  project: w_j <- w_j / |w_j|.
+// g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j);  V <- mu V + g + wd W;  W <- W - eta V;
+// project: w_j <- w_j / |w_j|. W on the right-hand side is that from before the step.
 struct StepParams {
     float *bank;                   // [K, C] in and out
     float *velocity;               // [K, C] in and out
@@ -103,7 +104,7 @@ struct StepParams {
     int64_t rows, bank_rows;
     int channels, positives;  // C, M
     OperandType type;
-    float temperature, momentum;
+    float temperature, momentum, weight_decay;  // t, mu, wd
     const float *lr;  // [], eta: on the device, so that the replay of a graph reads it anew
     bool project;
     const float *skip = nullptr;  // [] or null; if it is not 0, bank and velocity stay as they are

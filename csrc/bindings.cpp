@@ -178,6 +178,7 @@ PYBIND11_MODULE(CACO_MODULE, m) {
         .field("temperature", &caco::StepParams::temperature)
         .field("lr", &caco::StepParams::lr)
         .field("momentum", &caco::StepParams::momentum)
+        .field("weight_decay", &caco::StepParams::weight_decay)
         .field("project", &caco::StepParams::project)
         .field("skip", &caco::StepParams::skip);
     m.def("bank_step_workspace", &caco::bank_step_workspace, "rows"_a);

@@ -115,10 +115,16 @@ def gradient_of_loss(bank: Tensor, queries: Tensor, temperature: float, row_weig
 
 
 def step(
-    bank: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float, project: bool = False
+    bank: Tensor,
+    velocity: Tensor,
+    gradient: Tensor,
+    lr: float,
+    momentum: float,
+    project: bool = False,
+    weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Bank and velocity after V <- mu V + g, W <- W - eta V."""
-    velocity = momentum * velocity.double() + gradient
+    """Bank and velocity after V <- mu V + g + wd W, W <- W - eta V."""
+    velocity = momentum * velocity.double() + gradient + weight_decay * bank.double()
     bank = bank.double() - lr * velocity
     return (unit_rows(bank)[0] if project else bank), velocity
 

@@ -37,7 +37,8 @@ class LearnableBank(nn.Module):
         bank.record(q, lse, 0.08, weight, positives.unsqueeze(1))   # weight [R] = 1 / (images of the global batch)
         loss.backward(); optimizer.step(); bank.step(lr=3.0)
 
-    size: K, any number of rows. dim: C. momentum: mu in [0, 1). norm: "implicit" stores rows of any length, as
+    size: K, any number of rows. dim: C. momentum: mu in [0, 1). weight_decay: wd, of the rows as stored, inside the
+    velocity. norm: "implicit" stores rows of any length, as
     the released code does; "project" rescales them to unit length after each step. backend: of the bank operations.
     max_records: records kept without a step before that is taken for a mistake. generator: draws the first rows; on
     several ranks give all the same seed, for each keeps the whole bank and they stay equal; `ShardedBank` keeps a part
@@ -58,6 +59,7 @@ class LearnableBank(nn.Module):
         *,
         momentum: float = 0.9,
         norm: str = "implicit",
+        weight_decay: float = 0.0,
         backend: str = "auto",
         max_records: int = 256,
         generator: torch.Generator | None = None,
@@ -65,6 +67,8 @@ class LearnableBank(nn.Module):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UserError(f"LearnableBank: momentum: found {momentum}, expected a number in [0, 1)")
+        if not 0 <= weight_decay < float("inf"):
+            raise UserError(f"LearnableBank: weight_decay: found {weight_decay}, expected 0 or more")
         if norm not in NORMS:
             raise UserError(f"LearnableBank: norm: found {norm!r}, expected 'implicit' or 'project'")
         self.size = size
@@ -76,7 +80,7 @@ class LearnableBank(nn.Module):
             self.register_buffer("velocity", torch.zeros_like(bank))
         # Rows that a step left out because they were not finite; on the device, so that the host does not wait for it.
         self.register_buffer("skipped_rows", torch.zeros((), dtype=torch.int64, device=bank.device), persistent=False)
-        self.momentum, self.norm, self.backend = momentum, norm, backend
+        self.momentum, self.weight_decay, self.norm, self.backend = momentum, weight_decay, norm, backend
         self.pending = PendingRows(max_records)
         self.operand = OperandCopy(backend)
 
@@ -188,6 +192,7 @@ class LearnableBank(nn.Module):
             positives=rows.positives,
             positive_weight=rows.positive_weight,
             norm=self.norm,
+            weight_decay=self.weight_decay,
             skip=skip,
             backend=self.backend,
             operand=operand,
@@ -253,5 +258,7 @@ class LearnableBank(nn.Module):
         self.operand.refresh(self.bank)
 
     def extra_repr(self) -> str:
-        settings = f"momentum={self.momentum}, norm={self.norm!r}, backend={self.backend!r}"
+        settings = (
+            f"momentum={self.momentum}, weight_decay={self.weight_decay}, norm={self.norm!r}, backend={self.backend!r}"
+        )
         return f"size={self.size}, dim={self.dim}, {settings}"

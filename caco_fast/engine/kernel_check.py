@@ -150,6 +150,7 @@ def _checks(
         copies=True,
         positives=use.positives,
         norm=use.norm,
+        weight_decay=use.weight_decay,
         exact="tiled",
     )
     # A bank hands its copy of the unit rows to every call.

@@ -19,11 +19,14 @@ from caco_fast.methods.base import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from caco_fast.methods.adco import AdCo, AdCoConfig  # noqa: E402
 from caco_fast.methods.caco import CaCo, CaCoConfig, CaCoLoss  # noqa: E402
 from caco_fast.methods.moco import MoCo, MoCoConfig  # noqa: E402
 
 __all__ = [
     "METHODS",
+    "AdCo",
+    "AdCoConfig",
     "CaCo",
     "CaCoConfig",
     "CaCoLoss",

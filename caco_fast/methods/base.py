@@ -179,7 +179,8 @@ def use_of(bank: LearnableBank | KeyQueue, setting: str, rows: int, **known: Any
         return BankUse(setting, bank.backend, rows, *bank.queue.shape, **known)
     if isinstance(bank, ShardedBank):
         rows *= world_size()
-    known = {"step_temperature": known["temperatures"][0][-1], "norm": bank.norm, **known}
+    of_bank = {"step_temperature": known["temperatures"][0][-1], "norm": bank.norm, "weight_decay": bank.weight_decay}
+    known = {**of_bank, **known}
     return BankUse(setting, bank.backend, rows, *bank.bank.shape, **known)
 
 

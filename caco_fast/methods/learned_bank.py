@@ -38,6 +38,7 @@ class LearnedBankConfig:
     bank_temperature: float = setting(0.08, "t_m, temperature of the bank's step")
     bank_lr: float = setting(3.0, "eta, learning rate of the bank; constant after the warm-up")
     bank_momentum: float = setting(0.9, "mu, momentum of the bank's velocity")
+    bank_weight_decay: float = setting(0.0, "wd, weight decay of the bank's rows, a part of their velocity")
     bank_parallel: str = setting(
         "auto", "sharded: every rank keeps K / ranks rows; replicated: all of them; auto: sharded on several ranks"
     )
@@ -47,7 +48,9 @@ class LearnedBankConfig:
     warm_start_steps: int = setting(
         0, "steps in which the bank is a queue of keys before it is learned; 0: until it is full, as published"
     )
-    warm_start_temperature: float = setting(0.2, "temperature of the InfoNCE loss in those steps")
+    warm_start_temperature: float | None = setting(
+        0.2, "temperature of the InfoNCE loss in those steps; null: that of the loss"
+    )
     warm_start_key_momentum: float = setting(
         0.999, "EMA momentum of the key encoder in those steps (0 to 1); 0.999: as in the released code"
     )
@@ -69,12 +72,17 @@ class LearnedBankConfig:
             )
         if self.warm_start_steps < 0:
             raise UserError(f"{section}.warm_start_steps: found {self.warm_start_steps}, expected 0 or more")
-        check_settings(section, self, ("temperature", "bank_temperature", "warm_start_temperature"))
+        positive = ["temperature", "bank_temperature"]
+        if self.warm_start_temperature is not None:
+            positive.append("warm_start_temperature")
+        check_settings(section, self, positive)
         momentum = self.warm_start_key_momentum
         if not 0 <= momentum <= 1:
             raise UserError(f"{section}.warm_start_key_momentum: found {momentum}, expected a number in [0, 1]")
         if not self.bank_lr >= 0:
             raise UserError(f"{section}.bank_lr: found {self.bank_lr}, expected 0 or more")
+        if not 0 <= self.bank_weight_decay < float("inf"):
+            raise UserError(f"{section}.bank_weight_decay: found {self.bank_weight_decay}, expected 0 or more")
         if not 0 <= self.bank_momentum < 1:
             raise UserError(f"{section}.bank_momentum: found {self.bank_momentum}, expected a number in [0, 1)")
         if self.norm not in NORMS:
@@ -87,7 +95,19 @@ class LearnedBankConfig:
         many = "sharded" if is_distributed() else "replicated"
         kind = BANKS[many if self.bank_parallel == "auto" else self.bank_parallel]
         backend = "tiled" if self.needs_f32_products else self.backend
-        return kind(self.bank_size, dim, momentum=self.bank_momentum, norm=self.norm, backend=backend)
+        return kind(
+            self.bank_size,
+            dim,
+            momentum=self.bank_momentum,
+            norm=self.norm,
+            weight_decay=self.bank_weight_decay,
+            backend=backend,
+        )
+
+    @property
+    def initial_temperature(self) -> float:
+        """The temperature of the loss while keys fill the bank."""
+        return self.temperature if self.warm_start_temperature is None else self.warm_start_temperature
 
     @property
     def needs_f32_products(self) -> bool:
@@ -117,26 +137,34 @@ class LearnedBankMethod(Method):
 
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         """Step the bank with the rows that `loss` recorded on it."""
-        self.bank.step(self.config.bank_lr * warmup, scale=1 / self.parts, skip=skip)
+        self.bank.step(self.bank_rate(warmup), scale=1 / self.parts, skip=skip)
+
+    def bank_rate(self, warmup: Rate) -> Rate:
+        """eta at this share of the full rate."""
+        return self.config.bank_lr * warmup
 
     def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
+        # A small view has both large ones as positives.
+        return self.uses_of(images * views, positives=2 if views > 2 else 1)
+
+    def uses_of(self, rows: int, positives: int) -> Sequence[BankUse]:
+        """The use of the bank by steps of R rows with M positives each."""
         config = self.config
         reason = f"{self.section}.operands=f32 needs f32 products, which the kernels do not have"
         use = use_of(
             self.bank,
             f"{self.section}.backend",
-            images * views,
-            temperatures=((config.temperature, config.bank_temperature), (config.warm_start_temperature,)),
+            rows,
+            temperatures=((config.temperature, config.bank_temperature), (config.initial_temperature,)),
             step_temperature=config.bank_temperature,
             dtype=OPERANDS[config.operands],
-            # A small view has both large ones as positives.
-            positives=2 if views > 2 else 1,
+            positives=positives,
             reason=reason if config.needs_f32_products else None,
         )
         return [use]
 
     def rates(self, warmup: float) -> dict[str, float]:
-        return {"bank_lr": self.config.bank_lr * warmup, "skipped_rows": float(self.bank.skipped_rows)}
+        return {"bank_lr": float(self.bank_rate(warmup)), "skipped_rows": float(self.bank.skipped_rows)}
 
     def phases(self, batch_size: int) -> list[Phase]:
         until_full = -(-self.config.bank_size // batch_size)
@@ -163,7 +191,7 @@ class LearnedBankMethod(Method):
         """InfoNCE of q_a against its key k_b and the bank, whose rows the keys then fill (bank initialisation)."""
         (q_a,) = encoders.queries(views[:1])
         (k_b,) = encoders.keys(views[1:2])
-        temperature = self.config.warm_start_temperature
+        temperature = self.config.initial_temperature
         loss, probability = info_nce(q_a, k_b, self.bank.attend(q_a, temperature)[0], temperature)
         return StepOutput(loss, {"positive_probability": probability}, (k_b,))
 

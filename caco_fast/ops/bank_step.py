@@ -4,7 +4,7 @@ With s_ij = q_i . u_j, u_j = w_j / |w_j|, p_ij = exp(s_ij / t - lse_i), row weig
 
     c_ij = p_ij + sum_m o_im [j = pi_im] (1 - 2 p_ij)
     g_j  = - 1 / (t |w_j|) * sum_i a_i c_ij (q_i - s_ij u_j)
-    V <- mu V + g ;  W <- W - eta V ;  and with norm "project" W_j <- W_j / |W_j|
+    V <- mu V + g + wd W ;  W <- W - eta V ;  and with norm "project" W_j <- W_j / |W_j|
 
 All of the right-hand side is from before the step. As s_ij = q_i . u_j, the tangent needs one sum only:
 sum_i a_i c_ij (q_i - s_ij u_j) = G_j - (G_j . u_j) u_j with G_j = sum_i a_i c_ij q_i.
@@ -47,17 +47,20 @@ def bank_step_(
     positives: Tensor | None = None,  # [R, M] int64
     positive_weight: Tensor | None = None,  # [R, M]
     norm: str = "implicit",
+    weight_decay: float = 0.0,
     skip: Tensor | None = None,  # []
     backend: str = "auto",
     operand: Tensor | None = None,  # [K, P]
 ) -> None:
     """Move the bank rows and their velocity; positives descend the contrastive loss and negatives ascend it.
 
-    lse: `bank_attend` of the same queries and bank at `temperature`, the bank temperature t_m.
+    lse: `bank_attend` of the same queries and bank at `temperature`, the bank temperature t_m; larger if the softmax
+        has further columns beside the bank.
     lr: eta; the value of a tensor [] on the device is not read by the host.
     row_weight: 1 / B for each of the rows of a batch of B images. positive_weight: sums to 1 over M; None means 1 / M.
     positives: None or M = 0 for AdCo (negatives only), M = 1 for CaCo. An index out of range is an IndexError on the
         CPU. On an accelerator the host does not read them, and the kernels ignore such an index.
+    weight_decay: wd, of the raw rows W; a part of the velocity.
     norm: "implicit" keeps the rows' lengths as they come, "project" rescales every row to unit length after the step.
     skip: an f32 flag on the device, such as GradScaler's found_inf; if it is not 0, bank and velocity stay as they are.
     operand: the copy of the bank's unit rows that its owner passes to `bank_attend`; it is written anew from the bank
@@ -73,7 +76,7 @@ def bank_step_(
     dispatch.check_like(OP, "lse", lse, (rows,), "[R]", bank)
     dispatch.check_like(OP, "row_weight", row_weight, (rows,), "[R]", bank)
     dispatch.check_temperature(OP, temperature)
-    check_settings(lr, momentum, norm, bank.device)
+    check_settings(lr, momentum, weight_decay, norm, bank.device)
     dispatch.check_flag(OP, "skip", skip, bank.device)
     dispatch.check_operand(OP, operand, bank)
     positives, positive_weight = checked_positives(positives, positive_weight, row_weight, bank)
@@ -86,6 +89,7 @@ def bank_step_(
             float(temperature),
             on_device(lr, bank),
             float(momentum),
+            float(weight_decay),
             row_weight.detach(),
             positives,
             positive_weight,
@@ -102,13 +106,15 @@ def check_like_bank(velocity: Tensor, bank: Tensor) -> None:
         raise TypeError(f"{OP}: velocity: found {velocity.dtype}, expected {bank.dtype} as the bank")
 
 
-def check_settings(lr: Rate, momentum: float, norm: str, device: torch.device) -> None:
+def check_settings(lr: Rate, momentum: float, weight_decay: float, norm: str, device: torch.device) -> None:
     if isinstance(lr, Tensor):
         check_rate(OP, "lr", lr, device)
     elif not math.isfinite(lr) or lr < 0:
         raise ValueError(f"{OP}: lr: found {lr}, expected a finite number, 0 or more")
     if not 0 <= momentum < 1:
         raise ValueError(f"{OP}: momentum: found {momentum}, expected a number in [0, 1)")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{OP}: weight_decay: found {weight_decay}, expected a finite number, 0 or more")
     if norm not in ("implicit", "project"):
         raise ValueError(f"{OP}: norm: found {norm!r}, expected 'implicit' or 'project'")
 
@@ -157,6 +163,7 @@ def step_reference_(
     temperature: float,
     lr: Tensor,
     momentum: float,
+    weight_decay: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
@@ -174,6 +181,8 @@ def step_reference_(
     tangent = pull.T @ queries - (pull * similarity).sum(dim=0).unsqueeze(1) * unit  # [K, C]
     gradient = -tangent * inverse_norm / temperature
     velocity.mul_(momentum).add_(gradient)
+    if weight_decay:
+        velocity.add_(bank, alpha=weight_decay)
     bank.sub_(lr * velocity)
     if norm == "project":
         bank.copy_(unit_rows(bank)[0])
@@ -188,6 +197,7 @@ def step_tiled_(
     temperature: float,
     lr: Tensor,
     momentum: float,
+    weight_decay: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
@@ -225,6 +235,8 @@ def step_tiled_(
         along = torch.linalg.vecdot(pulled, unit).unsqueeze(1)  # [k, 1]
         pulled.addcmul_(unit, along, value=-1)
         speed.addcmul_(pulled, inverse_norm * largest_weight, value=-1 / temperature)
+        if weight_decay:
+            speed.add_(rows, alpha=weight_decay)
         rows.addcmul_(speed, lr, value=-1)
         if norm == "project":
             rows.copy_(unit_rows(rows)[0])
@@ -265,6 +277,7 @@ def step_cuda_(
     temperature: float,
     lr: Tensor,
     momentum: float,
+    weight_decay: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
@@ -312,6 +325,7 @@ def step_cuda_(
         temperature=temperature,
         lr=lr,
         momentum=momentum,
+        weight_decay=weight_decay,
         project=norm == "project",
         skip=skip,
     )
@@ -330,6 +344,7 @@ def _bank_step_(
     temperature: float,
     lr: Tensor,
     momentum: float,
+    weight_decay: float,
     row_weight: Tensor,
     positives: Tensor | None,
     positive_weight: Tensor | None,
@@ -341,7 +356,7 @@ def _bank_step_(
     if positives is not None:
         check_positive_range(positives, bank.shape[0])
     chosen = dispatch.resolve(OP, backend, bank.device, bank.dtype)
-    settings = (queries, lse, temperature, lr, momentum, row_weight, positives, positive_weight, norm)
+    settings = (queries, lse, temperature, lr, momentum, weight_decay, row_weight, positives, positive_weight, norm)
     # Autocast would turn the f32 products into bf16 ones.
     with torch.autocast(bank.device.type, enabled=False):
         if chosen == "cuda":

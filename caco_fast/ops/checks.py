@@ -8,6 +8,7 @@ the kernels.
 Legend: R query or key rows, K bank rows, C channels, P padded channels, M positives per row.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     temperatures: tuple[float, ...]  # one or two; the last is that of the step
     positives: int = 1  # M
     norm: str = "implicit"
+    weight_decay: float = 0.0
     exact: str = "reference"  # the backend that the kernels are compared with
 
     @property
@@ -152,8 +154,11 @@ def check_select(p: Problem, operand: Tensor | None = None) -> Iterator[Check]:
 
 def check_step(p: Problem, operand: Tensor | None = None) -> Iterator[Check]:
     nearest, _ = bank_select(p.queries.double(), p.bank.double(), backend=p.exact)
-    positives = torch.stack([nearest.roll(m) for m in range(p.positives)], dim=1)  # [R, M]
+    positives = torch.stack([nearest.roll(m) for m in range(p.positives)], dim=1) if p.positives else None  # [R, M]
     lse = attend(p, p.exact, p.queries.double(), p.bank.double())[0][-1].float()
+    if positives is None:
+        # Without positives in the bank, columns beside it may have a share of the softmax (AdCo): here a half.
+        lse = lse + math.log(2)
     first, second = (None if operand is None else operand.clone() for _ in range(2))
     bank, velocity = step(p, "cuda", p.bank, positives, lse, first)
     again = step(p, "cuda", p.bank, positives, lse, second)
@@ -174,7 +179,7 @@ def check_step(p: Problem, operand: Tensor | None = None) -> Iterator[Check]:
 
 
 def step(
-    p: Problem, backend: str, bank: Tensor, positives: Tensor, lse: Tensor, operand: Tensor | None = None
+    p: Problem, backend: str, bank: Tensor, positives: Tensor | None, lse: Tensor, operand: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The new bank and velocity, from copies. An operand is written in place."""
     bank = bank.clone()
@@ -190,6 +195,7 @@ def step(
         row_weight=torch.full_like(lse, 1 / len(p.queries)),
         positives=positives,
         norm=p.norm,
+        weight_decay=p.weight_decay,
         backend=backend,
         operand=operand,
     )
@@ -235,5 +241,6 @@ class BankUse(NamedTuple):
     dtype: torch.dtype = torch.float32  # of the queries; keys are f32
     positives: int = 1  # M
     norm: str = "implicit"
+    weight_decay: float = 0.0  # of the bank
     reason: str | None = None  # why the method asks for this backend, if no setting names it
     selects: bool = False  # whether `bank_select` is called; it is wherever `bank_step_` is

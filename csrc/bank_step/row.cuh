@@ -45,12 +45,13 @@ __device__ __forceinline__ void make_unit_rows(const StepParams &params, int64_t
 
 // What all rows share, read once.
 struct StepRate {
-    float lr, momentum, inverse_temperature;
+    float lr, momentum, weight_decay, inverse_temperature;
     bool skip, aligned;
 
     __device__ __forceinline__ explicit StepRate(const StepParams &params)
         : lr(*params.lr),
           momentum(params.momentum),
+          weight_decay(params.weight_decay),
           inverse_temperature(1.f / params.temperature),
           skip(params.skip != nullptr && *params.skip != 0.f),
           aligned(rows_are_aligned(params.bank, params.channels) &&
@@ -78,7 +79,8 @@ struct RowsBefore {
 
 // Rows row_at(n) < end of bank and velocity, by one warp. `pulled` is G_j = sum_i a_i c_ij q_i.
 //
-// As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G - (G . u) u.
+// As s_ij = q_i . u_j, the tangent sum_i a_i c_ij (q_i - s_ij u_j) is G - (G . u) u. A row of zeros has the inverse norm 0,
+// so its gradient is 0 and it stays.
 template <class T, int kPadded, int kCount, class RowAt>
 __device__ __forceinline__ void step_rows(const StepParams &params, const StepRate &rate,
                                           const RowsBefore<kPadded, kCount> &before, Row<kPadded> (&pulled)[kCount],
@@ -100,7 +102,8 @@ __device__ __forceinline__ void step_rows(const StepParams &params, const StepRa
 #pragma unroll
             for (int c = 0; c < row[n].kValues; c++) {
                 const float gradient = scale * fmaf(-of_row, row[n].value[c], pulled[n].value[c]);
-                speed.value[c] = fmaf(rate.momentum, speed.value[c], gradient);
+                const float change = fmaf(rate.weight_decay, row[n].value[c], gradient);
+                speed.value[c] = fmaf(rate.momentum, speed.value[c], change);
                 row[n].value[c] = fmaf(-rate.lr, speed.value[c], row[n].value[c]);
             }
             const int64_t j = row_at(n);

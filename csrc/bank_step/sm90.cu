@@ -1,4 +1,5 @@
-// bank_step on wgmma and TMA: g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j), V <- mu V + g, W <- W - eta V.
+// bank_step on wgmma and TMA: g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j), V <- mu V + g + wd W,
+// W <- W - eta V.
 //
 // Tile map   grid (bank tiles), as on sm80; a block owns kRows bank rows. The computing warpgroups make their unit rows
 //            in shared memory while the first queries arrive, as keys and values at once, with their row terms.

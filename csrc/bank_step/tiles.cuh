@@ -1,5 +1,5 @@
 // bank_step on the tiles of ../tiles/tile.cuh: g_j = -1 / (t |w_j|) sum_i a_i c_ij (q_i - s_ij u_j),
-// V <- mu V + g, W <- W - eta V.
+// V <- mu V + g + wd W, W <- W - eta V.
 //
 // Tile map   grid (bank tiles); a block owns kRows bank rows, so nothing is shared between blocks and no atomics are
 //            needed. The unit rows are made from the f32 bank in shared memory and stay; the queries stream past as

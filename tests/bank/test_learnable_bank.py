@@ -41,12 +41,19 @@ def test_starts_with_unit_rows_at_rest_drawn_from_the_generator():
 @pytest.mark.parametrize("norm", ["implicit", "project"])
 @pytest.mark.parametrize("many", [None, 0, 1, 2], ids=lambda many: f"M {many}")
 def test_step_is_the_operation_on_what_was_recorded(many, norm):
-    bank = make_bank(norm=norm, momentum=0.5)
+    bank = make_bank(norm=norm, momentum=0.5, weight_decay=0.1)
     bank.velocity.normal_()
     wanted_bank, wanted_velocity = bank.bank.clone(), bank.velocity.clone()
     queries, lse, row_weight, positives = record(bank, unit(6), many)
     bank.step(0.7)
-    settings = {"temperature": 0.1, "lr": 0.7, "momentum": 0.5, "row_weight": row_weight, "norm": norm}
+    settings = {
+        "temperature": 0.1,
+        "lr": 0.7,
+        "momentum": 0.5,
+        "row_weight": row_weight,
+        "norm": norm,
+        "weight_decay": 0.1,
+    }
     bank_step_(wanted_bank, wanted_velocity, queries, lse, **settings, positives=positives)
     assert torch.equal(bank.bank, wanted_bank)
     assert torch.equal(bank.velocity, wanted_velocity)
@@ -173,7 +180,7 @@ def test_bad_records_are_named():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"momentum": 1.0}, {"norm": "l2"}, {"max_records": 0}], ids=["momentum", "norm", "max_records"]
+    "settings", [{"momentum": 1.0}, {"norm": "l2"}, {"max_records": 0}, {"weight_decay": -1.0}], ids=str
 )
 def test_bad_settings_are_named(settings):
     with pytest.raises(UserError, match=f"LearnableBank: {next(iter(settings))}: found"):

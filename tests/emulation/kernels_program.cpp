@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int kPositives = 2;
-constexpr float kTemperature[2] = {0.1f, 0.05f}, kLr = 0.5f, kMomentum = 0.9f;
+constexpr float kTemperature[2] = {0.1f, 0.05f}, kLr = 0.5f, kMomentum = 0.9f, kWeightDecay = 0.01f;
 
 struct Problem {
     int64_t rows, bank_rows;
@@ -85,7 +85,7 @@ Result run(const Problem &p, caco::Path path) {
     workspace = filled_with_nan<float>(caco::bank_step_workspace(p.rows) / 4);
     caco::bank_step({r.bank.data(), r.velocity.data(), unit.data(), queries.data(), p.queries.data(), r.lse.data(),
                      p.row_weight.data(), p.positives.data(), p.positive_weight.data(), workspace.data(), p.rows,
-                     p.bank_rows, p.channels, kPositives, p.type, kTemperature[0], kMomentum, &kLr, false},
+                     p.bank_rows, p.channels, kPositives, p.type, kTemperature[0], kMomentum, kWeightDecay, &kLr, false},
                     target);
     return r;
 }
@@ -135,7 +135,7 @@ Result formulas(const Problem &p) {
         for (int64_t c = 0; c < C; c++) r.mean_row[i * C + c] = float(mean[c]);
     }
     for (int64_t at = 0; at < K * C; at++) {
-        r.velocity[at] = float(kMomentum * p.velocity[at] + gradient[at]);
+        r.velocity[at] = float(kMomentum * p.velocity[at] + gradient[at] + kWeightDecay * p.bank[at]);
         r.bank[at] = float(p.bank[at] - kLr * r.velocity[at]);
     }
     return r;

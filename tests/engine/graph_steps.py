@@ -33,6 +33,8 @@ CASES = {
     "caco, bf16": (LARS, "trainer.precision=bf16", "caco.operands=bf16"),
     "caco, project, multi-crop": (SGD, "caco.norm=project", SMALL_VIEWS),
     "caco, parts, clipped": (LARS, "trainer.accumulate=2", "trainer.clip_gradient=0.1"),
+    "adco, symmetric": (SGD, "method=adco", "adco.symmetric=true"),
+    "adco, multi-crop": (LARS, "method=adco", SMALL_VIEWS, "adco.bank_warmup=true"),
     "moco": (SGD, "method=moco"),
     "moco, symmetric": (ADAMW, "method=moco", "moco.symmetric=true"),
     "simclr, lr in the velocity": ("optimizer={lr: 0.3, scale_lr: false, lr_in_velocity: true}", "method=simclr"),

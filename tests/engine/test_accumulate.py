@@ -18,7 +18,7 @@ from caco_fast.engine.metrics import read_metrics
 from caco_fast.engine.settings import TrainerConfig
 from caco_fast.engine.step import Rates, TrainStep
 from caco_fast.errors import UserError
-from caco_fast.methods import CaCoConfig, Method, MoCoConfig, build_method
+from caco_fast.methods import AdCoConfig, CaCoConfig, Method, MoCoConfig, build_method
 from caco_fast.models import Encoder, EncoderPair
 from tests.engine.tiny_run import config
 from tests.methods.small_methods import Keyless, Temperature
@@ -49,6 +49,8 @@ def train(name: str, settings: Any, crops: int, accumulate: int, scaled: bool = 
     method = build_method(name, C, {name: settings}).double()
     if name == "caco":
         method.criterion.operands = torch.float64
+    if name == "adco":
+        method.operands = torch.float64
     optimizer = torch.optim.SGD(encoders.query.parameters(), lr=0.0, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
     device = torch.device("cpu")
@@ -70,6 +72,7 @@ def train(name: str, settings: Any, crops: int, accumulate: int, scaled: bool = 
 CASES = {
     "caco": ("caco", CaCoConfig(bank_size=K, bank_lr=0.1), 0),
     "caco, 2+2 views": ("caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="replicated"), 2),
+    "adco": ("adco", AdCoConfig(bank_size=K, bank_lr=0.1, bank_temperature=0.1, batch_negatives=False), 0),
     "moco": ("moco", MoCoConfig(queue_size=K), 0),
     "moco, symmetric": ("moco", MoCoConfig(queue_size=K, symmetric=True), 0),
 }

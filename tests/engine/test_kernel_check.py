@@ -56,9 +56,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, operation: str, output: int, kind: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "fp16"])
-@pytest.mark.parametrize("norm, positives", [("implicit", 1), ("project", 2)])
-def test_right_kernels_pass(cuda_ops, dtype, norm, positives):
-    use = USE._replace(dtype=dtype, norm=norm, positives=positives)
+@pytest.mark.parametrize("norm, positives, decay", [("implicit", 1, 0), ("project", 2, 0.01), ("implicit", 0, 1e-4)])
+def test_right_kernels_pass(cuda_ops, dtype, norm, positives, decay):
+    use = USE._replace(dtype=dtype, norm=norm, positives=positives, weight_decay=decay)
     assert first_fault(use, cuda_ops, CPU, seed=3) is None
 
 
@@ -91,6 +91,25 @@ def test_one_wrong_row_is_found(cuda_ops, monkeypatch, path, operation, output):
     plant(monkeypatch, operation, output)
     found = first_fault(USE, cuda_ops, CPU, seed=3)
     assert re.fullmatch(FAULTS[operation, output], found or ""), found
+
+
+@one_path
+@pytest.mark.parametrize("bank_rows, channels, decay", [(130, 80, 1e-4), (700, 128, 1e-4)])
+def test_weight_decay_that_is_left_out_is_found(cuda_ops, monkeypatch, path, bank_rows, channels, decay):
+    """With the temperature and the weight decay of AdCo."""
+    module = sys.modules["caco_fast.ops.bank_step"]
+    right = module.step_cuda_
+    at = 7
+
+    def wrong(*arguments: Any) -> None:
+        assert arguments[at] == decay
+        right(*arguments[:at], 0.0, *arguments[at + 1 :])
+
+    use = USE._replace(bank_rows=bank_rows, channels=channels, step_temperature=0.02, positives=0, weight_decay=decay)
+    assert first_fault(use, cuda_ops, CPU, seed=3) is None
+    monkeypatch.setattr(module, "step_cuda_", wrong)
+    found = first_fault(use, cuda_ops, CPU, seed=3)
+    assert found is not None and found.startswith("bank_step: velocity differs")
 
 
 @one_path

@@ -26,6 +26,7 @@ CASES = {
     "caco, sgd": ("optimizer={name: sgd, lr: 0.03}",),
     "caco, parts, clipped": ("trainer.precision=fp16", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "caco, activations twice": ("trainer.precision=bf16", "trainer.checkpoint_activations=true"),
+    "adco": ("method=adco", "adco.symmetric=true", "trainer.precision=fp16"),
     "moco": ("method=moco", "moco.symmetric=true"),
     "moco, keys shuffled": ("method=moco", "trainer.batch_norm_images=2"),
     "simclr": ("method=simclr", "trainer.precision=bf16", "optimizer.lr_in_velocity=true"),
@@ -42,6 +43,7 @@ CASES = {
     "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
     "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),
     "replays, parts, clipped": ("trainer.cuda_graph=true", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
+    "replays, adco": ("trainer.cuda_graph=true", "method=adco"),
     "replays, moco": ("trainer.cuda_graph=true", "method=moco"),
     "replays, keys shuffled": ("trainer.cuda_graph=true", "method=moco", "trainer.batch_norm_images=2"),
 }

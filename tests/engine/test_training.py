@@ -17,6 +17,7 @@ METHODS = {
     "caco": (),
     "caco-project": ("caco.norm=project",),
     "caco-multicrop": ("views=[{size: 32}, {size: 32}, {count: 2, size: 16, scale: [0.05, 0.14]}]",),
+    "adco": ("method=adco", "adco.symmetric=true"),
     "moco": ("method=moco",),
     "moco-symmetric": ("method=moco", "moco.symmetric=true"),
 }
@@ -60,7 +61,7 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
     summary = train(config(images, *METHODS[method]), tmp_path / "run")
     folder = tmp_path / "run"
     # 37 rows at batch 8 fill in 5 steps; then 2 epochs of 5 steps.
-    assert summary["steps"] == (15 if method.startswith("caco") else 10)
+    assert summary["steps"] == (15 if method.startswith(("caco", "adco")) else 10)
     assert summary["finished"] and 0 <= summary["knn_trained"] <= 100 and summary["pairs_per_second"] > 0
     assert json.loads((folder / "summary.json").read_text()) == summary
     lines = read_metrics(folder)
@@ -68,7 +69,7 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
     assert [line["step"] for line in lines if "knn_3" in line] == [summary["steps"] - 5, summary["steps"]]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
     initialisation = {line["key_momentum"] for line in lines if "loss" in line and line["epoch"] < 0}
-    assert initialisation == ({0.999} if method.startswith("caco") else set())
+    assert initialisation == ({0.999} if method.startswith(("caco", "adco")) else set())
     assert {path.name for path in folder.iterdir()} >= {"config.yaml", "environment.json", "log.txt", "curves.png"}
     assert (folder / "checkpoints" / "best.pt").exists()
 
@@ -81,6 +82,7 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("caco", "memory", 8, id="caco-memory-mid-epoch"),
         pytest.param("caco", "dali", 8, id="caco-dali-mid-epoch-with-more-threads"),
         pytest.param("caco", "torchvision", 10, id="caco-torchvision-epoch-end"),
+        pytest.param("adco", "memory", 8, id="adco-memory-mid-epoch"),
         pytest.param("moco", "torchvision", 8, id="moco-torchvision-mid-epoch"),
         pytest.param("simclr", "memory", 8, id="simclr-mid-epoch"),
         pytest.param("nnclr", "memory", 8, id="nnclr-mid-epoch"),

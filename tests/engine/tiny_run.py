@@ -17,6 +17,7 @@ SETTINGS = (
     "backbone.options={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], zero_init_last: false}",
     "projector={layers: 2, hidden: 16, dim: 16}",
     "caco.bank_size=37",
+    "adco.bank_size=37",
     "moco.queue_size=37",
     "optimizer={name: lars, lr: 0.3, scale_lr: false}",
     "schedule.warmup_epochs=1",

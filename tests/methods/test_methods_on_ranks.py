@@ -17,7 +17,7 @@ from caco_fast.bank import LearnableBank, ShardedBank
 from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_size
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
-from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method, registered
+from caco_fast.methods import AdCoConfig, CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method, registered
 from caco_fast.methods.cacr import CACRConfig
 from caco_fast.methods.clae import CLAEConfig
 from caco_fast.methods.nnclr import NNCLRConfig
@@ -127,12 +127,30 @@ TRAINED |= {
         ("moco", "moco", MoCoConfig(queue_size=K)),
         ("caco, replicated", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="replicated")),
         ("caco, sharded", "caco", CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel="sharded")),
+        ("adco, replicated", "adco", AdCoConfig(bank_size=K, bank_temperature=0.1, bank_parallel="replicated")),
+        ("adco, sharded", "adco", AdCoConfig(bank_size=K, bank_temperature=0.1, bank_parallel="sharded")),
     )
 }
 TRAINED |= {
     "cacr": (train_method, "cacr", CACRConfig(), 3, 1),
     "cacr, queue": (train_method, "cacr", CACRConfig(form="queue", queue_size=K, negatives="all"), 3, 1),
     "cacr, global": (train_method, "cacr", CACRConfig(form="global", predictor_hidden=8), 3, 1),
+}
+TRAINED |= {
+    f"adco{form}, {2 + crops} views, {parallel}": (
+        train_method,
+        "adco",
+        # A bank temperature and a decay with which errors of rounding do not grow.
+        AdCoConfig(bank_size=K, bank_lr=0.1, bank_temperature=0.1, bank_parallel=parallel, **settings),
+        5,
+        crops,
+    )
+    for form, crops, settings in (
+        ("", 2, {"bank_weight_decay": 0.01}),
+        (" symmetric", 0, {"symmetric": True}),
+        (" without batch negatives", 0, {"batch_negatives": False}),
+    )
+    for parallel in BANKS
 }
 CASES = {**CRITERIA, **TRAINED}
 

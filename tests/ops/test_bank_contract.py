@@ -141,6 +141,7 @@ def test_tiled_never_holds_the_similarities_or_a_gradient_of_the_bank(dtype):
             0.1,
             torch.tensor(1.0),
             0.9,
+            0.01,
             weight,
             index.unsqueeze(1),
             weight.unsqueeze(1),

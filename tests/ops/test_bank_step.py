@@ -18,6 +18,9 @@ TEMPERATURE, LR, MOMENTUM = 0.1, 0.5, 0.9
 class Step:
     """The arguments of a step on a case, and what the oracle makes of them."""
 
+    weight_decay = 0.0
+    temperature = TEMPERATURE
+
     def __init__(self, case: Case, many: int, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.queries, self.bank = case.make()
@@ -31,24 +34,51 @@ class Step:
     def run(self, backend: Backend, **changes: Any) -> tuple[Tensor, Tensor]:
         """The new bank and velocity; this step's stay as they are."""
         bank, velocity = self.bank.clone(), self.velocity.clone()
-        settings = dict(temperature=TEMPERATURE, lr=LR, momentum=MOMENTUM, row_weight=self.row_weight)
+        settings = dict(temperature=self.temperature, lr=LR, momentum=MOMENTUM, row_weight=self.row_weight)
+        settings |= dict(weight_decay=self.weight_decay)
         settings |= dict(positives=self.positives, positive_weight=self.positive_weight, backend=backend.name)
         bank_step_(bank, velocity, self.queries, self.lse, **settings | changes)
         return bank, velocity
 
     def expected(self, project: bool = False) -> tuple[Tensor, Tensor]:
         weights = self.row_weight, self.positives, self.positive_weight
-        gradient = oracle.gradient(self.bank, self.queries, self.p, TEMPERATURE, *weights)
-        return oracle.step(self.bank, self.velocity, gradient, LR, MOMENTUM, project)
+        gradient = oracle.gradient(self.bank, self.queries, self.p, self.temperature, *weights)
+        return oracle.step(self.bank, self.velocity, gradient, LR, MOMENTUM, project, self.weight_decay)
 
     def bound(self, backend: Backend) -> Tensor:
         operand = backend.operand(self.queries.dtype)
-        settings = self.bank, self.queries, self.p, TEMPERATURE, self.row_weight, self.expected()[1]
+        settings = self.bank, self.queries, self.p, self.temperature, self.row_weight, self.expected()[1]
         return velocity_bound(operand, *settings)
 
 
+class DecayingStep(Step):
+    weight_decay = 0.02
+
+
+class JointStep(Step):
+    """A step of AdCo: the softmax has keys of the batch beside the bank, of which each query is near to one."""
+
+    weight_decay = 0.02
+    temperature = 0.02
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, 0)
+        unit = oracle.unit_rows(self.bank)[0]
+        near = self.queries.double() + 0.2 * unit[torch.arange(case.rows) % case.bank_rows]
+        keys = torch.nn.functional.normalize(near + 0.3 * near.roll(1, 0), dim=1)
+        # Some rows of the bank are as near as the keys.
+        unit[: case.rows : 2] = keys[: len(unit) : 2]
+        self.bank = (unit * self.bank.double().norm(dim=1, keepdim=True)).float()
+        columns = torch.cat([keys, oracle.unit_rows(self.bank)[0]])
+        lse, p, _ = oracle.attend(self.queries, columns, self.temperature)
+        self.lse, self.p = lse.float(), p[:, case.rows :]
+
+
 def check(backend: Backend, case: Case, many: int = 1) -> None:
-    step = Step(case, many)
+    check_step(backend, Step(case, many))
+
+
+def check_step(backend: Backend, step: Step) -> None:
     (bank, velocity), (expected_bank, expected_velocity) = step.run(backend), step.expected()
     bound = step.bound(backend)
     assert share(velocity, expected_velocity, bound) <= 1
@@ -62,7 +92,8 @@ def check(backend: Backend, case: Case, many: int = 1) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("norm", ["implicit", "project"])
 @pytest.mark.parametrize("many", [0, 1, 2], ids=["M0", "M1", "M2"])
-def test_steps_follow_the_oracle(backend: Backend, shape, norm, many, small_tiles):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05], ids=["", "wd"])
+def test_steps_follow_the_oracle(backend: Backend, shape, norm, many, weight_decay, small_tiles):
     """Five steps with new queries each, loss and bank temperature unequal, row weights unequal."""
     _, bank = inputs(*shape)
     _, rows, _, channels = shape
@@ -86,14 +117,14 @@ def test_steps_follow_the_oracle(backend: Backend, shape, norm, many, small_tile
             of_loss = oracle.gradient_of_loss(expected_bank, queries, temperature, row_weight)
             torch.testing.assert_close(gradient, of_loss, **CLOSE)
         expected_bank, expected_velocity = oracle.step(
-            expected_bank, expected_velocity, gradient, lr, momentum, norm == "project"
+            expected_bank, expected_velocity, gradient, lr, momentum, norm == "project", weight_decay
         )
 
         (_, lse), _ = bank_attend(queries, bank, (0.08, temperature), backend.name)
         bank_step_(
             bank, velocity, queries, lse, temperature=temperature, lr=lr, momentum=momentum, row_weight=row_weight,
             positives=positives if many else None, positive_weight=weight if many else None, norm=norm,
-            backend=backend.name,
+            weight_decay=weight_decay, backend=backend.name,
         )  # fmt: skip
         torch.testing.assert_close(velocity, expected_velocity, **CLOSE)
         torch.testing.assert_close(bank, expected_bank, **CLOSE)
@@ -161,10 +192,56 @@ def test_kernels_with_m_positives(backend: Backend, many):
     check(backend, Case(50, 140, 64, torch.bfloat16), many)
 
 
+DECAYING = [Case(1, 1, 64), Case(65, 131, 128, torch.float16), Case(130, 161, 256, torch.bfloat16), Case(67, 35, 512)]
+DECAYING += [Case(70, 190, 80, kind=kind) for kind in ("norms", "zero_rows")]
+
+
+@over(*KERNELS)
+@pytest.mark.parametrize("case", DECAYING, ids=str)
+@pytest.mark.parametrize("many", [0, 1, 2])
+def test_kernels_with_weight_decay(backend: Backend, case, many):
+    check_step(backend, DecayingStep(case, many))
+
+
+@over(*PLAIN, *KERNELS)
+@pytest.mark.parametrize("case", [Case(40, 150, 64), Case(130, 70, 128, torch.bfloat16), Case(9, 300, 256)], ids=str)
+def test_a_log_sum_exp_of_more_columns_than_the_bank(backend: Backend, case):
+    step = JointStep(case)
+    alone = oracle.attend(step.queries, oracle.unit_rows(step.bank)[0], step.temperature)[0]
+    assert (step.lse > alone + 0.1).any() and step.p.amax() > 0.1
+    check_step(backend, step)
+
+
+@over(*PLAIN, *KERNELS)
+@pytest.mark.parametrize("norm", ["implicit", "project"])
+@pytest.mark.parametrize("many", [0, 2])
+def test_rows_without_a_direction_only_decay(backend: Backend, norm, many):
+    """Rows of zeros, and rows so short that the square of their length is 0 in f32; whatever their velocity is."""
+    step = DecayingStep(Case(20, 150, 64), many)
+    step.bank[::2] = 0
+    step.bank[3::2] *= 1e-30
+    step.velocity[4::4] = 0
+    step.positives[:10] = 3
+    bank, velocity = step.run(backend, norm=norm)
+    assert bank.isfinite().all() and velocity.isfinite().all()
+    wanted = MOMENTUM * step.velocity + step.weight_decay * step.bank
+    rows = torch.arange(150) != 1
+    torch.testing.assert_close(velocity[rows], wanted[rows], rtol=1e-6, atol=0)
+    assert not bank[4::4].any()
+
+
+@over(*PLAIN, *KERNELS)
+def test_the_bound_finds_weight_decay_that_is_too_small(backend: Backend):
+    step = DecayingStep(Case(20, 150, 64), 1)
+    assert (
+        share(step.run(backend, weight_decay=0.9 * step.weight_decay)[1], step.expected()[1], step.bound(backend)) > 1
+    )
+
+
 @over(*KERNELS)
 @pytest.mark.parametrize("channels", [64, 200, 512])
 def test_kernels_with_norm_project_give_unit_rows(backend: Backend, channels):
-    step = Step(Case(20, 150, channels, torch.float16), 1)
+    step = DecayingStep(Case(20, 150, channels, torch.float16), 1)
     (bank, velocity), (expected, expected_velocity) = step.run(backend, norm="project"), step.expected(project=True)
     bound = step.bound(backend)
     assert share(velocity, expected_velocity, bound) <= 1
@@ -330,6 +407,7 @@ def test_tiled_errs_at_most_twice_as_much_as_plain_torch(dtype, kind):
 @pytest.mark.parametrize("set_to", [0.0, 1.0])
 def test_a_flag_that_is_set_skips_the_step(backend: Backend, set_to):
     step = Step(Case(20, 150, 64), 1)
+    step.weight_decay = 0.02
     found = step.run(backend, norm="project", skip=torch.tensor(set_to))
     expected = (step.bank, step.velocity) if set_to else step.run(backend, norm="project")
     assert all(torch.equal(left, right) for left, right in zip(found, expected))
@@ -350,7 +428,7 @@ def test_an_lr_on_the_device_is_the_number(backend: Backend):
 @pytest.mark.parametrize("norm", ["implicit", "project"])
 def test_the_operand_becomes_that_of_the_new_bank(backend: Backend, norm, set_to):
     """Also where a step is skipped; and bank and velocity get the same bits with an operand and without."""
-    step = Step(Case(20, 150, 80, torch.float16), 1)
+    step = DecayingStep(Case(20, 150, 80, torch.float16), 1)
     skip = None if set_to is None else torch.tensor(set_to)
     operand = torch.full((150, 128), torch.nan, dtype=torch.float16)
     found = step.run(backend, norm=norm, skip=skip, operand=operand)
@@ -417,6 +495,11 @@ BAD_STEPS = {
     ),
     "negative lr": ({"lr": -1.0}, ValueError, "lr: found -1.0"),
     "momentum": ({"momentum": 1.0}, ValueError, r"momentum: found 1.0, expected a number in \[0, 1\)"),
+    "weight decay": (
+        {"weight_decay": -1.0},
+        ValueError,
+        "weight_decay: found -1.0, expected a finite number, 0 or more",
+    ),
     "norm": ({"norm": "l2"}, ValueError, "norm: found 'l2', expected 'implicit' or 'project'"),
     "backend": ({"backend": "fast"}, ValueError, "backend: found 'fast', expected one of auto, reference, tiled, cuda"),
     "positives shape": ({"positives": torch.zeros(5).long()}, ValueError, r"positives: found shape \[5\]"),
@@ -456,5 +539,5 @@ def test_opcheck(backend: Backend, many, with_operand):
     positives = (step.positives, step.positive_weight) if many else (None, None)
     operand = torch.zeros(17, 64, dtype=torch.bfloat16) if with_operand else None
     state = step.bank, step.velocity, step.queries, step.lse
-    settings = (0.1, torch.tensor(1.0), 0.9, step.row_weight, *positives, "project", None, operand, backend.name)
+    settings = (0.1, torch.tensor(1.0), 0.9, 0.1, step.row_weight, *positives, "project", None, operand, backend.name)
     torch.library.opcheck(torch.ops.caco_fast.bank_step_, (*state, *settings))
