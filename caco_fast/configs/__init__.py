@@ -1,7 +1,9 @@
 """The shipped configurations, and how `--config` and `base:` find one by its name or its path."""
 
 import difflib
+import itertools
 import os
+import re
 from pathlib import Path
 
 from caco_fast.errors import UserError
@@ -15,10 +17,10 @@ def shipped() -> dict[str, Path]:
 
 
 def listing() -> str:
-    """A line for each shipped configuration: its name, and what its first comment says."""
+    """A line for each shipped configuration: its name, and the first sentence of its first comment."""
     files = shipped()
     width = max(map(len, files))
-    return "\n".join(f"{name:<{width}}  {_first_comment(path)}" for name, path in files.items())
+    return "\n".join(f"{name:<{width}}  {_first_sentence(path)}" for name, path in files.items())
 
 
 def find_config(given: str | Path) -> Path:
@@ -57,5 +59,7 @@ def _find(given: Path, path: Path, key: str) -> Path:
     )
 
 
-def _first_comment(path: Path) -> str:
-    return path.read_text().splitlines()[0].removeprefix("#").strip()
+def _first_sentence(path: Path) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.) ", comment, maxsplit=1)[0]
