@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from caco_fast.apex import build_or_off, missing
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def fused_sgd(
-    asked: str, params: Sequence[Tensor], lr: float, momentum: float, weight_decay: float
+    asked: str, groups: Sequence[dict[str, Any]], lr: float, momentum: float, weight_decay: float
 ) -> Optimizer | None:
     """FusedSGD where `asked` is on, or auto and it can be had; else None. It does what torch's SGD does, to rounding.
 
@@ -23,7 +23,7 @@ def fused_sgd(
     if asked == "off":
         return None
     reason = "FusedSGD needs parameters on a GPU"
-    if all(p.is_cuda for p in params):
+    if all(p.is_cuda for group in groups for p in group["params"]):
         reason = missing("optimizers/fused_sgd.py", "amp_C")
     if reason is not None:
         if asked == "on":
@@ -32,4 +32,4 @@ def fused_sgd(
     from apex.optimizers import FusedSGD
 
     log.info("the optimiser is FusedSGD of NVIDIA Apex (optimizer.apex=%s)", asked)
-    return FusedSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return FusedSGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)

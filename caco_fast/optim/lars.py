@@ -35,7 +35,7 @@ class LARS(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 1.5e-6,

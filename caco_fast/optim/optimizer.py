@@ -24,6 +24,10 @@ class OptimizerConfig:
     scale_lr: bool = setting(True, "multiply lr by batch / 256; false: use lr as it is")
     momentum: float = setting(0.9, "momentum of lars and sgd")
     weight_decay: float = setting(1.5e-6, "weight decay; lars leaves one-dimensional tensors out")
+    decay_1d: bool = setting(
+        True,
+        "whether sgd and adamw decay one-dimensional tensors (biases, norms) too, as the code of MoCo v2 and v3 does",
+    )
     trust: float = setting(0.001, "trust coefficient of lars")
     lr_in_velocity: bool = setting(False, "lars: v <- momentum v + lr d; w <- w - v, as in SimCLR's code")
     apex: str = setting("off", "FusedSGD of NVIDIA Apex in place of torch's sgd: on, off, or auto: if it is built")
@@ -66,28 +70,40 @@ def build_optimizer(
     params = list(params)
     if config.apex == "on" and captured:
         raise UserError("optimizer.apex: FusedSGD reads its lr on the host; set it or trainer.cuda_graph to off")
-    optimizer = _optimizer(config, params, peak_lr(config, batch_size), scaled, captured)
+    optimizer = _optimizer(config, _groups(config, params), peak_lr(config, batch_size), scaled, captured)
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
 
 
-def _optimizer(config: OptimizerConfig, params: list[Tensor], lr: float, scaled: bool, captured: bool) -> Optimizer:
+def _groups(config: OptimizerConfig, params: list[Tensor]) -> list[dict[str, Any]]:
+    """The groups of parameters: all in one, unless some are not decayed."""
+    if config.decay_1d or config.name == "lars":
+        return [{"params": params}]
+    several = [value for value in params if value.ndim > 1]
+    one = [value for value in params if value.ndim <= 1]
+    groups = [{"params": several}, {"params": one, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]], lr: float, scaled: bool, captured: bool
+) -> Optimizer:
     # Of torch's own optimisers the fused form alone leaves lr, and whether a step is skipped, to the device.
     fused = True if scaled or captured else None
     if config.name == "lars":
-        return LARS(params, lr, config.momentum, config.weight_decay, config.trust, config.lr_in_velocity)
+        return LARS(groups, lr, config.momentum, config.weight_decay, config.trust, config.lr_in_velocity)
     if config.name == "sgd":
         apex = "off" if captured else config.apex
-        if (of_apex := fused_sgd(apex, params, lr, config.momentum, config.weight_decay)) is not None:
+        if (of_apex := fused_sgd(apex, groups, lr, config.momentum, config.weight_decay)) is not None:
             return of_apex
-        optimizer = SGD(params, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+        optimizer = SGD(groups, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
         if fused:
             optimizer.register_step_pre_hook(_start_at_rest)
         return optimizer
     if captured:
         # It warns at the steps before the capture.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    return AdamW(params, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
+    return AdamW(groups, lr, weight_decay=config.weight_decay, fused=fused, capturable=captured)
 
 
 def _start_at_rest(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,5 +123,7 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
 
     torch would put back those of the run that wrote it: weight decay, momentum, and the code that computes a step.
     """
-    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise UserError("it has other groups of parameters; set optimizer.decay_1d as it was")
+    groups = zip(state["param_groups"], optimizer.param_groups)
     return {**state, "param_groups": [{**own, "params": saved["params"]} for saved, own in groups]}

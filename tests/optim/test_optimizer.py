@@ -1,5 +1,6 @@
 """The optimiser that a configuration asks for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,18 @@ def test_adamw_without_decay_is_adam() -> None:
             weight.grad = weight.detach().sin()
             optimizer.step()
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_one_dimensional_tensors_may_be_left_out_of_the_decay(name: str) -> None:
+    for decay_1d in (True, False):
+        weight, bias = torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+        config = OptimizerConfig(name=name, lr=0.1, scale_lr=False, weight_decay=0.5, decay_1d=decay_1d)
+        optimizer = build_optimizer(config, [weight, bias], 256)
+        weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+        optimizer.step()
+        torch.testing.assert_close(weight, torch.full((2, 3), 0.95))
+        torch.testing.assert_close(bias, torch.full((3,), 0.95 if decay_1d else 1.0))
 
 
 def test_peak_lr_grows_with_the_batch_unless_switched_off() -> None:
@@ -77,3 +90,11 @@ def test_a_loaded_state_keeps_its_tensors_and_takes_the_new_settings(name: str) 
     assert own["weight_decay"] == 0.2 and own.get("momentum", 0.5) == 0.5 and own.get("trust", 0.02) == 0.02
     kept, loaded = before.state[weight], after.state[other]
     assert kept.keys() == loaded.keys() and all(torch.equal(kept[key], loaded[key]) for key in kept)
+
+
+def test_a_resumed_run_with_other_groups_says_which_setting_makes_them() -> None:
+    weights = [torch.ones(2, 3, requires_grad=True), torch.ones(3, requires_grad=True)]
+    config = OptimizerConfig(name="adamw")
+    before, after = (build_optimizer(replace(config, decay_1d=decay), weights, 256) for decay in (True, False))
+    with pytest.raises(UserError, match="set optimizer.decay_1d as it was"):
+        after.load_state_dict(before.state_dict())
