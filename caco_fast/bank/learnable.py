@@ -37,12 +37,11 @@ class LearnableBank(nn.Module):
         bank.record(q, lse, 0.08, weight, positives.unsqueeze(1))   # weight [R] = 1 / (images of the global batch)
         loss.backward(); optimizer.step(); bank.step(lr=3.0)
 
-    size: K, any number of rows. dim: C. momentum: mu in [0, 1). weight_decay: wd, of the rows as stored, inside the
-    velocity. norm: "implicit" stores rows of any length, as
-    the released code does; "project" rescales them to unit length after each step. backend: of the bank operations.
-    max_records: records kept without a step before that is taken for a mistake. generator: draws the first rows; on
-    several ranks give all the same seed, for each keeps the whole bank and they stay equal; `ShardedBank` keeps a part
-    on each.
+    size: K, any number of rows. dim: C. momentum: mu in [0, 1). norm: "implicit" stores rows of any length, as
+    the released code does; "project" rescales them to unit length after each step. weight_decay: wd, of the rows as
+    they are stored, inside the velocity. backend: of the bank operations. max_records: records kept without a step
+    before that is taken for a mistake. generator: draws the first rows; on several ranks give all the same seed, for
+    each keeps the whole bank and they stay equal; `ShardedBank` keeps a part on each.
 
     state_dict: `bank` [K, C] and `velocity` [K, C], f32. Raises UserError if 2 K C numbers do not fit the memory.
     Source: CaCo, eq. 7-11; AdCo with records that have no positives.

@@ -42,7 +42,7 @@ class Setting:
         index, similarity = bank_select(self.keys, self.bank, backend)
         bank_step_(
             self.bank, self.velocity, self.queries, bank_lse, temperature=TEMPERATURES[1], lr=0.5, momentum=0.9,
-            row_weight=self.row_weight, positives=index.unsqueeze(1), norm=norm, backend=backend,
+            row_weight=self.row_weight, positives=index.unsqueeze(1), norm=norm, weight_decay=0.01, backend=backend,
         )  # fmt: skip
         return [lse, bank_lse, mean_row, index, similarity, self.bank, self.velocity]
 
