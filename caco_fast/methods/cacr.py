@@ -166,13 +166,11 @@ class CACR(Method):
         """alpha A - beta R of each view, whose negatives are the queue and the queries of the same view."""
         queries, keys, t_neg = embeddings.queries, embeddings.keys, self.config.t_neg
         # Each view has similarities of its own.
-        attended = self.queue.attend(torch.cat(list(queries)).detach(), 1 / (2 * t_neg))
-        per_view = zip(*(rows.chunk(len(queries)) for rows in attended), strict=True)
+        count = len(queries)
+        lse, mean_row = self.queue.attend(torch.cat(list(queries)).detach(), 1 / (2 * t_neg))
+        per_view = zip(queries, self._batch(queries), lse.chunk(count), mean_row.chunk(count), strict=True)
         attractions = [attraction(q, _others(keys, x), self.config.t_pos, constant=True) for x, q in enumerate(queries)]
-        repulsions = [
-            repulsion_with_queue(q, batch, *of_queue, t_neg)
-            for q, batch, of_queue in zip(queries, self._batch(queries), per_view, strict=True)
-        ]
+        repulsions = [repulsion_with_queue(q, batch, of_q, mean, t_neg) for q, batch, of_q, mean in per_view]
         output = self._weighted(attractions, repulsions)
         output.rows = (keys[-1],)
         return output

@@ -150,7 +150,7 @@ def _read_binary(data: bytes, names: Sequence[str]) -> tuple[np.ndarray, np.ndar
     if not data or len(data) % length:
         raise ValueError(f"{len(data)} bytes, expected records of {length}")
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, length)
-    # The labels come before the pixels, and the wanted ones last.
+    # The labels come before the pixels, and those that are read come last.
     return records[:, len(names) :], records[:, len(names) - 1]
 
 

@@ -70,7 +70,7 @@ def imbalanced(source: Source, config: DataConfig) -> Source:
     f = (g + 1) / G for linear, e^(g + 1 - G) for exponential, where g is the class's group of G. The part does not
     depend on `trainer.seed`, so that runs of several seeds see the same images.
 
-    Source: CACR (arXiv 2105.03746), section 4.2, for CIFAR-10 and CIFAR-100.
+    Source: CACR (arXiv 2105.03746), for CIFAR-10 and CIFAR-100.
 
     Raises:
         UserError: the images have no labels.
