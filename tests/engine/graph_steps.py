@@ -35,6 +35,8 @@ CASES = {
     "caco, parts, clipped": (LARS, "trainer.accumulate=2", "trainer.clip_gradient=0.1"),
     "moco": (SGD, "method=moco"),
     "moco, symmetric": (ADAMW, "method=moco", "moco.symmetric=true"),
+    "ablation, queue and batch": (SGD, "method=ablation", "ablation={positives: queue, negatives: batch}"),
+    "ablation, queue and bank": (SGD, "method=ablation", "ablation={positives: queue, negatives: bank}"),
 }
 
 

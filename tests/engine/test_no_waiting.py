@@ -27,6 +27,8 @@ CASES = {
     "caco, parts, clipped": ("trainer.precision=fp16", "trainer.accumulate=2", "trainer.clip_gradient=1.0"),
     "caco, activations twice": ("trainer.precision=bf16", "trainer.checkpoint_activations=true"),
     "moco": ("method=moco", "moco.symmetric=true"),
+    "ablation, queue and batch": ("method=ablation", "ablation={positives: queue, negatives: batch}"),
+    "ablation, queue and bank": ("method=ablation", "ablation={positives: queue, negatives: bank}"),
     "replays": ("trainer.cuda_graph=true", "trainer.precision=bf16"),
     "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
     "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),

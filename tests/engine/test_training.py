@@ -20,6 +20,11 @@ METHODS = {
     "moco": ("method=moco",),
     "moco-symmetric": ("method=moco", "moco.symmetric=true"),
 }
+# Those of resumed runs that need more than `method`.
+RESUMED = {
+    "ablation": ("method=ablation", "ablation={positives: queue, negatives: bank}"),
+    "ablation-batch": ("method=ablation", "ablation={positives: queue, negatives: batch}"),
+}
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -74,12 +79,14 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("caco", "dali", 8, id="caco-dali-mid-epoch-with-more-threads"),
         pytest.param("caco", "torchvision", 10, id="caco-torchvision-epoch-end"),
         pytest.param("moco", "torchvision", 8, id="moco-torchvision-mid-epoch"),
+        pytest.param("ablation", "torchvision", 8, id="ablation-queue-and-bank-mid-epoch"),
+        pytest.param("ablation-batch", "torchvision", 3, id="ablation-queue-and-batch-mid-epoch"),
     ],
 )
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    settings = (f"method={method}", f"data.loader={loader}", "trainer.log_every=2")
+    settings = (*RESUMED.get(method, (f"method={method}",)), f"data.loader={loader}", "trainer.log_every=2")
     train(config(images, *settings), tmp_path / "whole")
     train(config(images, *settings, f"trainer.max_steps={stop}"), tmp_path / "parts")
     more = ("data.workers=2",) if loader == "dali" else ()

@@ -4,6 +4,8 @@ hold the bank.
 Legend: B images of the global batch, K bank rows, C channels.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_si
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
 from caco_fast.methods import CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method
+from caco_fast.methods.ablation import AblationConfig
 from tests.methods.stand_ins import sgd_step, small_pair
 from tests.ranks import run_ranks
 
@@ -60,11 +63,13 @@ def train_criterion(small: int, norm: str, parallel: str, operands: torch.dtype,
     return {name: torch.stack(value) for name, value in values.items()} | dict(bank.state_dict())
 
 
-def train_method(name: str, settings: Any, steps: int, crops: int = 0) -> dict[str, Any]:
+def train_method(
+    name: str, settings: Any, steps: int, crops: int = 0, sections: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """All phases of a method on real encoders, with BatchNorm and gradients over all ranks."""
     torch.manual_seed(0)
     encoders = small_pair(C, joint_views=is_distributed())
-    method = build_method(name, C, {name: settings})
+    method = build_method(name, C, {name: settings, **sections})
     step = sgd_step(method, encoders)
     losses = []
     for phase in method.phases(B):
@@ -102,6 +107,25 @@ TRAINED = {
 TRAINED |= {
     "moco": (train_method, "moco", MoCoConfig(queue_size=K), 3),
     "moco symmetric": (train_method, "moco", MoCoConfig(queue_size=K, symmetric=True), 3),
+}
+TRAINED |= {
+    f"ablation, {positives} and {negatives}, {parallel}": (
+        train_method,
+        "ablation",
+        AblationConfig(positives, negatives),
+        5,
+        0,
+        {"caco": CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel=parallel)},
+    )
+    for positives, negatives, parallel in (
+        ("key", "batch", "replicated"),
+        ("queue", "batch", "replicated"),
+        ("queue", "queue", "replicated"),
+        ("key", "bank", "replicated"),
+        ("key", "bank", "sharded"),
+        ("queue", "bank", "sharded"),
+        ("queue", "bank", "replicated"),
+    )
 }
 CASES = {**CRITERIA, **TRAINED}
 
