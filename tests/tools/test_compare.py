@@ -79,6 +79,8 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def trainer(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     found = Trainer(tmp_path)
+    # A picture takes a second; one test and the run of real trainers draw theirs.
+    monkeypatch.setattr(compare, "draw", lambda result, path: None)
     runs = sys.modules["compare_runs"]
     monkeypatch.setattr(runs.Run, "command", lambda run, device: found.command(run, device))
     monkeypatch.setattr(runs, "POLL_SECONDS", 0.01)
@@ -179,6 +181,7 @@ def test_a_study_writes_table_picture_and_json(
     assert "| raw pixels | 2 | 50.0 ± 0.0 |  | 55.0 ± 0.0 |  |  |" in text
     assert "| Positive | 2,000 | 75 | 70 | 1.25 | 62.0 ± 1.4 | 62.0 ± 1.4 |" in text
     assert "Published: CaCo paper, Table VII" in text
+    sys.modules["compare_plot"].draw(result, out / "compare.png")
     assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
     assert start(compare, monkeypatch, "--table", copy) == 0
@@ -260,6 +263,7 @@ def test_a_study_of_real_runs(compare: Any, tmp_path: Path, monkeypatch: pytest.
     (caco,), (positive,) = (row["runs"].values() for row in result["results"]["rows"])
     assert (caco["steps"], positive["steps"], caco["images"]) == (10, 5, 80)
     assert caco["peak_memory_gib"] > 0 and positive["curve"][-1][0] == 1
+    assert (tmp_path / "study" / "compare.png").stat().st_size > 10_000
     text = (tmp_path / "study" / "compare.md").read_text()
     assert start(compare, monkeypatch, *arguments) == 0
     assert (tmp_path / "study" / "compare.md").read_text() == text
