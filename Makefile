@@ -1,5 +1,5 @@
 # make quickstart   set up, train CaCo on real images on the CPU, evaluate
-# make compare      train the small configuration of every method on two cores, under half an hour; a table and a picture
+# make compare      train the small configuration of every method, in under half an hour on two cores; table, picture
 # make check        format, lint, types, and the quick tests: under two minutes once it is set up
 # make test         set up, build, and run all tests: under ten minutes on two quiet cores
 # make dist         a source distribution and a wheel in dist/

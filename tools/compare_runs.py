@@ -67,10 +67,11 @@ class Run:
         Raises:
             UserError: the folder holds a run with other settings; or the settings are wrong.
         """
-        wanted = flat_settings(yaml.safe_load(to_yaml(self.row.load(self.asked()))))
+        config = self.row.load(self.asked())
         path = self.folder / "config.yaml"
         if not path.is_file():
             return False
+        wanted = flat_settings(yaml.safe_load(to_yaml(config)))
         found = flat_settings(yaml.safe_load(path.read_text()))
         other = [key for key in wanted if key in found and key not in PLACE and found[key] != wanted[key]]
         foreign = [key for key in other if not key.startswith(FREE_SECTIONS)]

@@ -244,7 +244,6 @@ def test_finished_runs_are_skipped_and_those_with_other_settings_refused(
     assert starts_of(tmp_path / "study") == {"caco_seed0": 2, "none_seed0": 2, "caco_seed1": 1, "none_seed1": 1}
 
 
-@pytest.mark.slow
 def test_a_study_of_real_runs(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base.yaml"
     tree: dict[str, Any] = {}
