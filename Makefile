@@ -1,4 +1,5 @@
 # make quickstart   set up, train CaCo on real images on the CPU, evaluate
+# make compare      train the small configuration of every method, in under half an hour on two cores; table, picture
 # make check        format, lint, types, and the quick tests: under two minutes once it is set up
 # make test         set up, build, and run all tests: under ten minutes on two quiet cores
 # make dist         a source distribution and a wheel in dist/
@@ -19,11 +20,15 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
-.PHONY: quickstart check lint types quick test dist setup build clean
+.PHONY: quickstart compare check lint types quick test dist setup build clean
 
 quickstart: build
 	@echo "[3/3] training on the embedded Fashion-MNIST subset, two to four minutes; a run in $(RUN) continues"
 	$(PY) -m caco_fast train --config quickstart --resume auto run.folder=$(RUN)
+
+compare: build
+	@echo "[3/3] the small configuration of every method, two at a time; runs in runs/compare/methods continue"
+	$(PY) tools/compare.py methods --jobs 2
 
 check: lint types quick
 

@@ -8,7 +8,7 @@ import torch
 
 from caco_fast.config import Config, settings_of
 from caco_fast.distributed import all_gather_objects, broadcast_object, rank, world_size
-from caco_fast.engine.metrics import read_metrics
+from caco_fast.engine.metrics import peak_memory, read_metrics
 from caco_fast.engine.progress import table
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
@@ -106,6 +106,8 @@ def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         "initialisation_steps": at.total_steps - at.step if trainer.training else at.total_steps,
         # Of the present phase: a step of the initialisation does half the work of a step of training.
         "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
+        # Of rank 0 since its last start, before the final evaluation.
+        "peak_memory_gib": round(peak_memory(trainer.step.device) / 2**30, 3),
     }
     values |= trainer.positives
     # Each rank knows the bad images that it met itself.

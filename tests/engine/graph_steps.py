@@ -43,6 +43,8 @@ CASES = {
     "cacr": (SGD, "method=cacr"),
     "cacr, queue": (SGD, "method=cacr", "cacr={form: queue, queue_size: 37}"),
     "cacr, global, multi-crop": (LARS, "method=cacr", "cacr={form: global, predictor_hidden: 16}", SMALL_VIEWS),
+    "ablation, queue and batch": (SGD, "method=ablation", "ablation={positives: queue, negatives: batch}"),
+    "ablation, queue and bank": (SGD, "method=ablation", "ablation={positives: queue, negatives: bank}"),
 }
 
 

@@ -39,6 +39,8 @@ CASES = {
     "cacr, queue": ("method=cacr", "cacr={form: queue, queue_size: 37}"),
     "cacr, global": ("method=cacr", "cacr={form: global, predictor_hidden: 16}"),
     "replays, cacr, queue": ("trainer.cuda_graph=true", "method=cacr", "cacr={form: queue, queue_size: 37}"),
+    "ablation, queue and batch": ("method=ablation", "ablation={positives: queue, negatives: batch}"),
+    "ablation, queue and bank": ("method=ablation", "ablation={positives: queue, negatives: bank}"),
     "replays": ("trainer.cuda_graph=true", "trainer.precision=bf16"),
     "replays, fp16": ("trainer.cuda_graph=true", "trainer.precision=fp16"),
     "replays, adamw": ("trainer.cuda_graph=true", "optimizer={name: adamw, lr: 0.003}"),

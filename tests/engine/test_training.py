@@ -28,6 +28,8 @@ RESUMED = {
     "cacr": ("method=cacr",),
     "cacr-queue": ("method=cacr", "cacr={form: queue, queue_size: 37}"),
     "cacr-global": ("method=cacr", "cacr={form: global, predictor_hidden: 16}"),
+    "ablation": ("method=ablation", "ablation={positives: queue, negatives: bank}"),
+    "ablation-batch": ("method=ablation", "ablation={positives: queue, negatives: batch}"),
 }
 
 
@@ -90,6 +92,8 @@ def test_a_run_trains_and_leaves_its_figures(images, tmp_path, method):
         pytest.param("cacr", "memory", 8, id="cacr-mid-epoch"),
         pytest.param("cacr-queue", "memory", 8, id="cacr-queue-mid-epoch"),
         pytest.param("cacr-global", "memory", 8, id="cacr-global-mid-epoch"),
+        pytest.param("ablation", "torchvision", 8, id="ablation-queue-and-bank-mid-epoch"),
+        pytest.param("ablation-batch", "torchvision", 3, id="ablation-queue-and-batch-mid-epoch"),
     ],
 )
 def test_a_resumed_run_is_the_one_never_stopped(images, tmp_path, method, stop, loader):

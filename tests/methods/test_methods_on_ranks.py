@@ -18,6 +18,7 @@ from caco_fast.distributed import all_reduce_sum, is_distributed, rank, world_si
 from caco_fast.engine.state import Interval
 from caco_fast.engine.step import Rates
 from caco_fast.methods import AdCoConfig, CaCo, CaCoConfig, CaCoLoss, MoCoConfig, build_method, registered
+from caco_fast.methods.ablation import AblationConfig
 from caco_fast.methods.cacr import CACRConfig
 from caco_fast.methods.clae import CLAEConfig
 from caco_fast.methods.nnclr import NNCLRConfig
@@ -151,6 +152,25 @@ TRAINED |= {
         (" without batch negatives", 0, {"batch_negatives": False}),
     )
     for parallel in BANKS
+}
+TRAINED |= {
+    f"ablation, {positives} and {negatives}, {parallel}": (
+        train_method,
+        "ablation",
+        AblationConfig(positives, negatives),
+        5,
+        0,
+        {"caco": CaCoConfig(bank_size=K, bank_lr=0.1, bank_parallel=parallel)},
+    )
+    for positives, negatives, parallel in (
+        ("key", "batch", "replicated"),
+        ("queue", "batch", "replicated"),
+        ("queue", "queue", "replicated"),
+        ("key", "bank", "replicated"),
+        ("key", "bank", "sharded"),
+        ("queue", "bank", "sharded"),
+        ("queue", "bank", "replicated"),
+    )
 }
 CASES = {**CRITERIA, **TRAINED}
 
