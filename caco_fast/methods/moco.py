@@ -69,8 +69,8 @@ class MoCo(Method):
 
     def adversarial_loss(self, embeddings: Embeddings, anchor: Tensor, other: Tensor) -> Tensor:
         temperature = self.config.temperature
-        # The first key is that of view b.
-        return info_nce(other, embeddings.keys[0], self.queue.attend(other, temperature)[0], temperature)[0]
+        # The last key is that of view b.
+        return info_nce(other, embeddings.keys[-1], self.queue.attend(other, temperature)[0], temperature)[0]
 
     def update(self, rows: Sequence[Tensor], warmup: Rate, skip: Tensor | None = None) -> None:
         for keys in rows:

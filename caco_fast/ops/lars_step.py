@@ -119,7 +119,7 @@ def lars_step_foreach_(
     directions = scaled_directions(params, grads, settings)
     if settings.lr_in_velocity:
         lr = settings.lr
-        directions = torch._foreach_mul(directions, lr.to(params[0].dtype) if isinstance(lr, Tensor) else lr)
+        directions = list(torch._foreach_mul(directions, lr.to(params[0].dtype) if isinstance(lr, Tensor) else lr))
         settings = settings._replace(lr=1.0)
     if settings.skip is not None:
         step_unless_skipped_(params, directions, velocities, settings)

@@ -47,7 +47,7 @@ def half(anchors: list[Tensor], predictions: Tensor, t: float) -> tuple[Tensor, 
         scores = [(anchor * p).sum() / t for p in predictions]
         total = torch.stack([score.exp() for score in scores]).sum()
         losses.append(total.log() - scores[i])
-        shares.append(float(scores[i].exp() / total))
+        shares.append((scores[i].exp() / total).item())
     return torch.stack(losses).mean(), sum(shares) / len(shares)
 
 
