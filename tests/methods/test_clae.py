@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.errors import UserError
-from caco_fast.methods import CaCoConfig, Embeddings, Method, MoCoConfig, build_method, clae
+from caco_fast.methods import AdCoConfig, CaCoConfig, Embeddings, Method, MoCoConfig, build_method, clae
 from caco_fast.methods.base import METHODS
 from caco_fast.methods.clae import CLAE, CLAEConfig
 from caco_fast.methods.simclr import InfoNCEConfig, SimCLRConfig
@@ -27,6 +27,8 @@ SECTIONS = {
     "moco": MoCoConfig(queue_size=K, temperature=0.2),
     "moco symmetric": MoCoConfig(queue_size=K, temperature=0.3, symmetric=True),
     "caco": CaCoConfig(bank_size=K, temperature=0.12, bank_temperature=0.07, bank_lr=0.1),
+    "adco": AdCoConfig(bank_size=K, temperature=0.14, bank_temperature=0.07, bank_lr=0.1),
+    "adco symmetric": AdCoConfig(bank_size=K, temperature=0.14, bank_temperature=0.07, bank_lr=0.1, symmetric=True),
 }
 bases = pytest.mark.parametrize("base", SECTIONS)
 
@@ -37,6 +39,8 @@ def make(base: str, dtype: torch.dtype = torch.float32, **settings: Any) -> CLAE
     assert isinstance(method, CLAE)
     if name == "caco":
         method.base.criterion.operands = dtype  # type: ignore[union-attr]
+    if name == "adco":
+        method.base.operands = dtype  # type: ignore[assignment]
     if name == "moco":
         # Unit rows in f64 too.
         method.base.queue.queue.copy_(normalize(method.base.queue.queue, dim=1))  # type: ignore[union-attr]
@@ -87,6 +91,9 @@ def attacked(base: str, method: CLAE, anchor: Tensor, other: Tensor, k_b: Tensor
             found.append(share(anchor[i], other[i], [other[n] for n in range(B) if n != i], t))
         elif base.startswith("moco"):
             found.append(share(other[i], k_b[i], list(method.base.queue.queue.clone()), t))
+        elif base.startswith("adco"):
+            others = [row for n, row in enumerate(k_b) if n != i]
+            found.append(share(other[i], k_b[i], [*others, *oracle.unit_rows(method.base.bank.bank)[0]], t))
         else:
             units = oracle.unit_rows(method.base.bank.bank)[0]
             (own,) = oracle.select(k_b[i : i + 1], method.base.bank.bank)
