@@ -122,6 +122,30 @@ def test_mocos_queue_is_as_long_as_cacos_bank(images: Path, tmp_path: Path) -> N
     step.close()
 
 
+def test_small_configurations_are_variants_with_their_own_settings(tmp_path: Path) -> None:
+    quickstart = ["--config", "quickstart", "--methods"]
+    assert {bench_train.MOCO, "CaCo", *bench_train.SMALL} == set(bench_train.parse(quickstart).variants)
+    step = bench_train.make("small_moco", Path("quickstart"), ["trainer.precision=f32"], 8, CPU, tmp_path)
+    assert step.trainer.method.config.temperature == 0.1 and len(step.trainer.method.queue.queue) == 2048
+    step()
+    step.close()
+
+
+def test_ratios_are_to_moco_where_the_released_step_is_left_out() -> None:
+    def point(*variants: str) -> dict:
+        times = {name: {"median": ms, "p20": ms, "p80": ms} for name, ms in zip(variants, (50.0, 100.0))}
+        found = {
+            name: {"step_ms": step, "pairs_per_s": 1.0, "split_ms": {}, "peak_bytes": 0} for name, step in times.items()
+        }
+        settings = {"config": "c", "ranks": 1, "threads": 1, "device": "cpu", "resolved": {"trainer.precision": "f32"}}
+        record = {"settings": settings, "machine": {"cpu": "cpu"}, "versions": {"torch": "2"}}
+        return record | {"results": [{"batch": 8, "variants": found}]}
+
+    table = bench_train.table(point(bench_train.MOCO, "small_moco"))
+    assert "| x MoCo |" in table and "| small_moco | 1 | 100.0 (100.0-100.0) | 0.50 |" in table
+    assert "| x released |" in bench_train.table(point(bench_train.RELEASED, bench_train.MOCO))
+
+
 def test_the_floor_is_that_of_resnet50_in_bf16() -> None:
     name = "caco_fast/configs/imagenet_resnet50_200ep_batch1024.yaml"
     assert bench_train.has_floor(bench_train.load_config(ROOT / name, ["trainer.precision=bf16"]))

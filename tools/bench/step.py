@@ -4,12 +4,15 @@
     python tools/bench/step.py --config caco_fast/configs/quickstart.yaml       on the device that the settings name
     python tools/bench/step.py --config ... --batch 128 256 --seconds 60      a sweep of (global) batch sizes
     torchrun --nproc-per-node=4 tools/bench/step.py --config ...      on four ranks
+    python tools/bench/step.py --config quickstart --methods      every method by its small configuration, next to MoCo
     python tools/bench/step.py --table benchmarks/results/bench_train_cpu_1.json      the result as Markdown
 
 `key=value` arguments change settings for all variants, as in tools/train.py. Variants take turns, so that a disturbance
 meets all of them. The split is measured in additional steps, which wait for the device after every phase. A pair is an
 image with all its views. MoCo's queue is as long as CaCo's bank. The split of the CUDA graph is measured in its step
-without the graph.
+without the graph. A small configuration (small_*) is a variant with its own settings in place of those of --config, and
+with the same batch. The step of small_moco is that of MoCo v2 symmetric on the quickstart, so their ratio says how much
+the machine disturbs.
 
 Some variants are left out: the one with the loader if data.path is not given, the CUDA graph on the CPU, the released
 step on several ranks, and both the released step and MoCo if an image does not have two views.
@@ -38,6 +41,7 @@ from PIL import Image
 
 from caco_fast.benchmarking import RESULTS, ROOT, Bench, run_script, seconds, spread, write_result
 from caco_fast.config import Config, load_config, settings_of
+from caco_fast.configs import shipped
 from caco_fast.distributed import barrier, rank, world_size
 from caco_fast.engine.launch import launched
 from caco_fast.errors import UserError
@@ -45,6 +49,8 @@ from caco_fast.training import settled
 
 RELEASED, MOCO, LOADED = "CaCo as released", "MoCo v2 symmetric", "CaCo, with the loader"
 GRAPH = "CaCo, CUDA graph"
+# Variants that are configurations of their own, by their names.
+SMALL = {name: path for name, path in shipped().items() if name.startswith("small_")}
 # The settings of each variant; LOADED is CaCo on real data.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "CaCo": (),
@@ -55,7 +61,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     MOCO: ("method=moco", "moco.symmetric=true"),
     LOADED: (),
     RELEASED: (),
+    **dict.fromkeys(SMALL, ()),
 }
+METHODS = (MOCO, "CaCo", *SMALL)
 DEFAULTS = ("CaCo", "CaCo, views together", GRAPH, MOCO, LOADED, RELEASED)
 QUIET = ("evaluation.every_epochs=0", "evaluation.baselines=false", "evaluation.linear_probe=false")
 QUIET += ("run.tensorboard=false", "run.plain=true", "checkpoint.every_steps=0")
@@ -78,6 +86,7 @@ def with_placeholder(overrides: list[str], batch: int, folder: Path) -> list[str
 
 def make(variant: str, path: Path, overrides: list[str], batch: int, device: torch.device, folder: Path) -> Step:
     """The step of a variant."""
+    path = SMALL.get(variant, path)
     settings = [*QUIET, *overrides, *VARIANTS[variant], f"trainer.batch_size={batch}"]
     if lacks_data(load_config(path, overrides)):
         settings = with_placeholder(settings, batch, folder / f"rank{rank()}_batch{batch}")
@@ -171,19 +180,20 @@ def table(record: dict[str, Any]) -> str:
         "",
     ]
     floor = any("share_of_copy" in point for point in record["results"])
-    heads = ["batch", "variant", "pairs/s", "step, ms (p20-p80)", "x released", *PHASES, "other", "peak MiB"]
+    # Times are compared with those of the released step, or where it was not measured, with those of MoCo.
+    reference = RELEASED if any(RELEASED in point["variants"] for point in record["results"]) else MOCO
+    ratio_head = "x released" if reference == RELEASED else "x MoCo"
+    heads = ["batch", "variant", "pairs/s", "step, ms (p20-p80)", ratio_head, *PHASES, "other", "peak MiB"]
     lines += ["| " + " | ".join(heads + ["share of the copy's rate"] * floor) + " |"]
     lines += ["|--:|---|" + "--:|" * (len(heads) - 2 + floor)]
     for point in record["results"]:
-        released = point["variants"].get(RELEASED)
+        base = point["variants"].get(reference)
         for variant, result in point["variants"].items():
             if "error" in result:
                 lines.append(f"| {point['batch']} | {variant} | not measured: {result['error']} |")
                 continue
             step = result["step_ms"]
-            ratio = (
-                f"{released['step_ms']['median'] / step['median']:.2f}" if released and "step_ms" in released else ""
-            )
+            ratio = f"{base['step_ms']['median'] / step['median']:.2f}" if base and "step_ms" in base else ""
             cells = [str(point["batch"]), variant, f"{result['pairs_per_s']:,.0f}"]
             cells += [f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})", ratio]
             cells += [f"{result['split_ms'].get(name, 0):.1f}" for name in (*PHASES, "other")]
@@ -201,6 +211,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--config", type=Path, help="YAML file with settings; see caco_fast/configs/")
     add("--batch", type=int, nargs="+", help="global batch sizes; default: the one in the settings")
     add("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"variants to measure: {', '.join(VARIANTS)}")
+    add("--methods", action="store_true", help=f"the variants {', '.join(METHODS)}")
     add("--steps", type=int, default=5, help="steps in a round")
     add("--rounds", type=int, default=7, help="rounds of every variant, after the warm-up")
     add("--warmup", type=int, default=3, help="steps before the first round")
@@ -209,6 +220,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = bench.parse(arguments, positive=("steps", "rounds", "warmup"))
     if not options.config:
         bench.parser.error("--config: found none, expected a file; or give --table JSON")
+    if options.methods:
+        options.variants = [*(options.variants or ()), *METHODS]
     options.bench = bench
     return options
 
