@@ -31,8 +31,8 @@ from caco_fast.settings import setting
 # Factor of an image's own loss in the attack under fp16: with the 1/b of the mean, 2^16 at b = 256, where GradScaler
 # begins too.
 FP16_SCALE = 2.0**8
-# The sets of BatchNorms of the query encoder.
-CLEAN, ADVERSARIAL = 0, 1
+# The set of BatchNorms of f_adv; the base uses set 0.
+ADVERSARIAL = 1
 
 
 def bases() -> list[str]:
@@ -83,7 +83,7 @@ class CLAE(Method):
         self.base.check_views(sizes)
 
     def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
-        """Those of the base, and as the last query that of the adversarial example."""
+        """Embeddings of the base, and as the last query that of the adversarial example."""
         clean = self.base.embed(views, encoders)
         adversarial = encoders.queries([self.attack(views[0], clean, encoders)], norm_sets=[ADVERSARIAL])
         return clean._replace(queries=[*clean.queries, *adversarial])
@@ -100,8 +100,8 @@ class CLAE(Method):
             # The sign alone counts, so that the factor has no other effect than to keep gradients from underflow.
             loss = loss * (FP16_SCALE * len(view))
         (gradient,) = torch.autograd.grad(loss, image)
-        # In fp16 an overflow may give NaN, which has no sign: such a pixel stays as it is.
-        return view + self.config.eps * gradient.nan_to_num(nan=0.0).sign()
+        # In fp16 an overflow may give NaN, whose sign is 0 in torch: such a pixel stays as it is.
+        return view + self.config.eps * gradient.sign()
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
         *queries, adversarial = embeddings.queries
@@ -115,7 +115,7 @@ class CLAE(Method):
         self.base.update(rows, warmup, skip)
 
     def phases(self, batch_size: int) -> list[Phase]:
-        """Those of the base, which know of no adversarial examples before the training."""
+        """Phases of the base; those before the training know of no adversarial examples."""
         *before, training = self.base.phases(batch_size)
         return [*before, replace(training, objective=self, update=self.update)]
 
