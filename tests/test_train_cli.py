@@ -45,7 +45,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
 REFUSALS = {
     "unknown key": (["optimzer.lr=1"], "unknown setting 'optimzer'; did you mean 'optimizer"),
     "mistyped value": (["trainer.epochs=many"], "trainer.epochs"),
-    "method": (["method=cocoa"], "method: found 'cocoa', expected one of caco, moco"),
+    "method": (["method=cocoa"], "method: found 'cocoa', expected one of caco, "),
     "backbone": (["backbone.name=resnet05"], "timm knows no architecture 'resnet05'; nearest: "),
     "missing path": (["data.path=/no/such/folder"], "/no/such/folder"),
     "fewer images than a batch": (["trainer.batch_size=64"], "64"),

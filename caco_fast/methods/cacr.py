@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from caco_fast.bank import KeyQueue
-from caco_fast.distributed import all_gather_rows, all_gather_rows_with_gradient
+from caco_fast.distributed import all_gather_rows, all_gather_rows_with_gradient, world_size
 from caco_fast.errors import UserError
 from caco_fast.methods.base import (
     BACKEND_HELP,
@@ -141,11 +141,12 @@ class CACR(Method):
         return Embeddings(queries, encoders.keys(large if self.config.anchors == "large" else views))
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
-        images, form = embeddings.queries[0].shape[0], self.config.form
+        form = self.config.form
+        images = embeddings.queries[0].shape[0] * (world_size() if self.over_all_ranks else 1)
         if images == 1 and (form == "batch" or self.config.distance == "euclidean"):
             raise UserError(
-                f"trainer.batch_size: found 1 image on a rank, expected 2 or more for cacr.form={form}, "
-                "whose negatives are the other images; raise it"
+                f"trainer.batch_size: found 1 image in a batch, expected 2 or more for cacr.form={form}, "
+                "whose negatives are the other images; raise it, or set cacr.negatives=all"
             )
         return {"batch": self._within_batch, "queue": self._with_queue, "global": self._anchored}[form](embeddings)
 
@@ -165,8 +166,8 @@ class CACR(Method):
     def _with_queue(self, embeddings: Embeddings) -> StepOutput:
         """alpha A - beta R of each view, whose negatives are the queue and the queries of the same view."""
         queries, keys, t_neg = embeddings.queries, embeddings.keys, self.config.t_neg
-        # Each view has similarities of its own.
         count = len(queries)
+        # Each view has similarities of its own.
         lse, mean_row = self.queue.attend(torch.cat(list(queries)).detach(), 1 / (2 * t_neg))
         per_view = zip(queries, self._batch(queries), lse.chunk(count), mean_row.chunk(count), strict=True)
         attractions = [attraction(q, _others(keys, x), self.config.t_pos, constant=True) for x, q in enumerate(queries)]

@@ -321,7 +321,7 @@ def test_views_that_it_cannot_use_are_named(form: str, sizes: list[int], line: s
 
 @pytest.mark.parametrize("case", ["batch", "global, euclidean"])
 def test_a_single_image_without_negatives_is_refused(case: str) -> None:
-    with pytest.raises(UserError, match="trainer.batch_size: found 1 image on a rank, expected 2 or more for cacr"):
+    with pytest.raises(UserError, match="trainer.batch_size: found 1 image in a batch, expected 2 or more for cacr"):
         make(case).loss(Embeddings(*drawn(case, 0, images=1)))
 
 
