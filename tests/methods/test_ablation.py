@@ -4,7 +4,6 @@ Legend: B images, K rows of bank or queue, C channels.
 """
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from caco_fast.build import method_sections
 from caco_fast.config import load_config, settings_of
 from caco_fast.configs import find_config
 from caco_fast.engine.step import Rates
@@ -207,8 +207,10 @@ BASES = {
     ],
 )
 def test_a_row_differs_from_its_base_in_the_method_alone(base: str, row: str) -> None:
-    file: Path = find_config(f"{base}_{row}")
-    found, of_base = settings_of(load_config(file)), settings_of(load_config(find_config(BASES[base])))
+    config = load_config(find_config(f"{base}_{row}"))
+    found, of_base = settings_of(config), settings_of(load_config(find_config(BASES[base])))
     positives, negatives = ROWS[row]
     wanted = {"method": "ablation", "ablation.positives": positives, "ablation.negatives": negatives}
     assert found == of_base | wanted
+    method = build_method(config.method, C, method_sections(config))
+    method.check_views([view.size for view in config.views for _ in range(view.count)])
