@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from caco_fast.data import BadImageError, Source, build_source
 from caco_fast.data.sources.base import as_pil
 from caco_fast.data.sources.part import imbalanced
 from caco_fast.errors import UserError
+from caco_fast.methods import METHODS
 
 FEWEST = 16
 LOOKED_AT = 32  # images whose sizes are read
@@ -124,8 +125,7 @@ def _length_and_bank(config: Config, facts: Facts) -> Choices:
     options = {"dynamic_img_size": True} if config.backbone.name.startswith("vit") else {}
     return {
         "trainer.epochs": min(most, max(fewest, math.ceil(epochs))),
-        "caco.bank_size": _power_of_two(min(65536, facts.images / 4)),
-        "moco.queue_size": _power_of_two(min(65536, facts.images / 4)),
+        **{key: _power_of_two(min(65536, facts.images / 4)) for key in _own(config, "bank_size", "queue_size")},
         "backbone.stem": "small_stride2" if resnet and size <= SMALL_VIEW else "imagenet",
         "backbone.options": {"zero_init_last": False} if resnet else options,
         "data.eval_resize": round(min(size * 8 / 7, max(size, facts.side))),
@@ -138,16 +138,30 @@ def _length_and_bank(config: Config, facts: Facts) -> Choices:
 def _shares_of_the_run(config: Config, facts: Facts) -> Choices:
     """Warm-up, the time in which the bank is a queue, and intervals, as shares of the run's length."""
     epochs, steps = config.trainer.epochs, _steps_per_epoch(config, facts)
-    until_full = -(-config.caco.bank_size // config.trainer.batch_size)  # type: ignore[attr-defined]
+    warm_starts = {}
+    for key in _own(config, "warm_start_steps"):
+        rows = getattr(config, key.partition(".")[0]).bank_size
+        warm_starts[key] = max(-(-rows // config.trainer.batch_size), epochs * steps // 5)
     return {
         "schedule.warmup_epochs": _two_digits(epochs / 20),
-        "caco.warm_start_steps": max(until_full, epochs * steps // 5),
+        **warm_starts,
         "evaluation.every_epochs": max(1, epochs // 10),
         "checkpoint.every_epochs": max(1, epochs // 20),
     }
 
 
 RULES: tuple[Callable[[Config, Facts], Choices], ...] = (_model_and_batch, _length_and_bank, _shares_of_the_run)
+
+
+def _own(config: Config, *names: str) -> list[str]:
+    """The settings of these names in the section of the run's method, or of the method that it is built on."""
+    method = config.method
+    section = getattr(config, method)
+    base = getattr(section, "base", "caco" if method == "ablation" else method)
+    # CACR has a queue in one of its forms.
+    if getattr(section, "form", "queue") != "queue":
+        return []
+    return [f"{base}.{of.name}" for of in fields(METHODS[base].config) if of.name in names]
 
 
 def _steps_per_epoch(config: Config, facts: Facts) -> int:

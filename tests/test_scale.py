@@ -56,6 +56,26 @@ def test_a_given_setting_wins_and_the_others_follow_it(monkeypatch) -> None:
     assert given["trainer.epochs"] > usual["trainer.epochs"]
 
 
+@pytest.mark.parametrize(
+    "method, size",
+    [
+        ("adco", "adco.bank_size"),
+        ("nnclr", "nnclr.queue_size"),
+        ("ablation", "caco.bank_size"),
+        ("moco", "moco.queue_size"),
+        ("clae clae.base=moco", "moco.queue_size"),
+        ("cacr cacr.form=queue", "cacr.queue_size"),
+        ("cacr", None),
+        ("simclr", None),
+    ],
+)
+def test_every_method_gets_a_bank_or_queue_that_fits(monkeypatch, method: str, size: str | None) -> None:
+    facts = Facts(5_000, 300.0, False, 1)
+    chosen = scaled(monkeypatch, facts, *f"method={method}".split())
+    sizes = {key for key, value in chosen.items() if key.endswith(("bank_size", "queue_size")) and value == 1024}
+    assert sizes == ({size} if size else set())
+
+
 def test_a_file_based_on_it_wins_too(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.yaml").write_text("base: own_images\ntrainer: {epochs: 3}\n")
     monkeypatch.setattr(caco_fast.scale, "_look", lambda config: Facts(5_000, 300.0, False, 1))
