@@ -22,8 +22,8 @@ SLOW = tuple(
     test_agreement test_epoch_end test_held_out test_curves test_distributed test_resume_settings test_scale
     test_bank_traffic test_bad_images_of_ranks test_scaling test_checkpoint test_reproducible test_readme
     test_bank_ranks test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity
-    test_views test_bad_images test_accumulate test_recipes test_run_figures test_recompute test_rank_0_writes test_no_waiting
-    gpu test_compare
+    test_views test_bad_images test_accumulate test_recipes test_run_figures test_recompute test_rank_0_writes
+    test_no_waiting gpu test_compare
     """.split()
 )
 
