@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,11 +56,12 @@ def settled(config: Config, device: torch.device) -> Config:
             backend of the bank does not run on the device, or a way to save memory does not go with another setting.
     """
     # Here, before anything is listed, built or written.
-    registered(config.method)
+    method = registered(config.method).method
     validate_views(config.views)
     require_sizes(config.backbone, _known_sizes(config))
-    if backend := getattr(getattr(config, config.method), "backend", ""):
-        together(lambda: require_backend(f"{config.method}.backend", backend, device))
+    for section in method.reads(getattr(config, config.method)):
+        if backend := getattr(getattr(config, section), "backend", ""):
+            together(partial(require_backend, f"{section}.backend", backend, device))
     _check_memory_savers(config.trainer)
     _check_batch_norm(config.trainer)
     # Rank 0 decides, because one step has one precision.

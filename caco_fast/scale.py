@@ -20,7 +20,7 @@ from caco_fast.data import BadImageError, Source, build_source
 from caco_fast.data.sources.base import as_pil
 from caco_fast.data.sources.part import imbalanced
 from caco_fast.errors import UserError
-from caco_fast.methods import METHODS
+from caco_fast.methods import METHODS, registered
 
 FEWEST = 16
 LOOKED_AT = 32  # images whose sizes are read
@@ -154,14 +154,13 @@ RULES: tuple[Callable[[Config, Facts], Choices], ...] = (_model_and_batch, _leng
 
 
 def _own(config: Config, *names: str) -> list[str]:
-    """The settings of these names in the section of the run's method, or of the method that it is built on."""
-    method = config.method
-    section = getattr(config, method)
-    base = getattr(section, "base", "caco" if method == "ablation" else method)
+    """The settings of these names in the sections that the run's method reads."""
+    section = getattr(config, config.method)
     # CACR has a queue in one of its forms.
     if getattr(section, "form", "queue") != "queue":
         return []
-    return [f"{base}.{of.name}" for of in fields(METHODS[base].config) if of.name in names]
+    read = registered(config.method).method.reads(section)
+    return [f"{name}.{of.name}" for name in read for of in fields(METHODS[name].config) if of.name in names]
 
 
 def _steps_per_epoch(config: Config, facts: Facts) -> int:

@@ -102,10 +102,9 @@ class Candidates(nn.Module):
     def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
         if self.queue is None:
             return []
-        # The check of the kernels takes a search together with a bank's step.
-        step = self.temperature if self.config.positives == "queue" else None
-        known = {"temperatures": ((self.temperature,),), "step_temperature": step}
-        return [use_of(self.queue, "caco.backend", images * views, **known)]
+        attends, selects = self.config.negatives == "queue", self.config.positives == "queue"
+        temperatures = ((self.temperature,),) if attends else ()
+        return [use_of(self.queue, "caco.backend", images * views, temperatures=temperatures, selects=selects)]
 
 
 def both_ways(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
@@ -141,6 +140,10 @@ class Ablation(Method):
         if config.negatives == "bank":
             return NegativesFromBank(config, sections["caco"], dim)
         return cls(config, sections["caco"], dim)
+
+    @classmethod
+    def reads(cls, config: Any) -> Sequence[str]:
+        return (cls.section, "caco")
 
     def check_views(self, sizes: Sequence[int]) -> None:
         self.candidates.check_views(sizes)

@@ -113,6 +113,11 @@ class Method(nn.Module, ABC):
         """What the method asks of the encoders with these settings; `sections` as in `build`."""
         return EncoderNeeds(cls.key_encoder, cls.norm_sets)
 
+    @classmethod
+    def reads(cls, config: Any) -> Sequence[str]:
+        """The methods' sections that it reads: its own, and that of the method which it is built on, if any."""
+        return (cls.section,)
+
     @abstractmethod
     def check_views(self, sizes: Sequence[int]) -> None:
         """Raise UserError if the method can't use views of these sides in pixels, in the configured order."""

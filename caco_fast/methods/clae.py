@@ -79,6 +79,10 @@ class CLAE(Method):
         of_base = registered(config.base).method.needs(sections[config.base], sections)
         return of_base._replace(norm_sets=2)
 
+    @classmethod
+    def reads(cls, config: CLAEConfig) -> Sequence[str]:
+        return (cls.section, config.base)
+
     def check_views(self, sizes: Sequence[int]) -> None:
         self.base.check_views(sizes)
 

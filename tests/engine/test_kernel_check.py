@@ -335,10 +335,13 @@ def test_a_wrong_kernel_stops_the_run_before_its_first_step(cuda_ops, monkeypatc
     train(short(images, "caco.backend=tiled"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["caco", "moco"])
-def test_the_kernels_on_a_cpu_are_refused_before_anything_else(images, tmp_path, method):
-    run = short(images, f"method={method}", f"{method}.backend=cuda", "data.path=/no/such/folder")
-    with pytest.raises(UserError, match=f"^{method}.backend: found 'cuda', but device is cpu"):
+@pytest.mark.parametrize(
+    "method, section", [("caco", "caco"), ("moco", "moco"), ("ablation", "caco"), ("clae", "moco")]
+)
+def test_the_kernels_on_a_cpu_are_refused_before_anything_else(images, tmp_path, method, section):
+    settings = [f"method={method}", f"{section}.backend=cuda", "clae.base=moco", "data.path=/no/such/folder"]
+    run = short(images, *settings)
+    with pytest.raises(UserError, match=f"^{section}.backend: found 'cuda', but device is cpu"):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -214,3 +214,18 @@ def test_a_row_differs_from_its_base_in_the_method_alone(base: str, row: str) ->
     assert found == of_base | wanted
     method = build_method(config.method, C, method_sections(config))
     method.check_views([view.size for view in config.views for _ in range(view.count)])
+
+
+@pytest.mark.parametrize(
+    "positives, negatives, uses",
+    [
+        ("key", "batch", []),
+        ("queue", "batch", [((), True)]),
+        ("key", "queue", [(((0.08,),), False)]),
+        ("queue", "queue", [(((0.08,),), True)]),
+    ],
+)
+def test_the_queue_says_which_operations_it_calls(positives: str, negatives: str, uses: list[Any]) -> None:
+    config = AblationConfig(positives, negatives)
+    method = build_method("ablation", 4, {"ablation": config, "caco": CaCoConfig(bank_size=9)})
+    assert [(use.temperatures, use.selects) for use in method.bank_uses(3, 2)] == uses
