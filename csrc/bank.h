@@ -105,7 +105,7 @@ struct StepParams {
     int channels, positives;  // C, M
     OperandType type;
     float temperature, momentum, weight_decay;  // t, mu, wd
-    const float *lr;  // [], eta: on the device, so that the replay of a graph reads it anew
+    const float *lr;                            // [], eta: on the device, so that the replay of a graph reads it anew
     bool project;
     const float *skip = nullptr;  // [] or null; if it is not 0, bank and velocity stay as they are
 };

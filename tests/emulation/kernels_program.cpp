@@ -83,9 +83,26 @@ Result run(const Problem &p, caco::Path path) {
                        r.similarity.data(), workspace.data(), p.rows, p.bank_rows, p.channels, p.type},
                       target);
     workspace = filled_with_nan<float>(caco::bank_step_workspace(p.rows) / 4);
-    caco::bank_step({r.bank.data(), r.velocity.data(), unit.data(), queries.data(), p.queries.data(), r.lse.data(),
-                     p.row_weight.data(), p.positives.data(), p.positive_weight.data(), workspace.data(), p.rows,
-                     p.bank_rows, p.channels, kPositives, p.type, kTemperature[0], kMomentum, kWeightDecay, &kLr, false},
+    caco::bank_step({r.bank.data(),
+                     r.velocity.data(),
+                     unit.data(),
+                     queries.data(),
+                     p.queries.data(),
+                     r.lse.data(),
+                     p.row_weight.data(),
+                     p.positives.data(),
+                     p.positive_weight.data(),
+                     workspace.data(),
+                     p.rows,
+                     p.bank_rows,
+                     p.channels,
+                     kPositives,
+                     p.type,
+                     kTemperature[0],
+                     kMomentum,
+                     kWeightDecay,
+                     &kLr,
+                     false},
                     target);
     return r;
 }
