@@ -1,5 +1,7 @@
 """Builds the kernels for the CPU: the sources of csrc/ under g++, with tests/emulation in place of CUDA.
 
+`python -m tests.emulation.build` builds all of it ahead of the tests, which else build what they need.
+
 There is one folder of objects for each set of flags, build/emulated/{plain,address,thread}. The module and all programs
 of these flags share it, and so do all test sessions: each compiles only what has changed, and waits for the others.
 """
@@ -115,3 +117,14 @@ def module_rules(kernels: list[str]) -> list[str]:
             f"  extra = -DCACO_MODULE=caco_emulated {includes} {defines}",
         ]
     return lines
+
+
+if __name__ == "__main__":
+    if reason := missing_tool():
+        sys.exit(f"error: {reason}")
+    run_ninja("", MODULE)
+    for flags in SANITIZERS:
+        for program in PROGRAMS:
+            # The primitives are checked without a sanitizer.
+            if not flags or program.endswith(".cpp"):
+                build_program(program, flags)
