@@ -51,13 +51,12 @@ def linear_probe(
     """
     device = train_features.device
     place = _places(len(train_features), train_index, device)
-    total = int(all_reduce_sum(torch.tensor(len(place), device=device)))
-    tested = int(all_reduce_sum(torch.tensor(len(test_labels), device=device)))
+    total, tested = (_over_ranks(count, device) for count in (len(place), len(test_labels)))
     if total == 0 or tested == 0:
         raise UserError(f"linear probe: found {total} training and {tested} test images, expected at least 1 of each")
-    mean, scale = _standardisation(train_features, total)
-    if _count_not_finite(train_features) + _count_not_finite(test_features) or not mean.isfinite().all():
+    if _count_not_finite(train_features) + _count_not_finite(test_features):
         raise UserError("linear probe: some features are NaN or infinite, the encoder has diverged")
+    mean, scale = _standardisation(train_features, total)
     train = Rows(train_features, train_labels.to(device, torch.int64), mean, scale).ready()
     test = Rows(test_features.to(device), test_labels.to(device, torch.int64), mean, scale)
     if l2 is None:
@@ -75,13 +74,17 @@ class Rows(NamedTuple):
     chosen: Tensor | None = None  # indices of the rows that count; None: all
 
     @property
+    def own(self) -> int:
+        """The number of rows that count, on this rank."""
+        return len(self.labels if self.chosen is None else self.chosen)
+
+    @property
     def dim(self) -> int:  # D + 1
         return self.features.shape[1] + (self.mean is not None)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows with zero mean and unit deviation over the training rows, and a 1 for the bias, [n, D + 1]; labels."""
-        count = len(self.labels) if self.chosen is None else len(self.chosen)
-        for start in range(0, count, BLOCK):
+        for start in range(0, self.own, BLOCK):
             at = slice(start, start + BLOCK) if self.chosen is None else self.chosen[start : start + BLOCK]
             rows = self.features[at]
             if self.mean is not None:
@@ -90,16 +93,14 @@ class Rows(NamedTuple):
 
     def ready(self) -> "Rows":
         """The same rows, standardised at once if they are few."""
-        count = len(self.labels) if self.chosen is None else len(self.chosen)
-        if count == 0 or 4 * count * self.dim > AT_ONCE:
+        if self.own == 0 or 4 * self.own * self.dim > AT_ONCE:
             return self
         rows, labels = zip(*self.blocks())
         return Rows(torch.cat(rows), torch.cat(labels), None, None)
 
     def count(self) -> int:
         """The number of rows over all ranks (collective)."""
-        own = len(self.labels) if self.chosen is None else len(self.chosen)
-        return int(all_reduce_sum(torch.tensor(own, device=self.labels.device)))
+        return _over_ranks(self.own, self.labels.device)
 
     def accuracy(self, weight: Tensor) -> float:  # [classes, D + 1]
         """Per cent of the rows of all ranks that the classifier labels correctly (collective)."""
@@ -109,10 +110,15 @@ class Rows(NamedTuple):
         return 100.0 * int(all_reduce_sum(correct)) / self.count()
 
 
+def _over_ranks(count: int, device: torch.device) -> int:
+    """The sum of a number of all ranks (collective)."""
+    return int(all_reduce_sum(torch.tensor(count, device=device)))
+
+
 def _places(count: int, index: Tensor | None, device: torch.device) -> Tensor:
     """The place of each of this rank's rows among those of all ranks, ordered by their dataset index. [N]"""
-    counts = all_gather_uneven(torch.tensor([count], device=device)).tolist()
     if index is None:
+        counts = all_gather_uneven(torch.tensor([count], device=device)).tolist()
         return sum(counts[: rank()]) + torch.arange(count, device=device)
     index = index.to(device, torch.int64)
     return torch.searchsorted(all_gather_uneven(index).sort().values, index)

@@ -65,7 +65,7 @@ class AblationConfig:
 
 
 class Candidates(nn.Module):
-    """What the rows share: both views are queries and keys, and a queue if one is named.
+    """Where the positives of the rows come from: the keys, or a queue if one is named.
 
     With positives from the queue and negatives from elsewhere, the candidates of a query are its row of the queue and
     the negatives; its own key is not among them.
@@ -76,16 +76,6 @@ class Candidates(nn.Module):
         self.config = config
         self.temperature = caco.temperature
         self.queue = KeyQueue(caco.bank_size, dim, backend=caco.backend) if config.has_queue else None
-
-    def check_views(self, sizes: Sequence[int]) -> None:
-        if len(sizes) != 2:
-            raise UserError(
-                f"views: found {len(sizes)} views of an image, expected 2 for ablation.positives="
-                f"{self.config.positives} with negatives={self.config.negatives}"
-            )
-
-    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
-        return Embeddings(encoders.queries(views), encoders.keys(views))
 
     def positives(self, queries: Tensor, keys: Tensor) -> Tensor:  # [R, C] each -> [R, C]
         """The positive of every query, without gradient. keys: of the other view."""
@@ -107,6 +97,23 @@ class Candidates(nn.Module):
         return [use_of(self.queue, "caco.backend", images * views, temperatures=temperatures, selects=selects)]
 
 
+class BothViews(Method):
+    """A row without positives from the bank: both views are queries and keys."""
+
+    candidates: Candidates
+
+    def check_views(self, sizes: Sequence[int]) -> None:
+        if len(sizes) != 2:
+            config = self.candidates.config
+            raise UserError(
+                f"views: found {len(sizes)} views of an image, expected 2 for ablation.positives={config.positives} "
+                f"with negatives={config.negatives}"
+            )
+
+    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
+        return Embeddings(encoders.queries(views), encoders.keys(views))
+
+
 def both_ways(embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     """Queries of view a and then b, and the keys of the other view of each. [R, C] each"""
     (q_a, q_b), (k_a, k_b) = embeddings
@@ -125,7 +132,7 @@ def summed_halves(lse: Tensor, logit: Tensor, keys: Sequence[Tensor]) -> StepOut
 
 
 @register("ablation", AblationConfig, "the ablation of the paper: positives and negatives from batch, queue or bank")
-class Ablation(Method):
+class Ablation(BothViews):
     """The rows without a learned bank; `build` makes the others of their own classes."""
 
     def __init__(self, config: AblationConfig, caco: CaCoConfig, dim: int) -> None:
@@ -144,12 +151,6 @@ class Ablation(Method):
     @classmethod
     def reads(cls, config: Any) -> Sequence[str]:
         return (cls.section, "caco")
-
-    def check_views(self, sizes: Sequence[int]) -> None:
-        self.candidates.check_views(sizes)
-
-    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
-        return self.candidates.embed(views, encoders)
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
         queries, keys = both_ways(embeddings)
@@ -178,7 +179,7 @@ class Ablation(Method):
         return self.candidates.bank_uses(images, views)
 
 
-class NegativesFromBank(LearnedBankMethod):
+class NegativesFromBank(BothViews, LearnedBankMethod):
     """Negatives from a bank that is only adversarial: its step is that of M = 0, and raises the loss of the encoder."""
 
     # Its settings are those of CaCo.
@@ -193,12 +194,6 @@ class NegativesFromBank(LearnedBankMethod):
     @property
     def bank(self) -> LearnableBank:
         return self.negatives
-
-    def check_views(self, sizes: Sequence[int]) -> None:
-        self.candidates.check_views(sizes)
-
-    def embed(self, views: Sequence[Tensor], encoders: EncoderPair) -> Embeddings:
-        return self.candidates.embed(views, encoders)
 
     def loss(self, embeddings: Embeddings, record: bool = True) -> StepOutput:
         queries, keys = both_ways(embeddings)

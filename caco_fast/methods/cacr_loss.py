@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from caco_fast.distributed import rank
-from caco_fast.methods.info_nce import batch_logits
+from caco_fast.methods.info_nce import batch_logits, own_rows, without
 
 
 def attraction(
@@ -100,11 +99,4 @@ def anchored(
 
 def own_columns(rows: Tensor, batch: Tensor) -> Tensor:  # [R, C], [S, C] -> [R, 1]
     """The columns of the rows' own images: `batch` is that of this rank, or of all ranks in rank order."""
-    count = rows.shape[0]
-    first = rank() * count if batch.shape[0] > count else 0
-    return torch.arange(first, first + count, device=rows.device).unsqueeze(1)
-
-
-def without(own: Tensor, logits: Tensor) -> Tensor:  # [R, 1], [R, S] -> [R, S]
-    """The logits with -inf for the own column, which a softmax then leaves out."""
-    return logits.scatter(1, own, -torch.inf)
+    return own_rows(rows).remainder(batch.shape[0]).unsqueeze(1)

@@ -26,6 +26,11 @@ def own_rows(queries: torch.Tensor) -> torch.Tensor:  # [R, C] -> [R]
     return torch.arange(rank() * count, (rank() + 1) * count, device=queries.device)
 
 
+def without(own: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:  # [R, 1], [R, S] -> [R, S]
+    """The logits with -inf for the own column, which a softmax then leaves out."""
+    return logits.scatter(1, own, -torch.inf)
+
+
 def batch_info_nce(
     queries: torch.Tensor,  # [R, C]
     rows: torch.Tensor,  # [R, C], row i is the positive of query i

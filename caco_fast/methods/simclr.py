@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from caco_fast.distributed import all_gather_rows_with_gradient
 from caco_fast.errors import UserError
 from caco_fast.methods.base import Embeddings, Method, StepOutput, check_settings, register
-from caco_fast.methods.info_nce import batch_info_nce, batch_logits, own_rows
+from caco_fast.methods.info_nce import batch_info_nce, batch_logits, own_rows, without
 from caco_fast.models import EncoderPair
 from caco_fast.settings import setting
 
@@ -32,8 +32,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]: 
     own = own_rows(rows)  # [2b]
     logits = batch_logits(rows, all_gather_rows_with_gradient(rows), temperature)  # [2b, 2B]
     # A row is not a candidate of itself.
-    logits = logits.scatter(1, own.unsqueeze(1), float("-inf"))
-    losses = cross_entropy(logits, own.roll(len(a)), reduction="none")
+    losses = cross_entropy(without(own.unsqueeze(1), logits), own.roll(len(a)), reduction="none")
     return losses.mean(), (-losses).detach().exp().mean()
 
 

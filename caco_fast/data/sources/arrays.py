@@ -112,7 +112,7 @@ def cifar100(path: str, split: str) -> ArraySource:
     return _read_release(CIFAR100, path, split)
 
 
-def _read_release(release: "Release", path: str, split: str) -> ArraySource:
+def _read_release(release: Release, path: str, split: str) -> ArraySource:
     either = f"{release.python_folder}/ or {release.binary_folder}/"
     root = data_directory(path, f"the directory that holds {either}; {release.fetch}")
     for folder in (root, root / release.python_folder, root / release.binary_folder):
@@ -128,7 +128,7 @@ def _read_release(release: "Release", path: str, split: str) -> ArraySource:
     raise UserError(f"{root} holds neither {either.replace(' or ', ' nor ')}; {release.fetch}")
 
 
-def _read(release: "Release", read: Any, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(release: Release, read: Any, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [N, 3072] uint8, planes in the order red, green, blue, and labels [N] uint8 of one release file."""
     try:
         pixels, labels = read(file.read_bytes(), release.labels)
