@@ -1,5 +1,6 @@
 """The rows of a comparison: of a named study, of a list of configurations, or of variants of one."""
 
+import difflib
 import functools
 import re
 import shlex
@@ -77,6 +78,8 @@ def make_study(given: Sequence[str], base: str | None, variants: Sequence[str], 
         raise UserError("--variant: found it without --base, expected --base NAME|FILE, which is the first row")
     if not given and not base:
         raise UserError(f"found nothing to compare, expected one of {', '.join(STUDIES)}, configurations, or --base")
+    for name in given:
+        _require_known(name)
     study = _named(named[0], base or SMALL, settings) if named else _own(given, base, variants)
     if len(study.rows) < 2:
         raise UserError(f"found one row, {study.rows[0].name}, expected two or more; add a configuration or --variant")
@@ -84,6 +87,20 @@ def make_study(given: Sequence[str], base: str | None, variants: Sequence[str], 
     if twice := sorted({row.name for row in study.rows if slugs.count(row.slug) > 1}):
         raise UserError(f"found the row {' and '.join(twice)} twice, expected rows of different names")
     return study
+
+
+def _require_known(name: str) -> None:
+    """Raise UserError for a name that is neither a study nor a configuration."""
+    known = [*STUDIES, *shipped()]
+    if name not in known:
+        try:
+            find_config(name)
+        except UserError:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{name}: found neither a study nor a configuration of that name, expected {', '.join(STUDIES)}, a "
+                f"shipped configuration or a file; the nearest name is {near}"
+            ) from None
 
 
 def _named(name: str, base: str, settings: Sequence[str]) -> Study:

@@ -101,6 +101,11 @@ def starts_of(folder: Path) -> dict[str, int]:
     [
         ([], "found nothing to compare, expected one of positives_negatives, bank_size, methods, configurations"),
         (["small_none"], "found one row, none, expected two or more; add a configuration or --variant"),
+        (
+            ["positives_negative"],
+            "positives_negative: found neither a study nor a configuration of that name, expected positives_negatives, "
+            "bank_size, methods, a shipped configuration or a file; the nearest name is positives_negatives",
+        ),
         (["bank_size", "quickstart"], "bank_size: found more beside it, expected a named study alone"),
         (["methods", "--base", "quickstart"], "--base: found quickstart with methods, expected none"),
         (["quickstart", "small_none", "--base", "small_none"], "--base: found small_none beside configurations"),
