@@ -1,7 +1,7 @@
 # make quickstart   set up, train CaCo on real images on the CPU, evaluate
-# make compare      train the small configuration of every method, in under half an hour on two cores; table, picture
-# make check        format, lint, types, and the quick tests: under two minutes once it is set up
-# make test         set up, build, and run all tests: under ten minutes on two quiet cores
+# make compare      train the small configuration of every method, two at a time; table, picture
+# make check        format, lint, types, and the quick tests
+# make test         set up, build, and run all tests
 # make dist         a source distribution and a wheel in dist/
 # make clean        remove the environment, the build and the quickstart's run
 #
