@@ -90,16 +90,14 @@ def make_study(given: Sequence[str], base: str | None, variants: Sequence[str], 
 
 
 def _require_known(name: str) -> None:
-    """Raise UserError for a name that is neither a study nor a configuration."""
-    known = [*STUDIES, *shipped()]
-    if name not in known:
+    """Raise UserError for the misspelt name of a study. That of a configuration is refused when it is loaded."""
+    near = difflib.get_close_matches(name, STUDIES, n=1)
+    if near and name not in STUDIES:
         try:
             find_config(name)
         except UserError:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"{name}: found neither a study nor a configuration of that name, expected {', '.join(STUDIES)}, a "
-                f"shipped configuration or a file; the nearest name is {near}"
+                f"{name}: found neither a study nor a configuration of that name; the nearest study is {near[0]}"
             ) from None
 
 

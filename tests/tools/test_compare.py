@@ -103,8 +103,8 @@ def starts_of(folder: Path) -> dict[str, int]:
         (["small_none"], "found one row, none, expected two or more; add a configuration or --variant"),
         (
             ["positives_negative"],
-            "positives_negative: found neither a study nor a configuration of that name, expected positives_negatives, "
-            "bank_size, methods, a shipped configuration or a file; the nearest name is positives_negatives",
+            "positives_negative: found neither a study nor a configuration of that name; the nearest study is "
+            "positives_negatives",
         ),
         (["bank_size", "quickstart"], "bank_size: found more beside it, expected a named study alone"),
         (["methods", "--base", "quickstart"], "--base: found quickstart with methods, expected none"),
