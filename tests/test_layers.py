@@ -21,6 +21,7 @@ GROUND = (
     "host",
     "provenance",
     "settings",
+    "settings_tree",
     "storage",
     "typed_yaml",
 )
