@@ -1,0 +1,150 @@
+"""The interface of an evaluation protocol, and all protocols by name.
+
+A protocol is one file: a frozen dataclass of settings and a function `(context, settings) -> Result`, decorated by
+`@register("knn", KnnConfig, "line of help")`. `caco-fast evaluate SOURCE knn knn.k=[20]` runs it.
+
+Legend: N images of this rank, D feature size.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from caco_fast.data import DataConfig, Source, build_eval_loader, build_source
+from caco_fast.distributed import rank, world_size
+from caco_fast.engine.agreement import together
+from caco_fast.errors import UserError
+from caco_fast.evaluate import extract_features
+from caco_fast.pretrained import Pretrained
+
+
+class FeatureSet(NamedTuple):
+    """This rank's shard of the features of a split, in the order of the images."""
+
+    features: Tensor  # [N, D] in the dtype that the backbone computed, on the CPU; a memory-mapped file if cached
+    labels: Tensor  # [N] int64
+    index: Tensor  # [N] int64, positions in the source
+    source: Source
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of a paper or of a code base, next to which a result is shown."""
+
+    who: str  # "CaCo, ResNet-50, 800 epochs"
+    value: float  # in the unit of the headline
+    where: str  # "CaCo paper, Table II"
+
+
+@dataclass
+class Result:
+    """What a protocol found. The first metric is the headline."""
+
+    metrics: dict[str, float]  # per cent, unless the name says otherwise
+    # How far the headline may be off by the choice of test images alone, in its unit; None: not estimated.
+    standard_error: float | None = None
+    # What was tried, one entry for each value: {"lr": 0.4, "last": 71.2, ...}.
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+    # {"food101": {"train": {"found": 75750, "published": 75750}, ...}}
+    counts: dict[str, Any] = field(default_factory=dict)
+    # Settings that differ from the preset of the protocol: {"linear.epochs": {"found": 1, "preset": 100}}.
+    deviations: dict[str, Any] = field(default_factory=dict)
+    published: list[Published] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Context:
+    """What every protocol gets: the backbone on this rank's device, the data, and features that are extracted once.
+
+    Every rank runs the same protocols and gives its shard of the images.
+    """
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        data: DataConfig,
+        *,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        batch_size: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.pretrained = pretrained
+        self.backbone: nn.Module = pretrained.backbone.to(device, memory_format=torch.channels_last).requires_grad_(
+            False
+        )
+        self.data = data
+        self.device = device
+        self.autocast = autocast
+        self.batch_size = batch_size
+        self.seed = seed
+        # Where results are written, and what a protocol keeps to continue after a stop.
+        self.folder = folder
+
+    def precision(self) -> AbstractContextManager:
+        """The context that the backbone computes in."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def source(self, split: str, data: DataConfig | None = None) -> Source:
+        """The images of a split of `data`, by default the data of the evaluation."""
+        return build_source(data or self.data, split)
+
+    def features(self, split: str, data: DataConfig | None = None, source: Source | None = None) -> FeatureSet:
+        """Features of the backbone over a split without augmentation (collective).
+
+        source: the images, if they are not those of `data` and `split`. data: then says how they are resized.
+
+        Raises:
+            UserError: images are missing or can't be read, on all ranks alike.
+        """
+        config = data or self.data
+        source = source if source is not None else together(lambda: build_source(config, split))
+        loader = together(
+            lambda: build_eval_loader(
+                config,
+                split,
+                batch_size=self.batch_size,
+                rank=rank(),
+                world_size=world_size(),
+                device=self.device,
+                source=source,
+            )
+        )
+        found = together(lambda: extract_features(self.backbone, loader, self.device, self.precision()))
+        features, labels, index = (value.cpu() for value in found)
+        return FeatureSet(features, labels, index, source)
+
+
+@dataclass(frozen=True)
+class Registered:
+    run: Callable[[Context, Any], Result]
+    config: type
+    help: str
+
+
+PROTOCOLS: dict[str, Registered] = {}
+
+
+def register(name: str, config: type, help: str) -> Callable[[Callable[[Context, Any], Result]], Callable]:
+    """A decorator that makes a function the protocol of this name, with its section of settings."""
+
+    def decorate(run: Callable[[Context, Any], Result]) -> Callable[[Context, Any], Result]:
+        if name in PROTOCOLS:
+            raise ValueError(f"protocol {name!r} is registered twice")
+        PROTOCOLS[name] = Registered(run, config, help)
+        return run
+
+    return decorate
+
+
+def registered(name: str) -> Registered:
+    """The protocol of this name. UserError, with the nearest name, if there is none."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol: found '{name}', expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
