@@ -1,5 +1,6 @@
 """A pre-trained backbone by the text that names it: a run folder, a file, a folder, or `random:NAME`."""
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,15 @@ class Pretrained:
     # The settings of a run of ours, and its folder.
     config: Config | None = None
     folder: Path | None = None
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """A hash of the backbone's tensors: their names, dtypes, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name, value in self.backbone.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def width(self) -> int:

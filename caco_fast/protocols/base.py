@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from caco_fast.evaluate import extract_features
 from caco_fast.pretrained import Pretrained
 
 
-class FeatureSet(NamedTuple):
-    """This rank's shard of the features of a split, in the order of the images."""
+@dataclass(frozen=True)
+class FeatureSet:
+    """The shard of this rank of the features of a split, in the order of the images."""
 
     features: Tensor  # [N, D] in the dtype that the backbone computed, on the CPU; a memory-mapped file if cached
     labels: Tensor  # [N] int64
