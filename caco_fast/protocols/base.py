@@ -77,9 +77,9 @@ class Context:
         folder: Path,
     ) -> None:
         self.pretrained = pretrained
-        self.backbone: nn.Module = pretrained.backbone.to(device, memory_format=torch.channels_last).requires_grad_(
-            False
-        )
+        self.backbone: nn.Module = pretrained.backbone.to(device).requires_grad_(False)
+        # torch's type hints leave out this argument.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         self.device = device
         self.autocast = autocast
