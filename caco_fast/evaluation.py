@@ -133,7 +133,8 @@ def evaluate(source: str, protocols: Sequence[str], arguments: Sequence[str] = (
                 results[name] = _run(name, config, context)
         if rank() == 0:
             show(results)
-            log.info("written to %s: %s", context.folder, ", ".join(f"{_slug(name, config)}.json" for name in results))
+            files = [[f"{_slug(name, config)}.json", *record["files"]] for name, record in results.items()]
+            log.info("written to %s: %s", context.folder, ", ".join(sum(files, [])))
         return results
 
 
@@ -232,7 +233,8 @@ def _known(path: Path, asked: str) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return record if record.get("identity") == asked else None
+    complete = all((path.parent / name).exists() for name in record.get("files", []))
+    return record if record.get("identity") == asked and complete else None
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:

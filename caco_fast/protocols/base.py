@@ -57,6 +57,8 @@ class Result:
     deviations: dict[str, Any] = field(default_factory=dict)
     published: list[Published] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Names of pictures and other files that were written beside the result.
+    files: list[str] = field(default_factory=list)
 
 
 class Context:
