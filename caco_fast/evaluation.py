@@ -255,7 +255,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def show(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Show the figures of results as a table, each next to what papers published."""
-    table("evaluation, per cent", ["protocol", "what", "found", "published"], list(_rows(results)))
+    table("per cent, unless the name says otherwise", ["protocol", "what", "found", "published"], list(_rows(results)))
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,23 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from caco_fast.data import BadImageError, Source
-from caco_fast.data.sources.base import as_pil
 from caco_fast.distributed import all_gather_objects, all_gather_uneven
 from caco_fast.engine.agreement import on_rank_0
 from caco_fast.protocols.base import Context, Result, register
+from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
 from caco_fast.settings import require_at_least, setting
-from caco_fast.storage import atomic_write
 
 # Rows of a rank that are compared at a time.
 BLOCK = 65536
 # Test images that the figure is a mean over; the sheet shows some of them.
 MEASURED = 2000
-CELL, GAP, FRAME, TEXT = 72, 6, 3, 16
-RIGHT, WRONG, PAPER, INK = "#3a8a3e", "#c8321e", "#ffffff", "#222222"
 
 
 @dataclass(frozen=True)
@@ -52,12 +47,15 @@ def neighbours(context: Context, settings: NeighboursConfig) -> Result:
     path = context.folder / "neighbours.png"
     shown = _spaced(len(queries), settings.queries)
 
-    def write() -> None:
-        sheet = _sheet(test.source, places[shown].tolist(), train.source, index[shown].tolist(), right[shown].tolist())
-        with atomic_write(path) as file:
-            sheet.save(file, "PNG")
-
-    on_rank_0(write)
+    rows_shown = [
+        Row(
+            Picture(test.source, int(places[query])),
+            [[framed(train.source, int(i), bool(r)) for i, r in zip(index[query], right[query])]],
+        )
+        for query in shown.tolist()
+    ]
+    title = "nearest training images: green, the same class; red, another"
+    on_rank_0(lambda: draw_sheet(rows_shown, [title], path))
     share = 100.0 * right.double().mean().item()
     return Result({f"same_class_of_{index.shape[1]}": share}, files=[path.name])
 
@@ -78,41 +76,3 @@ def _nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]
         best, kept = best.topk(min(k, best.shape[1]), dim=1)
         place = place.gather(1, kept)
     return best, place.cpu()
-
-
-def _sheet(
-    test: Source, queries: list[int], train: Source, index: list[list[int]], right: list[list[bool]]
-) -> Image.Image:
-    """A row for each query: the image, its class, and its neighbours in frames that say whether their class agrees."""
-    step, label = CELL + 2 * FRAME + GAP, 110
-    width = GAP + step + label + step * len(index[0])
-    sheet = Image.new("RGB", (width, GAP + TEXT + GAP + step * len(queries)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    draw.text((GAP, GAP), "test image", INK, font)
-    draw.text((GAP + step + label, GAP), "nearest training images: green, the same class; red, another", INK, font)
-    for row, (query, found) in enumerate(zip(queries, index)):
-        top = GAP + TEXT + GAP + row * step
-        _paste(sheet, draw, test, query, (GAP, top), None)
-        name = test.classes[test.label(query)] if test.classes else ""
-        draw.text((GAP + step, top + CELL // 2), name[:16], INK, font)
-        for column, position in enumerate(found):
-            colour = RIGHT if right[row][column] else WRONG
-            _paste(sheet, draw, train, position, (GAP + step + label + step * column, top), colour)
-    return sheet
-
-
-def _paste(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, source: Source, index: int, at: tuple[int, int], frame: str | None
-) -> None:
-    x, y = at
-    if frame:
-        draw.rectangle((x, y, x + CELL + 2 * FRAME - 1, y + CELL + 2 * FRAME - 1), fill=frame)
-    try:
-        image = as_pil(source.image(index)).convert("RGB")
-    except BadImageError:
-        # It could be read a moment ago; an empty frame says enough.
-        return
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    small = image.crop((left, top, left + side, top + side)).resize((CELL, CELL), Image.Resampling.BICUBIC)
-    sheet.paste(small, (x + FRAME, y + FRAME))

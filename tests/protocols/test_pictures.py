@@ -1,4 +1,4 @@
-"""The sheet of neighbours and the t-SNE picture: their figures against loops, and what is drawn."""
+"""The sheets of neighbours and surrogates and the t-SNE picture: their figures against loops, and what is drawn."""
 
 from pathlib import Path
 
@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from caco_fast.data import ArraySource, DataConfig, Source
+from caco_fast.data import ArraySource, DataConfig, Source, build_eval_loader
 from caco_fast.distributed import rank, world_size
+from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError
-from caco_fast.protocols import FeatureSet, Result, registered
-from caco_fast.protocols.neighbours import CELL, FRAME, RIGHT, WRONG, NeighboursConfig
+from caco_fast.models import build_encoder_pair
+from caco_fast.pretrained import open_source
+from caco_fast.protocols import Context, FeatureSet, Result, registered
+from caco_fast.protocols.neighbours import NeighboursConfig
+from caco_fast.protocols.sheet import CELL, FRAME, RIGHT, WRONG
+from caco_fast.protocols.surrogates import SurrogatesConfig
 from caco_fast.protocols.tsne import TsneConfig, _kept
+from caco_fast.training import train
+from tests.engine.tiny_run import config, write_images
 from tests.ranks import run_ranks
 
 
@@ -47,7 +54,7 @@ class MadeUp:
         return FeatureSet(features[own], labels[own], index[own], source_of(labels))
 
 
-def run(name: str, context: MadeUp, settings: object) -> Result:
+def run(name: str, context: MadeUp | Context, settings: object) -> Result:
     return registered(name).run(context, settings)  # type: ignore[arg-type]
 
 
@@ -94,6 +101,67 @@ def test_fewer_images_than_neighbours(tmp_path: Path) -> None:
     assert list(result.metrics) == ["same_class_of_3"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps, with its images beside it."""
+    place = tmp_path_factory.mktemp("run")
+    train(config(write_images(place / "images"), "trainer.max_steps=2", "evaluation.every_epochs=0"), place / "a")
+    return place
+
+
+def surrogates_of(folder: str, out: str) -> dict[str, float]:
+    place = Path(folder)
+    settings = dict(device=torch.device("cpu"), autocast=None, batch_size=7, seed=0, folder=Path(out))
+    context = Context(open_source(str(place / "a")), config(place / "images").data, **settings)
+    return run("surrogates", context, SurrogatesConfig(queries=3)).metrics
+
+
+def test_surrogates_are_the_images_nearest_to_the_rows(trained: Path, tmp_path: Path) -> None:
+    found = surrogates_of(str(trained), str(tmp_path))
+    assert (tmp_path / "surrogates.png").is_file()
+    # Once more in f64, from the checkpoint alone, by loops over rows and images.
+    store = CheckpointStore(trained / "a" / "checkpoints")
+    state = store.load(store.latest())
+    (bank,) = (value for name, value in state["method"].items() if name.endswith(".bank"))
+    encoder = build_encoder_pair(
+        *(getattr(config(trained), name) for name in ("backbone", "projector")), 3
+    ).query.eval()
+    encoder.load_state_dict(
+        {k.removeprefix("query."): v for k, v in state["encoders"].items() if k.startswith("query.")}
+    )
+    rows, labels = {}, {}
+    for split in ("train", "test"):
+        (batch,) = build_eval_loader(config(trained / "images").data, split, batch_size=100)
+        rows[split], labels[split] = encoder(batch[0])[0].double(), batch[1].tolist()
+    bank = F.normalize(bank.double(), dim=1)
+    surrogate = [max(range(40), key=lambda i: float(row @ rows["train"][i])) for row in bank]
+    positives = [max(range(len(bank)), key=lambda j: float(bank[j] @ query)) for query in rows["test"]]
+    right = [labels["train"][surrogate[j]] == answer for j, answer in zip(positives, labels["test"])]
+    by_chance = [labels["train"][i] == answer for i in surrogate for answer in labels["test"]]
+    assert found == {
+        "surrogate_has_class": pytest.approx(100 * sum(right) / len(right)),
+        "random_row_has_class": pytest.approx(100 * sum(by_chance) / len(by_chance)),
+        "rows_chosen": len(set(positives)),
+    }
+
+
+def test_surrogates_of_two_ranks_are_those_of_one(trained: Path, tmp_path: Path) -> None:
+    alone = surrogates_of(str(trained), str(tmp_path))
+    assert run_ranks(surrogates_of, 2, str(trained), str(tmp_path)) == [alone] * 2
+
+
+@pytest.mark.parametrize("source, line", [("random:resnet18", "has no bank, expected a run"), ("moco", "method moco")])
+def test_surrogates_need_a_learned_bank(source: str, line: str, trained: Path, tmp_path: Path) -> None:
+    if source == "moco":
+        settings = config(trained / "images", "method=moco", "trainer.max_steps=1", "evaluation.every_epochs=0")
+        train(settings, tmp_path / "moco")
+        source = str(tmp_path / "moco")
+    settings = dict(device=torch.device("cpu"), autocast=None, batch_size=7, seed=0, folder=tmp_path)
+    context = Context(open_source(source), config(trained / "images").data, **settings)
+    with pytest.raises(UserError, match=line):
+        run("surrogates", context, SurrogatesConfig())
+
+
 def test_tsne_draws_and_counts(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     result = run("tsne", MadeUp(tmp_path, test=60), TsneConfig(points=45, perplexity=8))
@@ -123,6 +191,7 @@ def test_too_few_points_are_one_line(tmp_path: Path) -> None:
     [
         (lambda: NeighboursConfig(k=0), "neighbours.k"),
         (lambda: NeighboursConfig(queries=0), "neighbours.queries"),
+        (lambda: SurrogatesConfig(queries=0), "surrogates.queries"),
         (lambda: TsneConfig(classes=21), "tsne.classes: found 21, expected 1 to 20"),
         (lambda: TsneConfig(points=60, perplexity=30), "tsne.perplexity: found 30, expected 1 to 20"),
     ],
