@@ -132,7 +132,7 @@ def test_surrogates_are_the_images_nearest_to_the_rows(trained: Path, tmp_path: 
     rows, labels = {}, {}
     for split in ("train", "test"):
         (batch,) = build_eval_loader(config(trained / "images").data, split, batch_size=100)
-        rows[split], labels[split] = encoder(batch[0])[0].double(), batch[1].tolist()
+        rows[split], labels[split] = encoder(batch[0])[0].detach().double(), batch[1].tolist()
     bank = F.normalize(bank.double(), dim=1)
     surrogate = [max(range(40), key=lambda i: float(row @ rows["train"][i])) for row in bank]
     positives = [max(range(len(bank)), key=lambda j: float(bank[j] @ query)) for query in rows["test"]]
