@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ class Pretrained:
     @property
     def width(self) -> int:
         return feature_width(self.backbone)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """A hash of the names, shapes, dtypes and bytes of all tensors, computed once: equal for equal weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.backbone.state_dict().items()):
+            digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+            # As bytes, since numpy has no bf16.
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def open_source(text: str, architecture: BackboneConfig | None = None) -> Pretrained:
