@@ -22,6 +22,7 @@ from caco_fast.data.loaders.base import epoch_order, step_share, steps_per_epoch
 from caco_fast.data.sources.part import labels_of
 from caco_fast.distributed import all_gather_uneven, all_reduce_sum, barrier, broadcast_object, rank, world_size
 from caco_fast.engine.agreement import on_rank_0, together
+from caco_fast.engine.ranks import Interrupt, Interrupted
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import evaluation_mode
 from caco_fast.protocols.base import Context, Result, register
@@ -119,19 +120,27 @@ def fill(cache: "ViewCache", context: Context, source: Source, recipe: LinearRec
         cache.finish(0, good)
         return
     # A pass takes every image, so that the batch of the classifiers has no say in it.
-    passes = dataclasses.replace(recipe, batch_size=min(context.batch_size, len(source)) // world_size() * world_size())
+    own = max(1, min(context.batch_size, len(source)) // world_size())
+    passes = dataclasses.replace(recipe, batch_size=own * world_size())
     loader, _ = crop_loader(context, source, passes, settings.size, "linear_cached")
-    with closing(loader), evaluation_mode(context.backbone), torch.no_grad():
+    with closing(loader), evaluation_mode(context.backbone), torch.no_grad(), Interrupt() as interrupt:
         for view in missing:
             cache.prepare(view)
             rows, start = cache.rows(view), rank() * len(source) // world_size()
             good = torch.zeros(len(source), dtype=torch.int64)
-            for batch in loader.every_image(view):
-                images = batch.views[0].contiguous(memory_format=torch.channels_last)
-                with context.precision():
-                    rows[start : start + len(images)] = context.backbone(images).cpu().to(cache.dtype)
-                good[start : start + len(images)] = batch.index.cpu() == torch.arange(start, start + len(images))
-                start += len(images)
+            given = loader.every_image(view)
+            # The ranks' parts may differ by a batch, and all ranks look for a signal equally often.
+            for _ in range(-(-len(source) // (own * world_size()))):
+                if (batch := next(given, None)) is not None:
+                    at = slice(start, start + len(batch.index))
+                    images = batch.views[0].contiguous(memory_format=torch.channels_last)
+                    with context.precision():
+                        rows[at] = context.backbone(images).cpu().to(cache.dtype)
+                    good[at] = batch.index.cpu() == torch.arange(at.start, at.stop)
+                    start = at.stop
+                if (asked := interrupt.agreed()) is not None:
+                    text = f"stopped by {asked.name} in view {view + 1}; the same command continues with this view"
+                    raise Interrupted(f"linear_cached: {text}", 128 + asked.value)
             cache.finish(view, all_reduce_sum(good.to(context.device)).cpu() > 0)
             log.info("linear_cached: view %d/%d of %d images", view + 1, settings.views, len(source))
             loader.exchange_bad_images()

@@ -50,6 +50,7 @@ class TrainingRecipe:
         for name in ("lr", "trust", "init_std"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
+        _require("nesterov", self.nesterov, self.momentum > 0 or not self.nesterov, "false without momentum")
         _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
         _require("lr_scaling", self.lr_scaling, self.lr_scaling in SCALINGS, f"one of {', '.join(SCALINGS)}")
         _require("interpolation", self.interpolation, self.interpolation in ("bilinear", "bicubic"), "that or bicubic")
