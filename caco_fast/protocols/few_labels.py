@@ -50,7 +50,7 @@ def _drawn(
             )
         kept = np.full_like(counts, per_class)
     else:
-        kept = np.minimum(counts, np.maximum(1, np.round(counts * share).astype(np.int64)))
+        kept = np.minimum(counts, np.maximum(1, np.round(counts * (share or 0.0)).astype(np.int64)))
     place = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
     return by_class[place < np.repeat(kept, counts)]
 

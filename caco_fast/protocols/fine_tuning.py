@@ -108,18 +108,14 @@ class FineTuning:
 
     def result(self) -> Result:
         """The last epoch of the first pair, and the best epoch of the best pair beside it."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for (lr, head_lr), history in zip(self.recipe.pairs(), self.histories, strict=True):
             best, last = max(epoch["top1"] for epoch in history), history[-1]
             loss = last["loss"] if math.isfinite(last["loss"]) else None
             rows.append({"lr": lr, "head_lr": head_lr, **last, "loss": loss, "best": best, "epochs": len(history)})
-        share = rows[0]["top1"] / 100
+        top1, share = rows[0]["top1"], rows[0]["top1"] / 100
         return Result(
-            {
-                "top1": rows[0]["top1"],
-                "top5": rows[0]["top5"],
-                "top1_published_rule": max(row["best"] for row in rows),
-            },
+            {"top1": top1, "top5": rows[0]["top5"], "top1_published_rule": max(row["best"] for row in rows)},
             standard_error=100 * math.sqrt(share * (1 - share) / len(self.test)),
             sweep=rows,
             notes=["top1_published_rule is the best epoch of the best learning rates on the test images"],
@@ -209,9 +205,13 @@ class FineTuning:
         return 100.0 * hits[0] / hits[2], 100.0 * hits[1] / hits[2]
 
     def _state(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()} | {
-            **{"histories": self.histories, "step": self.step, "loss": self.loss},
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "histories": self.histories,
+            "step": self.step,
+            "loss": self.loss,
         }
 
     def _load(self, state: dict[str, Any]) -> None:

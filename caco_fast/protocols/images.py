@@ -57,8 +57,9 @@ def crop_loader(
     """
     low, high = recipe.crop_scale
     size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
-    plain = dict(jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0)
-    view = ViewConfig(size=size, scale=(low, high), flip_p=recipe.flip_p, **plain)
+    view = ViewConfig(
+        size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
+    )
 
     def build() -> TrainLoader:
         if len(source) < recipe.batch_size:
@@ -82,7 +83,9 @@ def crop_loader(
 
 def view_deviations(context: Context, recipe: TrainingRecipe) -> dict[str, Any]:
     """How the test view differs from the published one of ImageNet."""
-    found = {f"data.{key}": (getattr(context.data, key), value) for key, value in PUBLISHED_VIEW.items()}
+    found: dict[str, tuple[Any, Any]] = {
+        f"data.{key}": (getattr(context.data, key), value) for key, value in PUBLISHED_VIEW.items()
+    }
     # Data without this setting are resized bilinearly.
     found["data.eval_interpolation"] = getattr(context.data, "eval_interpolation", "bilinear"), recipe.interpolation
     return {key: {"found": ours, "preset": theirs} for key, (ours, theirs) in found.items() if ours != theirs}
