@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from caco_fast.evaluate import extract_features
 from caco_fast.pretrained import Pretrained
 
 
-class FeatureSet(NamedTuple):
-    """This rank's shard of the features of a split, in the order of the images."""
+@dataclass(frozen=True)
+class FeatureSet:
+    """The shard of this rank of the features of a split, in the order of the images."""
 
     features: Tensor  # [N, D] in the dtype that the backbone computed, on the CPU; a memory-mapped file if cached
     labels: Tensor  # [N] int64
@@ -56,6 +57,8 @@ class Result:
     deviations: dict[str, Any] = field(default_factory=dict)
     published: list[Published] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Names of pictures and other files that were written beside the result.
+    files: list[str] = field(default_factory=list)
 
 
 class Context:
@@ -76,9 +79,9 @@ class Context:
         folder: Path,
     ) -> None:
         self.pretrained = pretrained
-        self.backbone: nn.Module = pretrained.backbone.to(device, memory_format=torch.channels_last).requires_grad_(
-            False
-        )
+        self.backbone: nn.Module = pretrained.backbone.to(device).requires_grad_(False)
+        # torch's type hints leave out this argument.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         self.device = device
         self.autocast = autocast
