@@ -8,6 +8,7 @@ from caco_fast.distributed import world_size
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
 from caco_fast.evaluate import linear_probe
+from caco_fast.pretrained import Pretrained
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.few_labels import labelled_part
 from caco_fast.protocols.fine_tuning import FinetuneRecipe, FineTuning
@@ -69,16 +70,16 @@ def lowshot(context: Context, settings: Any) -> Result:
     return result
 
 
-def _preset(asked: str, framework: str | None, share: float) -> str:
+def _preset(asked: str, pretrained: Pretrained, share: float) -> str:
     """The file of a preset: some have one for 1 % and one for 10 % of the labels, of which the nearer is taken."""
-    name = asked or preset_of(framework, FOLDER, "swav" if share < 1 else "lightly")
+    name = asked or preset_of(pretrained, FOLDER, "swav" if share < 1 else "lightly")
     names = preset_names(FOLDER)
     return name if name in names else f"{name}_{'1percent' if share < 0.03 else '10percent'}"
 
 
 def _tuned(context: Context, settings: Any, name: str, train: Source, test: Source, of: int) -> Result:
     """Fine-tune on `train`, which is a part of `of` images."""
-    preset = _preset(settings.preset, context.pretrained.origin.get("framework"), len(train) / of)
+    preset = _preset(settings.preset, context.pretrained, len(train) / of)
     chosen = choose(settings, FinetuneRecipe, name, FOLDER, preset)
     recipe: FinetuneRecipe = chosen.recipe
     if recipe.batch_size % world_size():

@@ -91,7 +91,7 @@ def linear(context: Context, settings: Any) -> Result:
 
 def chosen_recipe(context: Context, settings: Any, name: str) -> Chosen:
     """The recipe that the settings name, or that of the framework that trained the backbone."""
-    preset = settings.preset or preset_of(context.pretrained.origin.get("framework"), FOLDER, "caco")
+    preset = settings.preset or preset_of(context.pretrained, FOLDER, "caco")
     chosen = choose(settings, LinearRecipe, name, FOLDER, preset)
     if chosen.recipe.batch_size % world_size():
         raise UserError(

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 from caco_fast.configs import FOLDER
 from caco_fast.errors import UserError
 from caco_fast.optim import Schedule, ScheduleConfig
+from caco_fast.pretrained import Pretrained
 from caco_fast.settings import require_at_least, setting
 from caco_fast.settings_tree import read_settings, with_bases
 
 RecipeType = TypeVar("RecipeType", bound="TrainingRecipe")
 SCALINGS = {"none": lambda batch: 1.0, "linear": lambda batch: batch / 256, "sqrt": lambda batch: batch**0.5}
-# Names of frameworks whose preset has another name.
-PRESET_OF = {"mocov1": "moco", "mocov2": "moco", "simclrv1": "simclr", "barlowtwins": "barlow"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +86,14 @@ def preset_names(folder: str) -> list[str]:
     return sorted(path.stem for path in _folder(folder).glob("*.yaml"))
 
 
-def preset_of(framework: str | None, folder: str, otherwise: str) -> str:
-    """The preset of the framework that trained the weights, as `Pretrained.origin` names it, or `otherwise`."""
-    plain = "".join(letter for letter in (framework or "").lower() if letter.isalnum())
-    name = PRESET_OF.get(plain, plain)
-    names = preset_names(folder)
-    return name if name in names or f"{name}_1percent" in names else otherwise
+def preset_of(pretrained: Pretrained, folder: str, otherwise: str) -> str:
+    """The preset of the method of a run, or of the framework that trained the weights, or `otherwise`."""
+    framework = pretrained.config.method if pretrained.config else str(pretrained.origin.get("framework"))
+    plain = "".join(letter for letter in framework.lower() if letter.isalnum())
+    names = {name.partition("_")[0] for name in preset_names(folder)}
+    # The longest name first, so that MoCo v3 is not taken for MoCo.
+    fitting = sorted((name for name in names if plain.startswith(name)), key=len)
+    return fitting[-1] if fitting else otherwise
 
 
 def overridable(recipe: type, name: str, folder: str, **further: tuple[Any, Any]) -> type:

@@ -18,6 +18,7 @@ from caco_fast.errors import UserError
 from caco_fast.protocols import head_training, linear
 from caco_fast.protocols.base import Context
 from caco_fast.protocols.heads import Heads
+from caco_fast.protocols.presets import choose, preset_names, preset_of
 from tests.protocols.small import SmallContext, evaluate, images
 
 QUICK = ("preset=moco", "batch_size=16", "epochs=3", "milestones=[2]", "lr=0.5", "lrs=[0.1,2]")
@@ -107,11 +108,48 @@ def test_eight_rates_around_that_of_the_preset(tmp_path):
     assert 0.025 * 16 / 256 in [row["lr"] for row in result.sweep]
 
 
-def test_the_preset_is_that_of_the_framework(tmp_path):
-    for framework, lr in (("mocov2", 30.0), ("MoCo v3", 0.1 * 16 / 256), (None, 0.025 * 16 / 256), ("else", 0.0015625)):
-        context = SmallContext(tmp_path, origin={"framework": framework})
-        given = evaluate(context, "linear", "batch_size=16", "epochs=1", "milestones=[]")
-        assert any(row["lr"] == pytest.approx(lr) and row["top1"] == given.metrics["top1"] for row in given.sweep)
+@pytest.mark.parametrize(
+    "framework, preset",
+    [
+        ("MoCo v2", "moco"), ("MoCo v3", "mocov3"), ("SwAV or DeepCluster v2", "swav"), ("Barlow Twins", "barlow"),
+        ("DINO", "dino"), ("SimCLR (sthalles)", "simclr"), ("caco_fast", "caco"), ("names of torchvision", "caco"),
+        (None, "caco"),
+    ],
+)  # fmt: skip
+def test_the_preset_is_that_of_the_framework(tmp_path, framework, preset):
+    pretrained = SmallContext(tmp_path, origin={"framework": framework}).pretrained
+    assert preset_of(pretrained, "linear", "caco") == preset
+
+
+# Of the table of protocols: optimiser, lr at the preset's batch, batch, epochs, weight decay, milestones.
+TABLE = {
+    "caco": ("larc", 0.4, 4096, 100, 0, []),
+    "moco": ("sgd", 30, 256, 100, 0, [60, 80]),
+    "adco": ("sgd", 10, 256, 100, 0, []),
+    "simsiam": ("larc", 1.6, 4096, 90, 0, []),
+    "mocov3": ("sgd", 0.4, 1024, 90, 0, []),
+    "simclr": ("sgd", 1.6, 4096, 90, 0, []),
+    "swav": ("sgd", 0.3, 256, 100, 1e-6, []),
+    "barlow": ("sgd", 0.3, 256, 100, 1e-6, []),
+    "vicreg": ("sgd", 0.02, 256, 100, 1e-6, []),
+    "byol": ("sgd", 0.8, 1024, 80, 0, []),
+    "dino": ("sgd", 0.3, 256, 100, 0, []),
+    "vissl": ("sgd", 0.01, 256, 28, 5e-4, [8, 16, 24]),
+    "places205": ("sgd", 0.01, 256, 14, 5e-4, [4, 8, 12]),
+    "inat18": ("sgd", 0.01, 256, 84, 5e-4, [24, 48, 72]),
+}
+
+
+@pytest.mark.parametrize("preset", preset_names("linear"))
+def test_presets_are_the_published_ones(preset):
+    recipe = choose(linear.LinearConfig(), head_training.LinearRecipe, "linear", "linear", preset).recipe
+    lrs = recipe.all_lrs()
+    if preset == "dinov2":
+        assert len(lrs) == 13 and lrs[0] == pytest.approx(4e-5) and lrs[-1] == pytest.approx(0.4)
+        return
+    found = (recipe.optimizer, lrs[recipe.headline], recipe.batch_size, recipe.epochs, recipe.weight_decay)
+    assert found == pytest.approx(TABLE[preset][:-1]) and recipe.milestones == TABLE[preset][-1]
+    assert len(lrs) == (5 if preset == "byol" else 8)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
