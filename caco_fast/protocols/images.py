@@ -1,12 +1,13 @@
 """The images that a protocol trains on: their labels, their augmented views, and what of them is held out."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from caco_fast.data import ArraySource, Source, TrainLoader, ViewConfig, build_train_loader
+from caco_fast.data import ArraySource, DataConfig, Source, TrainLoader, ViewConfig, build_train_loader
 from caco_fast.data.sources.part import hold_out, labels_of
 from caco_fast.distributed import rank, world_size
 from caco_fast.engine.agreement import checksum, together
@@ -81,14 +82,19 @@ def crop_loader(
     return together(build), torch.from_numpy(labels_of(source).astype(np.int64)).to(context.device)
 
 
-def view_deviations(context: Context, recipe: TrainingRecipe) -> dict[str, Any]:
+def shown_in_tests(context: Context, recipe: TrainingRecipe) -> DataConfig:
+    """The data whose images are shown as the recipe's test view does."""
+    return replace(context.data, eval_interpolation=recipe.interpolation)
+
+
+def view_deviations(context: Context) -> dict[str, Any]:
     """How the test view differs from the published one of ImageNet."""
-    found: dict[str, tuple[Any, Any]] = {
-        f"data.{key}": (getattr(context.data, key), value) for key, value in PUBLISHED_VIEW.items()
+    found = {key: getattr(context.data, key) for key in PUBLISHED_VIEW}
+    return {
+        f"data.{key}": {"found": found[key], "preset": value}
+        for key, value in PUBLISHED_VIEW.items()
+        if found[key] != value
     }
-    # Data without this setting are resized bilinearly.
-    found["data.eval_interpolation"] = getattr(context.data, "eval_interpolation", "bilinear"), recipe.interpolation
-    return {key: {"found": ours, "preset": theirs} for key, (ours, theirs) in found.items() if ours != theirs}
 
 
 def weights_sum(module: nn.Module) -> int:

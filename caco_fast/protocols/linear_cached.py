@@ -28,7 +28,7 @@ from caco_fast.evaluate.features import evaluation_mode
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.head_training import HeadTraining, LinearRecipe
 from caco_fast.protocols.heads import Heads
-from caco_fast.protocols.images import crop_loader, labelled, weights_sum
+from caco_fast.protocols.images import crop_loader, labelled, shown_in_tests, weights_sum
 from caco_fast.protocols.linear import FOLDER, chosen_recipe, finished_result, held_out_images
 from caco_fast.protocols.presets import overridable
 from caco_fast.protocols.resuming import Resumable
@@ -60,11 +60,17 @@ def linear_cached(context: Context, settings: Any) -> Result:
     key = {
         **{"weights": weights_sum(context.backbone), "images": kept.list_hash(), "seed": context.seed},
         **{"dtype": settings.dtype, "size": settings.size, "autocast": str(context.autocast)},
-        **{"crop": list(recipe.crop_scale), "flip": recipe.flip_p, "centre": settings.views == 1},
+        **{
+            "crop": list(recipe.crop_scale),
+            "flip": recipe.flip_p,
+            "resized": recipe.interpolation,
+            "centre": settings.views == 1,
+        },
         "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = context.folder / f"views-{broadcast_object(digest)}"
+    data = shown_in_tests(context, recipe)
     cache = ViewCache(folder, len(kept), context.pretrained.width, DTYPES[settings.dtype])
     fill(cache, context, kept, recipe, settings)
     labels = torch.from_numpy(labels_of(kept).astype(np.int64))
@@ -84,8 +90,8 @@ def linear_cached(context: Context, settings: Any) -> Result:
         ),
         recipe,
         steps,
-        test=context.features("test", source=test),
-        held=None if held is None else context.features("train", source=held),
+        test=context.features("test", data, test),
+        held=None if held is None else context.features("train", data, held),
         resumable=Resumable(
             "linear_cached", context.folder, key | dataclasses.asdict(recipe) | {"views": settings.views}
         ),
@@ -114,7 +120,10 @@ def fill(cache: "ViewCache", context: Context, source: Source, recipe: LinearRec
         return
     if settings.views == 1:
         cache.prepare(0)
-        found, good = context.features("train", source=source), torch.zeros(len(source), dtype=torch.bool)
+        found, good = (
+            context.features("train", shown_in_tests(context, recipe), source),
+            torch.zeros(len(source), dtype=torch.bool),
+        )
         cache.rows(0)[found.index] = found.features.to(cache.dtype)
         good[all_gather_uneven(found.index)] = True
         cache.finish(0, good)

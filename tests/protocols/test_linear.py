@@ -244,3 +244,12 @@ def test_refuses_images_of_other_classes(tmp_path):
     context: Context = SmallContext(tmp_path, test=images(20, classes=2))
     with pytest.raises(UserError, match="linear: found 3 classes of training and 2 of test images"):
         evaluate(context, "linear", *QUICK)
+
+
+def test_the_test_view_of_a_preset_is_resized_as_published(tmp_path, monkeypatch):
+    shown = []
+    features = SmallContext.features
+    monkeypatch.setattr(SmallContext, "features", lambda self, *given: shown.append(given[1]) or features(self, *given))
+    for preset, expected in (("byol", "bicubic"), ("dino", "bicubic"), ("swav", "bilinear")):
+        evaluate(SmallContext(tmp_path), "linear", f"preset={preset}", "batch_size=16", "epochs=1", "held_out=5")
+        assert [data.eval_interpolation for data in shown[-2:]] == [expected] * 2
