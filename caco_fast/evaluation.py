@@ -165,6 +165,7 @@ def _context(config: EvaluateConfig, pretrained: Pretrained, device: torch.devic
         batch_size=config.batch_size,
         seed=config.seed,
         folder=folder,
+        cache=Path(config.cache).expanduser().absolute() if config.cache else Path("features"),
     )
 
 

@@ -50,15 +50,6 @@ class Pretrained:
     config: Config | None = None
     folder: Path | None = None
 
-    @functools.cached_property
-    def weights_sha256(self) -> str:
-        """A hash of the backbone's tensors: their names, dtypes, shapes and bytes."""
-        digest = hashlib.sha256()
-        for name, value in self.backbone.state_dict().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     @property
     def width(self) -> int:
         return feature_width(self.backbone)

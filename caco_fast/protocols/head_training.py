@@ -108,7 +108,7 @@ class HeadTraining:
         self.resumable.finished()
 
     def result(self) -> Result:
-        """The headline and what stands beside it."""
+        """The headline and the figures beside it."""
         last, at, lrs = self.history[-1], self.recipe.headline, self.heads.lrs
         of_headline = [epoch["top1"][at] for epoch in self.history]
         best = max(range(len(of_headline)), key=of_headline.__getitem__)
@@ -160,7 +160,9 @@ class HeadTraining:
             if not math.isfinite(loss) and head not in self._warned:
                 self._warned.add(head)
                 lr = self.heads.lrs[head]
-                log.warning("%s: the head of lr %.4g has a loss of %s; the other heads go on", self.name, lr, loss)
+                log.warning(
+                    "%s: the head of lr %.4g has a loss of %s; the other heads train further", self.name, lr, loss
+                )
 
     def _state(self) -> dict[str, Any]:
         return {"step": self.step, "losses": self.losses, "history": self.history, "heads": self.heads.state_dict()}

@@ -77,9 +77,7 @@ class Resumable:
         if asked is None:
             return
         self.save(state, now=True)
-        raise Interrupted(
-            f"{self.name}: stopped by {asked.name} {where}; the same command continues from there", 128 + asked.value
-        )
+        raise Interrupted(f"{self.name}: stopped by {asked.name} {where}, and its state is written", 128 + asked.value)
 
     def finished(self) -> None:
         """Remove the state, which the result replaces."""

@@ -192,7 +192,7 @@ def test_warns_of_heads_that_learn_nothing_or_diverge(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "caco_fast.evaluation"):
         evaluate(SmallContext(tmp_path), "linear", *QUICK[:-1], "lrs=[1e-9,1e38]")
     assert "still that of guessing, 1.099, for lr 1e-09; it is too small" in caplog.text
-    assert "the head of lr 1e+38 has a loss of" in caplog.text and "the other heads go on" in caplog.text
+    assert "the head of lr 1e+38 has a loss of" in caplog.text and "the other heads train further" in caplog.text
 
 
 def test_a_backbone_that_changes_is_an_error(tmp_path):
