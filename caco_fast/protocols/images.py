@@ -49,6 +49,15 @@ def split_held_out(source: Source, count: int | None, seed: int) -> tuple[Source
     return hold_out(source, count / len(source), seed)
 
 
+def crop_view(context: Context, source: Source, recipe: TrainingRecipe, size: int | None) -> ViewConfig:
+    """A random crop with a flip; None: of the size of the test view."""
+    low, high = recipe.crop_scale
+    size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
+    return ViewConfig(
+        size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
+    )
+
+
 def crop_loader(
     context: Context, source: Source, recipe: TrainingRecipe, size: int | None, name: str
 ) -> tuple[TrainLoader, Tensor]:
@@ -56,11 +65,7 @@ def crop_loader(
 
     size: of the crop; None: that of the test view.
     """
-    low, high = recipe.crop_scale
-    size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
-    view = ViewConfig(
-        size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
-    )
+    view = crop_view(context, source, recipe, size)
 
     def build() -> TrainLoader:
         if len(source) < recipe.batch_size:

@@ -65,7 +65,7 @@ def linear(context: Context, settings: Any) -> Result:
         **{"classes": len(train.classes), "size": settings.size, "autocast": str(context.autocast)},
         "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
     }
-    backbone, data = context.backbone, shown_in_tests(context, recipe)
+    data = shown_in_tests(context, recipe)
     with closing(loader), evaluation_mode(context.backbone):
         training = HeadTraining(
             "linear",
@@ -84,9 +84,8 @@ def linear(context: Context, settings: Any) -> Result:
         def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
             with closing(loader.batches(epoch, first)) as given:
                 for batch in given:
-                    images = batch.views[0].contiguous(memory_format=torch.channels_last)
                     with torch.no_grad(), context.precision():
-                        features = backbone(images)
+                        features = context.folded(batch.views[0])
                     yield features, labels[batch.index.to(labels.device)]
             loader.exchange_bad_images()
 
