@@ -271,5 +271,6 @@ def _rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
             first = metric == record["headline"]
             error = record["standard_error"] if first else None
             spread = f" ± {error:.1f}" if error is not None else ""
-            published = "; ".join(f"{each['value']:g} {each['who']}" for each in record["published"] if first)
+            beside = [each for each in record["published"] if (each["metric"] or record["headline"]) == metric]
+            published = "; ".join(f"{each['value']:g} {each['who']}" for each in beside)
             yield [name if first else "", metric, f"{value:.1f}{spread}", published or ("not known" if first else "")]

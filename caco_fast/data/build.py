@@ -74,7 +74,7 @@ def build_train_loader(
         from caco_fast.data.loaders.in_memory import MemoryLoader
 
         return MemoryLoader(source, config, views, **options)
-    if _by_dali(config):
+    if _by_dali(config, source):
         # Here, because DALI need not be installed.
         from caco_fast.data.loaders.dali import DaliLoader
 
@@ -118,7 +118,7 @@ def build_eval_loader(
     held = isinstance(source, ArraySource) and config.eval_resize is None
     # DALI's cubic filter is not PIL's.
     by_pil = held or config.eval_interpolation != "bilinear"
-    dali = not by_pil and not (config.loader == "auto" and _small(source)) and _by_dali(config)
+    dali = not by_pil and not (config.loader == "auto" and _small(source)) and _by_dali(config, source)
     options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
     return EvalLoader(source, config, **options, dali=dali)
 
@@ -136,11 +136,11 @@ def _small(source: Source) -> bool:
     return isinstance(source, ArraySource) and source.images.nbytes <= MEMORY_LIMIT
 
 
-def _by_dali(config: DataConfig) -> bool:
+def _by_dali(config: DataConfig, source: Source) -> bool:
     """Whether DALI reads the images that are not in memory. UserError if it is asked for and not installed."""
     if config.loader == "dali" and not _dali_installed():
         raise UserError(f"data.loader: found dali, but NVIDIA DALI is not installed; {_how_to_install()}")
-    return config.loader in ("auto", "dali") and _dali_installed()
+    return config.loader in ("auto", "dali") and not getattr(source, "by_pil", False) and _dali_installed()
 
 
 def _dali_installed() -> bool:

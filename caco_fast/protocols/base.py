@@ -4,6 +4,7 @@ A protocol is one file: a frozen dataclass of settings and a function `(context,
 `@register("knn", KnnConfig, "line of help")`. `caco-fast evaluate SOURCE knn knn.k=[20]` runs it.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,11 +15,15 @@ import torch
 from torch import nn
 
 from caco_fast.data import DataConfig, Source, build_source
+from caco_fast.data.sources.channels import with_channels
+from caco_fast.distributed import rank
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
 from caco_fast.evaluate.folded import Folded
 from caco_fast.pretrained import Pretrained
 from caco_fast.protocols.features import AugmentedView, Extraction, FeatureSet
+
+log = logging.getLogger("caco_fast.evaluation")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Published:
     who: str  # "CaCo, ResNet-50, 800 epochs"
     value: float  # in the unit of the headline
     where: str  # "CaCo paper, Table II"
+    metric: str = ""  # the figure that it is for; empty: the headline
 
 
 @dataclass
@@ -88,8 +94,15 @@ class Context:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def source(self, split: str, data: DataConfig | None = None) -> Source:
-        """The images of a split of `data`, by default the data of the evaluation."""
-        return build_source(data or self.data, split)
+        """The images of a split of `data`, by default the data of the evaluation, as the backbone takes them."""
+        return self.readable(build_source(data or self.data, split))
+
+    def readable(self, source: Source) -> Source:
+        """The images with as many channels as the backbone takes: grey as three equal ones, colour as grey."""
+        found = with_channels(source, self.pretrained.channels)
+        if found.channels != source.channels and rank() == 0:
+            log.info("images of %d channels are shown to the backbone with %d", source.channels, found.channels)
+        return found
 
     def features(
         self,
@@ -109,7 +122,7 @@ class Context:
             UserError: images are missing or can't be read, or the cache can't be written, on all ranks alike.
         """
         config = data or self.data
-        found = source if source is not None else together(lambda: build_source(config, split))
+        found = together(lambda: self.source(split, config)) if source is None else self.readable(source)
         work = Extraction(
             encoder=self.folded,
             precision=self.precision,

@@ -28,6 +28,8 @@ class Part:
         self.mean, self.std = source.mean, source.std
         # Of files; an array has no limit.
         self.max_pixels = getattr(source, "max_pixels", MAX_PIXELS)
+        # Whether only PIL may read the images.
+        self.by_pil = getattr(source, "by_pil", False)
 
     def __len__(self) -> int:
         return len(self.positions)
