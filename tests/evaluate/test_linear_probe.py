@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from caco_fast.data import DataConfig, build_source
 from caco_fast.distributed import rank, world_size
 from caco_fast.errors import UserError
-from caco_fast.evaluate import linear_probe
+from caco_fast.evaluate import linear_probe, solvers
+from caco_fast.evaluate import rows as shards
 from tests.ranks import run_ranks
 
 module = sys.modules["caco_fast.evaluate.linear_probe"]
@@ -29,18 +30,26 @@ def blobs(count: int, dim: int = 8, classes: int = 4, noise: float = 1.0, seed: 
     return centres[labels] + noise * torch.randn(count, dim, generator=generator), labels
 
 
-def standardised(features: Tensor, labels: Tensor) -> module.Rows:
-    return module.Rows(features, labels, *module._standardisation(features, len(features)))
+def standardised(features: Tensor, labels: Tensor) -> shards.Rows:
+    return shards.Rows(features, labels, shards.coordinates(features, standardise=True))
+
+
+def rotated(features: Tensor, at: shards.Coordinates) -> Tensor:  # [N, D + 1] f64
+    """The standardised features in the coordinates of a fit, and a 1 for the bias."""
+    x = (features - features.mean(0)) / features.std(0, correction=0)
+    rotation = at.matrix * features.double().std(0, correction=0).unsqueeze(1)
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(len(rotation), dtype=torch.float64))
+    return F.pad(x.double() @ rotation, (0, 1), value=1.0)
 
 
 def test_loss_and_gradient_over_blocks_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(shards, "BLOCK", 64)
     features, labels = blobs(201)
     rows = standardised(3 * features + 1, labels)
     weight = torch.randn(4, 9)
-    found = module.loss_and_gradient(rows, weight, 0.03, 201)
+    found = solvers.loss_and_gradient(rows, weight, 0.03, 201)
     exact = weight.double().requires_grad_()
-    x = F.pad((features - features.mean(0)) / features.std(0, correction=0), (0, 1), value=1.0).double()
+    x = rotated(3 * features + 1, rows.at)
     loss = F.cross_entropy(x @ exact.T, labels) + 0.03 / 2 * exact[:, :-1].square().sum()
     for value, wanted in zip(found, (loss, *torch.autograd.grad(loss, exact)), strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -48,9 +57,9 @@ def test_loss_and_gradient_over_blocks_are_those_of_autograd(monkeypatch: pytest
 
 def test_gradient_of_the_penalised_loss_vanishes_at_the_solution() -> None:
     features, labels = blobs(300)
-    weight = module._fit(standardised(features, labels), 4, 0.03, 500).double().requires_grad_()
-    rows = F.pad((features - features.mean(0)) / features.std(0, correction=0), (0, 1), value=1.0)
-    loss = F.cross_entropy(rows.double() @ weight.T, labels) + 0.03 / 2 * weight[:, :-1].square().sum()
+    rows = standardised(features, labels)
+    weight = next(solvers.logistic_path(rows, 4, [0.03])).weight.double().requires_grad_()
+    loss = F.cross_entropy(rotated(features, rows.at) @ weight.T, labels) + 0.03 / 2 * weight[:, :-1].square().sum()
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.abs().max() < 1e-4
 
@@ -87,14 +96,15 @@ def test_result_is_deterministic() -> None:
 
 
 def test_penalty_is_chosen_on_rows_held_out() -> None:
-    # Few rows in many dimensions need a strong penalty; many rows in few dimensions, with sharp borders, a weak one.
-    noisy, labels = blobs(60, dim=400, noise=4.0)
+    # Labels that nothing tells need a strong penalty; many rows in few dimensions, with sharp borders, a weak one.
+    noisy, labels = blobs(60, dim=400)
+    labels = labels[torch.randperm(60)]
     places = torch.arange(4000)
-    assert module._choose_penalty(standardised(noisy, labels), places[:60], 4, 100) == module.PENALTIES[0]
+    assert module._choose_penalty(standardised(noisy, labels), places[:60], 4, 100)[0] == module.PENALTIES[0]
     generator = torch.Generator().manual_seed(0)
     fine = torch.rand(4000, 2, generator=generator)
     stripes = (fine[:, 0] * 6).long()
-    assert module._choose_penalty(standardised(fine, stripes), places, 6, 200) == module.PENALTIES[-1]
+    assert module._choose_penalty(standardised(fine, stripes), places, 6, 200)[0] == module.PENALTIES[-1]
 
 
 def test_no_gradient_context_of_the_caller_is_no_obstacle() -> None:
@@ -163,8 +173,8 @@ def test_ranks_with_a_share_each_find_what_one_finds() -> None:
 
 
 def test_features_of_16_bits_are_read_without_an_f32_copy_of_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 512)
-    monkeypatch.setattr(module, "AT_ONCE", 2**16)
+    monkeypatch.setattr(shards, "BLOCK", 512)
+    monkeypatch.setattr(shards, "AT_ONCE", 2**16)
     train, labels = blobs(40_000, dim=128)
     rows = train.bfloat16()
     plain = linear_probe(rows.float(), labels, rows[:1000].float(), labels[:1000], classes=4, l2=0.01, max_iter=3)
