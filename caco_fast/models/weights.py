@@ -84,8 +84,8 @@ def read_weights(file: str, key: str = "backbone.init", trust: bool = False) -> 
         raise UserError(f"{key}: {path} {what}, expected a file of weights, timm or torchvision")
     if path.suffix in (".pkl", ".pickle"):
         raise UserError(
-            f"{key}: {path} is a pickle, as BYOL (haiku) and detectron2 release their weights, whose loading runs code, "
-            "and is not read; convert its tensors to a .safetensors file with the names of torchvision"
+            f"{key}: {path} is a pickle, as BYOL (haiku) and detectron2 release their weights, whose loading runs "
+            "code, and is not read; convert its tensors to a .safetensors file with the names of torchvision"
         )
     try:
         if path.suffix == ".safetensors":
