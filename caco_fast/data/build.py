@@ -102,13 +102,16 @@ def build_eval_loader(
     share: float = 1.0,
     device: torch.device | str = "cpu",
     source: Source | None = None,
+    labelled: bool = True,
 ) -> EvalLoader:
-    """The rank's part of a fixed random `share` of a split, in order, with labels. UserError if there are none.
+    """The rank's part of a fixed random `share` of a split, in order, with labels.
+
+    UserError if there are no labels, unless they are not needed: `labelled` is false, and then each is -1.
 
     `source` holds the images of the split, if they are listed already; None: they are listed here.
     """
     source = _source(config, split, source)
-    if not source.classes:
+    if labelled and not source.classes:
         raise UserError(
             f"the {split} images of {config.path} have no labels, which kNN and linear evaluation need; "
             f"put them into one folder for each class, set evaluation.held_out=0.05 for the loss on held-out images, "

@@ -68,8 +68,8 @@ def declared_by_folder(folder: Path, key: str) -> Declared:
     if not isinstance(name, str):
         kind = held.get("model_type", "unknown") if isinstance(held, dict) else type(held).__name__
         raise UserError(
-            f"{key}: found {path} without `architecture` (model type {kind}), expected that of a timm model; convert "
-            "it, or give its file of weights"
+            f"{key}: found {path} without `architecture` (model type {kind}), expected that of a timm model; "
+            "convert it, or give its file of weights"
         )
     pixels = held.get("pretrained_cfg") or {}
     arguments = held.get("model_args") or {}

@@ -1,4 +1,4 @@
-"""The file that the text of a source names: a checkpoint of a run, the tensors of a Hugging Face folder, or a file."""
+"""The file that the text of a source names: the chosen checkpoint of a run, the tensors of a Hugging Face folder."""
 
 import hashlib
 from pathlib import Path
@@ -45,9 +45,9 @@ def locate(text: str, key: str = "source") -> Place:
     if chosen:
         raise UserError(f"{key}: found @{chosen} behind {path}, expected that behind a run folder")
     if path.is_dir():
-        for tensors in HUB_FILES:
-            if (path / tensors).is_file() and (path / "config.json").is_file():
-                return Place(path / tensors, title, None, False, True, encoder)
+        for name in HUB_FILES:
+            if (path / name).is_file() and (path / "config.json").is_file():
+                return Place(path / name, title, None, False, True, encoder)
     if not path.is_file():
         what = "a folder without checkpoints/ or config.json" if path.is_dir() else f"'{text}', which doesn't exist"
         raise UserError(f"{key}: found {what}, expected {EXPECTED}")

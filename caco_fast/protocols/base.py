@@ -2,34 +2,23 @@
 
 A protocol is one file: a frozen dataclass of settings and a function `(context, settings) -> Result`, decorated by
 `@register("knn", KnnConfig, "line of help")`. `caco-fast evaluate SOURCE knn knn.k=[20]` runs it.
-
-Legend: N images of this rank, D feature size.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from caco_fast.data import DataConfig, Source, build_eval_loader, build_source
-from caco_fast.distributed import rank, world_size
+from caco_fast.data import DataConfig, Source, build_source
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
-from caco_fast.evaluate import extract_features
+from caco_fast.evaluate.folded import Folded
 from caco_fast.pretrained import Pretrained
-
-
-class FeatureSet(NamedTuple):
-    """This rank's shard of the features of a split, in the order of the images."""
-
-    features: Tensor  # [N, D] in the dtype that the backbone computed, on the CPU; a memory-mapped file if cached
-    labels: Tensor  # [N] int64
-    index: Tensor  # [N] int64, positions in the source
-    source: Source
+from caco_fast.protocols.features import AugmentedView, Extraction, FeatureSet
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,8 @@ class Result:
     deviations: dict[str, Any] = field(default_factory=dict)
     published: list[Published] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Names of pictures and other files that were written beside the result.
+    files: list[str] = field(default_factory=list)
 
 
 class Context:
@@ -74,11 +65,13 @@ class Context:
         batch_size: int,
         seed: int,
         folder: Path,
+        cache: Path | None = Path("features"),
     ) -> None:
+        """`cache`: where features are kept, relative to `folder`; None: nowhere."""
         self.pretrained = pretrained
-        self.backbone: nn.Module = pretrained.backbone.to(device, memory_format=torch.channels_last).requires_grad_(
-            False
-        )
+        self.backbone: nn.Module = pretrained.backbone.to(device).requires_grad_(False)
+        # torch's type hints leave out this argument.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         self.device = device
         self.autocast = autocast
@@ -86,6 +79,9 @@ class Context:
         self.seed = seed
         # Where results are written, and what a protocol keeps to continue after a stop.
         self.folder = folder
+        self.cache = folder / cache if cache is not None else None
+        # The backbone for features alone, without BatchNorms.
+        self.folded = Folded(self.backbone, self.precision)
 
     def precision(self) -> AbstractContextManager:
         """The context that the backbone computes in."""
@@ -95,30 +91,41 @@ class Context:
         """The images of a split of `data`, by default the data of the evaluation."""
         return build_source(data or self.data, split)
 
-    def features(self, split: str, data: DataConfig | None = None, source: Source | None = None) -> FeatureSet:
-        """Features of the backbone over a split without augmentation (collective).
+    def features(
+        self,
+        split: str,
+        data: DataConfig | None = None,
+        source: Source | None = None,
+        *,
+        view: AugmentedView | None = None,
+        labelled: bool = True,
+    ) -> FeatureSet:
+        """Features of the backbone over a split, from the cache if they are there (collective).
 
-        source: the images, if they are not those of `data` and `split`. data: then says how they are resized.
+        source: the images, if they are not those of `data` and `split`. data: then says how they are read and resized.
+        view: a random view of each image; None: without augmentation. labelled: whether labels are needed.
 
         Raises:
-            UserError: images are missing or can't be read, on all ranks alike.
+            UserError: images are missing or can't be read, or the cache can't be written, on all ranks alike.
         """
         config = data or self.data
-        source = source if source is not None else together(lambda: build_source(config, split))
-        loader = together(
-            lambda: build_eval_loader(
-                config,
-                split,
-                batch_size=self.batch_size,
-                rank=rank(),
-                world_size=world_size(),
-                device=self.device,
-                source=source,
-            )
+        found = source if source is not None else together(lambda: build_source(config, split))
+        work = Extraction(
+            encoder=self.folded,
+            precision=self.precision,
+            source=found,
+            split=split,
+            config=config,
+            view=view,
+            batch_size=self.batch_size,
+            device=self.device,
+            labelled=labelled,
         )
-        found = together(lambda: extract_features(self.backbone, loader, self.device, self.precision()))
-        features, labels, index = (value.cpu() for value in found)
-        return FeatureSet(features, labels, index, source)
+        if self.cache is None:
+            return work.without_cache()
+        return work.cached(
+            self.cache, {"weights": self.pretrained.weights_sha256, "precision": str(self.autocast or torch.float32)}
+        )
 
 
 @dataclass(frozen=True)

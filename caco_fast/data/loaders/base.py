@@ -8,7 +8,7 @@ Legend: N images in the training set, B images of this rank in one step, V views
 import logging
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -110,6 +110,21 @@ class TrainLoader(ABC):
         order = epoch_order(self._seed, epoch, self._length)
         steps = range(first_step, self.steps_per_epoch)
         yield from self._batches(epoch, (step_share(order, step, *self._share) for step in steps))
+
+    def batches_of(self, epoch: int, shares: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """The batches of chosen positions as this epoch shows them. No share [B] is larger than a batch."""
+        yield from self._batches(epoch, iter(shares))
+
+    def every_image(self, epoch: int) -> Generator[Batch, None, None]:
+        """The views of an epoch of this rank's contiguous part of the set, each image once, in order.
+
+        The parts of the ranks are complete, so they may differ by one image. A bad image is replaced by the next one,
+        whose position `index` then gives.
+        """
+        batch_size, rank, world_size = self._share
+        own = np.arange(rank * self._length // world_size, (rank + 1) * self._length // world_size)
+        size = batch_size // world_size
+        yield from self._batches(epoch, iter(np.array_split(own, range(size, len(own), size)) if len(own) else []))
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each [ch] float32, on the device."""

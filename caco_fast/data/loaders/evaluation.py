@@ -47,6 +47,8 @@ class EvalLoader:
         if batch_size < 1:
             raise UserError(f"evaluation.batch_size: found {batch_size}, expected 1 or more")
         self.source, self.dali = source, dali
+        # Whether a shard without a readable image is no error.
+        self.may_be_empty = False
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
         self._resize, self._size = config.eval_resize, config.eval_size
@@ -104,7 +106,7 @@ class EvalLoader:
                 images = normalize(raw.images[0].to(self._device, non_blocking=True), *self._scale)
                 labels = torch.tensor([self.source.label(index) for index in raw.index.tolist()], dtype=torch.int64)
                 yield images, labels, raw.index
-        if len(self.positions) and not readable:
+        if len(self.positions) and not readable and not self.may_be_empty:
             raise UserError(f"none of the {len(self.positions)} images to evaluate on can be read; check data.path")
 
 
