@@ -113,8 +113,11 @@ _MARKS = {"hub": "model.safetensors", "detectron2": "model.pkl"}
 
 def _put(made: Path, out: Path, scratch: Path) -> None:
     """Give `out` the contents of `made`, durably; a folder that is replaced is gone only after that."""
+    os.umask(mask := os.umask(0))
     for path in [made, *(made.rglob("*") if made.is_dir() else ())]:
         if path.is_file():
+            # safetensors makes its files readable by their owner alone.
+            path.chmod(0o666 & ~mask)
             with open(path, "rb") as file, suppress(OSError):
                 os.fsync(file.fileno())
     before = scratch / f"{out.name}.before"
