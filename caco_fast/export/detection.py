@@ -145,7 +145,7 @@ def configuration(pretrained: Pretrained, settings: dict[str, str]) -> str:
 
 
 def verify_detectron2(pretrained: Pretrained, folder: Path) -> float:
-    """By the rule of names, since detectron2 has no release for the present torch."""
+    """Read it by the rule of names, since detectron2 has no release for the present torch."""
     with open(folder / WEIGHTS, "rb") as file:
         held = pickle.load(file)["model"]
     state: dict[str, Tensor] = {torchvision_name(name): torch.from_numpy(value) for name, value in held.items()}

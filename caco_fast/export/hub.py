@@ -75,7 +75,7 @@ def hub_config(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def verify_hub(pretrained: Pretrained, folder: Path) -> float:
-    """By timm's loader of local folders, without a classifier and with a new one."""
+    """Read it by timm's loader of local folders, without a classifier and with a new one."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, in_chans=pretrained.channels)
     timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=10, in_chans=pretrained.channels)
     return largest_difference(pretrained, model.eval())

@@ -78,7 +78,7 @@ def _describe(pretrained: Pretrained, path: Path) -> None:
 
 
 def verify_onnx(pretrained: Pretrained, path: Path) -> float:
-    """By onnxruntime, on another number of images than it was exported with, and on one."""
+    """Run it by onnxruntime, on another number of images than it was exported with, and on one."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -29,10 +29,10 @@ class Released(NamedTuple):
     epochs: int  # that it was trained for
 
 
-def read_released(file: str, wanted: Shapes, *, trust: bool = False) -> Released:
+def read_released(file: str, shapes: Shapes, *, trust: bool = False) -> Released:
     """The whole state in a released checkpoint.
 
-    wanted: names and shapes of both encoders as `EncoderPair.state_dict` has them.
+    shapes: of both encoders, by the names that `EncoderPair.state_dict` has.
 
     Raises:
         UserError: it is no such checkpoint, or not exactly the tensors of these encoders are in it.
@@ -53,7 +53,8 @@ def read_released(file: str, wanted: Shapes, *, trust: bool = False) -> Released
     if not isinstance(epochs, int):
         raise UserError(f"{where}: found the epoch {epochs!r}, expected a whole number")
     method = "adco" if f"{QUERY}{HEAD}2.bias" in held else "caco"
-    return Released(method, _encoders(held, wanted, where), *(bank[name].T.contiguous() for name in ("W", "v")), epochs)
+    rows, velocity = (bank[name].T.contiguous() for name in ("W", "v"))
+    return Released(method, _encoders(held, shapes, where), rows, velocity, epochs)
 
 
 def _encoders(held: Mapping[str, Any], wanted: Shapes, where: str) -> dict[str, Tensor]:
