@@ -22,6 +22,7 @@ from caco_fast.evaluate.features import evaluation_mode
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm
 from caco_fast.optim import LARS
 from caco_fast.protocols.base import Context, Result
+from caco_fast.protocols.images import shown_in_tests
 from caco_fast.protocols.presets import TrainingRecipe
 from caco_fast.protocols.resuming import Resumable
 from caco_fast.settings import setting
@@ -76,7 +77,7 @@ class FineTuning:
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=context.autocast is torch.float16)
         self.test_loader = together(
             lambda: build_eval_loader(
-                context.data,
+                shown_in_tests(context, recipe),
                 "test",
                 batch_size=context.batch_size,
                 rank=rank(),

@@ -100,7 +100,8 @@ class HeadTraining:
                 epoch, first = len(self.history), self.step - len(self.history) * self.steps_per_epoch
                 if first < self.steps_per_epoch:
                     for features, labels in batches(epoch, first):
-                        self.losses += self.heads.step(features, labels, self.schedule.lr_at(self.step))
+                        factor = self.schedule.lr_at(self.step)
+                        self.losses += self.heads.step(features, labels, factor, self.recipe.batch_size)
                         self.step += 1
                         self.resumable.stop_if_asked(interrupt, self._state(), f"in epoch {epoch + 1}")
                 self._end_epoch(epoch)

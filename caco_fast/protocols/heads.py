@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_fast.distributed import all_reduce_sum, world_size
+from caco_fast.distributed import all_reduce_sum
 
 # Values of the logits that are made at a time when a set is scored.
 LOGITS = 2**24
@@ -61,24 +61,25 @@ class Heads:
         # Of the features, for `norm`, as BatchNorm1d(D, affine=False) keeps them.
         self.mean, self.var = self.weight.new_zeros(dim), self.weight.new_ones(dim)
 
-    def step(self, features: Tensor, labels: Tensor, factor: float) -> Tensor:
+    def step(self, features: Tensor, labels: Tensor, factor: float, total: int) -> Tensor:
         """One step of every head on this rank's rows [B, D] with labels [B]; the loss of each head before it, [H].
 
-        factor: of every learning rate. Every rank gives as many rows, and all ranks keep equal heads (collective).
+        factor: of every learning rate. total: rows of all ranks, which may give different numbers of them. All ranks
+        keep equal heads (collective).
         """
         rows = features.to(self.weight.dtype)
         if self.recipe.norm:
-            rows = self._normalised_batch(rows)
+            rows = self._normalised_batch(rows, total)
         parameters = [self.weight.requires_grad_(), self.bias.requires_grad_()]
         with torch.enable_grad():
             logits = self._logits(rows).flatten(0, 1)  # [B H, C]
             own = labels.repeat_interleave(len(self.lrs))
-            losses = F.cross_entropy(logits, own, reduction="none").view(-1, len(self.lrs)).mean(0)  # [H]
+            losses = F.cross_entropy(logits, own, reduction="none").view(len(rows), len(self.lrs)).sum(0) / total
             gradients = torch.autograd.grad(losses.sum(), parameters)
         with torch.no_grad():
             for value, velocity, gradient in zip(parameters, self.velocities, gradients):
-                self._move(value.detach(), velocity, all_reduce_sum(gradient) / world_size(), factor)
-            return all_reduce_sum(losses.detach()) / world_size()
+                self._move(value.detach(), velocity, all_reduce_sum(gradient), factor)
+            return all_reduce_sum(losses.detach())
 
     def _move(self, value: Tensor, velocity: Tensor, gradient: Tensor, factor: float) -> None:  # [H, ...] each
         """A step of SGD as torch computes it; with larc each head's gradient is scaled by its trust ratio first."""
@@ -105,9 +106,8 @@ class Heads:
         flat = F.linear(rows, self.weight.flatten(0, 1), self.bias.flatten())
         return flat.unflatten(1, (len(self.lrs), self.classes))
 
-    def _normalised_batch(self, rows: Tensor) -> Tensor:
+    def _normalised_batch(self, rows: Tensor, count: int) -> Tensor:
         """BatchNorm without weights over the rows of all ranks, which also moves the running statistics."""
-        count = len(rows) * world_size()
         mean = all_reduce_sum(rows.sum(0, dtype=torch.float64)) / count
         var = all_reduce_sum((rows.double() - mean).square().sum(0)) / count
         self.mean.lerp_(mean.to(rows.dtype), 0.1)

@@ -1,12 +1,13 @@
 """The images that a protocol trains on: their labels, their augmented views, and what of them is held out."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from caco_fast.data import ArraySource, Source, TrainLoader, ViewConfig, build_train_loader
+from caco_fast.data import ArraySource, DataConfig, Source, TrainLoader, ViewConfig, build_train_loader
 from caco_fast.data.sources.part import hold_out, labels_of
 from caco_fast.distributed import rank, world_size
 from caco_fast.engine.agreement import checksum, together
@@ -48,6 +49,15 @@ def split_held_out(source: Source, count: int | None, seed: int) -> tuple[Source
     return hold_out(source, count / len(source), seed)
 
 
+def crop_view(context: Context, source: Source, recipe: TrainingRecipe, size: int | None) -> ViewConfig:
+    """A random crop with a flip; None: of the size of the test view."""
+    low, high = recipe.crop_scale
+    size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
+    return ViewConfig(
+        size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
+    )
+
+
 def crop_loader(
     context: Context, source: Source, recipe: TrainingRecipe, size: int | None, name: str
 ) -> tuple[TrainLoader, Tensor]:
@@ -55,11 +65,7 @@ def crop_loader(
 
     size: of the crop; None: that of the test view.
     """
-    low, high = recipe.crop_scale
-    size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
-    view = ViewConfig(
-        size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
-    )
+    view = crop_view(context, source, recipe, size)
 
     def build() -> TrainLoader:
         if len(source) < recipe.batch_size:
@@ -81,14 +87,19 @@ def crop_loader(
     return together(build), torch.from_numpy(labels_of(source).astype(np.int64)).to(context.device)
 
 
-def view_deviations(context: Context, recipe: TrainingRecipe) -> dict[str, Any]:
+def shown_in_tests(context: Context, recipe: TrainingRecipe) -> DataConfig:
+    """The data whose images are shown as the recipe's test view does."""
+    return replace(context.data, eval_interpolation=recipe.interpolation)
+
+
+def view_deviations(context: Context) -> dict[str, Any]:
     """How the test view differs from the published one of ImageNet."""
-    found: dict[str, tuple[Any, Any]] = {
-        f"data.{key}": (getattr(context.data, key), value) for key, value in PUBLISHED_VIEW.items()
+    found = {key: getattr(context.data, key) for key in PUBLISHED_VIEW}
+    return {
+        f"data.{key}": {"found": found[key], "preset": value}
+        for key, value in PUBLISHED_VIEW.items()
+        if found[key] != value
     }
-    # Data without this setting are resized bilinearly.
-    found["data.eval_interpolation"] = getattr(context.data, "eval_interpolation", "bilinear"), recipe.interpolation
-    return {key: {"found": ours, "preset": theirs} for key, (ours, theirs) in found.items() if ours != theirs}
 
 
 def weights_sum(module: nn.Module) -> int:

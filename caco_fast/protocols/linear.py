@@ -18,7 +18,14 @@ from caco_fast.evaluate.features import evaluation_mode
 from caco_fast.protocols.base import Context, Published, Result, register
 from caco_fast.protocols.head_training import HeadTraining, LinearRecipe
 from caco_fast.protocols.heads import Heads
-from caco_fast.protocols.images import crop_loader, labelled, split_held_out, view_deviations, weights_sum
+from caco_fast.protocols.images import (
+    crop_loader,
+    labelled,
+    shown_in_tests,
+    split_held_out,
+    view_deviations,
+    weights_sum,
+)
 from caco_fast.protocols.presets import Chosen, choose, overridable, preset_of
 from caco_fast.protocols.resuming import Resumable
 from caco_fast.settings import setting
@@ -58,7 +65,7 @@ def linear(context: Context, settings: Any) -> Result:
         **{"classes": len(train.classes), "size": settings.size, "autocast": str(context.autocast)},
         "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
     }
-    backbone = context.backbone
+    data = shown_in_tests(context, recipe)
     with closing(loader), evaluation_mode(context.backbone):
         training = HeadTraining(
             "linear",
@@ -69,17 +76,16 @@ def linear(context: Context, settings: Any) -> Result:
             ),
             recipe,
             loader.steps_per_epoch,
-            test=context.features("test", source=test),
-            held=None if held is None else context.features("train", source=held),
+            test=context.features("test", data, test),
+            held=None if held is None else context.features("train", data, held),
             resumable=Resumable("linear", context.folder, key),
         )
 
         def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
             with closing(loader.batches(epoch, first)) as given:
                 for batch in given:
-                    images = batch.views[0].contiguous(memory_format=torch.channels_last)
                     with torch.no_grad(), context.precision():
-                        features = backbone(images)
+                        features = context.folded(batch.views[0])
                     yield features, labels[batch.index.to(labels.device)]
             loader.exchange_bad_images()
 
@@ -113,7 +119,7 @@ def finished_result(
 ) -> Result:
     """The result of the heads, with what was different from the preset and how many images there were."""
     result = training.result()
-    result.deviations = chosen.deviations | view_deviations(context, chosen.recipe)
+    result.deviations = chosen.deviations | view_deviations(context)
     if held is not None and chosen.preset != "byol":
         result.deviations[f"{training.name}.held_out"] = {"found": len(held), "preset": 0}
     left = images % chosen.recipe.batch_size

@@ -41,7 +41,7 @@ class TrainingRecipe:
     init_std: float = setting(0.01, "deviation of the classifier's first weights; its bias is 0")
     crop_scale: list[float] = setting([0.08, 1.0], "share of the image that a training crop covers: smallest, largest")
     flip_p: float = setting(0.5, "probability of a horizontal flip")
-    interpolation: str = setting("bilinear", "how the test images of the publication were resized: bilinear or bicubic")
+    interpolation: str = setting("bilinear", "how test images are resized: bilinear or bicubic")
 
     def __post_init__(self) -> None:
         require_at_least("epochs", self.epochs, 1)

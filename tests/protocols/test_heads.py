@@ -69,7 +69,7 @@ def test_each_head_trains_as_a_layer_of_torch_alone(settings):
             else:
                 sgd.param_groups[0]["lr"] = lr * factor
                 sgd.step()
-            found = fresh.step(features, labels, factor)[number]
+            found = fresh.step(features, labels, factor, 13)[number]
             torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(fresh.weight[number], layer.weight.detach(), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(fresh.bias[number], layer.bias.detach(), rtol=1e-11, atol=1e-12)
@@ -83,8 +83,8 @@ def test_a_head_that_diverges_leaves_the_others_alone():
     with_bad, without = heads([0.1, 1e308, 0.5]), heads([0.1, 0.5])
     for step in range(5):
         features, labels = made_up(13, step)
-        losses = with_bad.step(features, labels, 1.0)
-        without.step(features, labels, 1.0)
+        losses = with_bad.step(features, labels, 1.0, 13)
+        without.step(features, labels, 1.0, 13)
     assert not losses[1].isfinite()
     torch.testing.assert_close(with_bad.weight[[0, 2]], without.weight, rtol=1e-12, atol=1e-12)
 

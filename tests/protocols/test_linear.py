@@ -41,6 +41,8 @@ def test_equals_a_loop_written_by_hand_to_the_bit(tmp_path, monkeypatch):
     backbone = torchvision.models.resnet18().eval()
     backbone.fc, backbone.num_features = nn.Identity(), 512
     context = SmallContext(tmp_path, images(37, side=32), images(11, side=32, seed=1), backbone, seed=7)
+    # Folded BatchNorms give the same features to rounding.
+    context.folded = context.backbone
     made = Made(monkeypatch)
     result = evaluate(
         context, "linear", "preset=simsiam", "optimizer=sgd", "batch_size=8", "epochs=2", "lr=0.3",
@@ -244,3 +246,12 @@ def test_refuses_images_of_other_classes(tmp_path):
     context: Context = SmallContext(tmp_path, test=images(20, classes=2))
     with pytest.raises(UserError, match="linear: found 3 classes of training and 2 of test images"):
         evaluate(context, "linear", *QUICK)
+
+
+def test_the_test_view_of_a_preset_is_resized_as_published(tmp_path, monkeypatch):
+    shown = []
+    features = SmallContext.features
+    monkeypatch.setattr(SmallContext, "features", lambda self, *given: shown.append(given[1]) or features(self, *given))
+    for preset, expected in (("byol", "bicubic"), ("dino", "bicubic"), ("swav", "bilinear")):
+        evaluate(SmallContext(tmp_path), "linear", f"preset={preset}", "batch_size=16", "epochs=1", "held_out=5")
+        assert [data.eval_interpolation for data in shown[-2:]] == [expected] * 2

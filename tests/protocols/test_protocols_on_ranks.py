@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 OF_HEADS = ("preset=moco", "batch_size=12", "epochs=2", "milestones=[1]", "lr=0.5", "lrs=[0.1,1]", "held_out=7")
 PROTOCOLS = {
     "linear": (*OF_HEADS, "norm=true"),
-    "linear_cached": (*OF_HEADS, "views=2", "dtype=f32"),
+    "linear_cached": (*OF_HEADS, "views=2"),
     "lowshot": ("preset=swav", "per_class=9", "batch_size=12", "epochs=2", "milestones=[1]", "lr=0.05", "head_lr=0.4"),
 }
 

@@ -115,17 +115,6 @@ class TrainLoader(ABC):
         """The batches of chosen positions as this epoch shows them. No share [B] is larger than a batch."""
         yield from self._batches(epoch, iter(shares))
 
-    def every_image(self, epoch: int) -> Generator[Batch, None, None]:
-        """The views of an epoch of this rank's contiguous part of the set, each image once, in order.
-
-        The parts of the ranks are complete, so they may differ by one image. A bad image is replaced by the next one,
-        whose position `index` then gives.
-        """
-        batch_size, rank, world_size = self._share
-        own = np.arange(rank * self._length // world_size, (rank + 1) * self._length // world_size)
-        size = batch_size // world_size
-        yield from self._batches(epoch, iter(np.array_split(own, range(size, len(own), size)) if len(own) else []))
-
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each [ch] float32, on the device."""
         mean, std = (
