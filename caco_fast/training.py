@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from caco_fast import provenance, report
+from caco_fast.bank import LearnableBank
 from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, flat_settings, settings_of, to_yaml
 from caco_fast.data.loaders.base import image_list_id
@@ -26,6 +27,8 @@ from caco_fast.engine.rehearsal import rehearse
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
 from caco_fast.errors import UserError
+from caco_fast.models.weights import split_choices
+from caco_fast.pretrained.released import imported_state, read_released
 
 log = logging.getLogger("caco_fast.training")
 
@@ -50,10 +53,14 @@ FREE_SECTIONS = (
 )
 
 
-def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, resume: str = "never", released: str = "", trust: bool = False
+) -> dict[str, Any]:
     """Train and evaluate; return the content of summary.json.
 
     `resume` is auto (the newest checkpoint of the folder, if any), never, or the path of a checkpoint.
+    `released` is a checkpoint of CaCo or AdCo that a run without a checkpoint continues from: FILE, or FILE@epoch=N to
+    continue at another epoch of the schedule. `trust`: whether pickled classes in it are loaded, which runs its code.
 
     Raises:
         UserError: anything that the user can correct, in one line.
@@ -73,7 +80,7 @@ def train(config: Config, folder: Path, resume: str = "never") -> dict[str, Any]
             if summary:
                 _claim(run, checkpoint)
                 return summary
-            return _run(config, run, store, device, checkpoint, state)
+            return _run(config, run, store, device, checkpoint, state, released, trust)
         finally:
             run.close()
 
@@ -140,6 +147,8 @@ def _run(
     device: torch.device,
     checkpoint: Path | None,
     state: dict[str, Any] | None,
+    released: str,
+    trust: bool,
 ) -> dict[str, Any]:
     if state is not None:
         _compare_settings(config, state["config"], str(checkpoint))
@@ -155,6 +164,8 @@ def _run(
             together(lambda: trainer.load_state_dict(state, str(checkpoint)))
             at = trainer.position
             log.info("resuming from %s, at %s step %d", checkpoint, at.phase, at.step)
+        elif released:
+            _import(config, trainer, released, trust)
         # From here on nothing refuses this start, and the folder may change.
         _claim(run, checkpoint)
         if baselines:
@@ -190,6 +201,41 @@ def check_banks(config: Config, trainer: Trainer, device: torch.device) -> list[
     for bank in banks:
         log.info("%s", bank)
     return banks
+
+
+def _import(config: Config, trainer: Trainer, name: str, trust: bool) -> None:
+    """Give a new run the state of a released checkpoint (collective)."""
+    fresh = trainer.state_dict()
+    file, choices = split_choices(name)
+    if len(choices) > 1 or (choices and not choices[0].startswith("epoch=")):
+        raise UserError(f"--import {name}: found @{choices[-1]}, expected nothing or @epoch=N behind the file")
+    wanted = {key: value.shape for key, value in trainer.encoders.state_dict().items()}
+    released = together(lambda: read_released(file, wanted, trust=trust))
+    if released.method != config.method:
+        raise UserError(
+            f"--import {file}: found a checkpoint of {released.method}, but method={config.method}; take a "
+            f"configuration of {released.method}"
+        )
+    bank = next((key for key, module in trainer.method.named_modules() if isinstance(module, LearnableBank)), "")
+    size, dim = released.bank.shape
+    if size != (own := getattr(config, config.method).bank_size):
+        raise UserError(f"{config.method}.bank_size: found {own}, expected {size}, the rows of the bank in {file}")
+    epoch = int(choices[0].removeprefix("epoch=")) if choices else released.epochs
+    if epoch >= config.trainer.epochs:
+        raise UserError(
+            f"--import {file}: found a checkpoint of {released.epochs} epochs, but trainer.epochs="
+            f"{config.trainer.epochs}; set that above {epoch}, or begin the schedule anew with --import {file}@epoch=0"
+        )
+    per_epoch, phase = trainer.loader.steps_per_epoch, trainer.phases[-1].name
+    state = imported_state(fresh, released, bank, epoch, phase, per_epoch)
+    together(lambda: trainer.load_state_dict(state, f"--import {file}"))
+    # The released code does this at the beginning of a step, and ours at the end of the step before.
+    trainer.encoders.advance_key(trainer.schedule.key_momentum_at(trainer.position.step))
+    log.info(
+        "imported %s: %s after %d epochs, %d tensors of both encoders, bank [%d, %d] with its velocity; training "
+        "continues in epoch %d of %d, and the optimiser begins at rest",
+        *(file, released.method, released.epochs, len(released.encoders), size, dim, epoch + 1, config.trainer.epochs),
+    )
 
 
 def _images(trainer: Trainer) -> dict[str, str]:

@@ -59,17 +59,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     name = file.stem if file else config.method
     # The shell leaves the `~` of run.folder=~/runs as it is.
     folder = Path(os.path.expanduser(config.run.folder or f"runs/{name}"))
-    return _train(config, folder, os.path.expanduser(options.resume), rank, options.dry_run)
+    return _train(config, folder, options, rank)
 
 
-def _train(config: "Config", folder: Path, resume: str, rank: str, rehearse: bool) -> int:
+def _train(config: "Config", folder: Path, options: argparse.Namespace, rank: str) -> int:
     from caco_fast.training import dry_run, train
 
     def run() -> None:
-        if rehearse:
+        if options.dry_run:
             dry_run(config, folder)
         else:
-            train(config, folder, resume)
+            train(config, folder, os.path.expanduser(options.resume), options.released, options.trust)
 
     return status_of(run, rank, "continue with --resume auto", "the last checkpoint")
 
@@ -88,6 +88,17 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         metavar="auto|never|FILE",
         help="auto: continue from the newest checkpoint of the run folder, or start if there is none; never (default): "
         "start, and refuse a folder that holds a run; FILE: continue from this checkpoint",
+    )
+    parser.add_argument(
+        "--import",
+        dest="released",
+        default="",
+        metavar="FILE[@epoch=N]",
+        help="continue from a released checkpoint of CaCo or AdCo: both encoders, projectors, bank and velocity; "
+        "@epoch=0 begins the schedule anew",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="load pickled classes of the imported FILE too, which runs code of it"
     )
     parser.add_argument(
         "--dry-run",

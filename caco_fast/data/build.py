@@ -10,8 +10,8 @@ from caco_fast.data.config import NO_EVALUATION, DataConfig, ViewConfig, validat
 from caco_fast.data.loaders.base import TrainLoader, evaluation_share
 from caco_fast.data.loaders.evaluation import EvalLoader, check_sizes
 from caco_fast.data.loaders.torchvision import TorchvisionLoader
-from caco_fast.data.sources.arrays import cifar10, cifar100, fashion_mnist
-from caco_fast.data.sources.base import ArraySource, FileSource, Source
+from caco_fast.data.sources.arrays import OWN_PIXELS, cifar10, cifar100, fashion_mnist
+from caco_fast.data.sources.base import IMAGENET_MEAN, IMAGENET_STD, ArraySource, FileSource, Source
 from caco_fast.data.sources.folder import FolderSource
 from caco_fast.data.sources.index import IndexSource
 from caco_fast.data.sources.part import imbalanced
@@ -23,6 +23,12 @@ log = logging.getLogger("caco_fast.data")
 
 SPLITS = ("train", "test")
 MEMORY_LIMIT = 2 * 1024**3  # bytes of pixels, up to which `loader: auto` keeps a set in memory
+
+
+def pixels_of(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels that the images of these settings are normalised by; no image is read."""
+    mean, std = OWN_PIXELS.get(config.source, (IMAGENET_MEAN, IMAGENET_STD))
+    return tuple(config.mean or mean), tuple(config.std or std)
 
 
 def build_source(config: DataConfig, split: str) -> Source:

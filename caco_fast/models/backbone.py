@@ -28,7 +28,7 @@ class BackboneConfig:
         "off", "BatchNorm, ReLU and addition of a ResNet as groupbn of NVIDIA Apex, in fp16: on, off, or auto: if built"
     )
     init: str = setting(
-        "", "weights to start from: a file (see docs/training.md), timm or torchvision; empty: random ones"
+        "", "weights to start from: a file or run (see docs/weights.md), timm or torchvision; empty: random ones"
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from caco_fast.config import Config, config_from_yaml
+from caco_fast.data.build import pixels_of
 from caco_fast.distributed import rank
 from caco_fast.engine.checkpoint import FORMAT, load_state
 from caco_fast.models import BackboneConfig, build_backbone
@@ -128,12 +129,12 @@ def _of_checkpoint(text: str, place: Place) -> Pretrained:
     # The tag of a name says where the run's weights began, which they no longer are.
     architecture = replace(config.backbone, name=config.backbone.name.partition(".")[0], init="", apex="off")
     made = _of_file(text, place, {"state": state}, Declared(), architecture)
-    mean, std = config.data.mean, config.data.std
+    mean, std = pixels_of(config.data)
     return replace(
         made,
         origin=made.origin | {"kind": "run" if place.run else "checkpoint", "step": state["position"]["total_steps"]},
-        mean=tuple(mean) if mean else None,
-        std=tuple(std) if std else None,
+        mean=mean,
+        std=std,
         config=config,
         folder=place.run if place.latest and not place.encoder else None,
     )

@@ -85,6 +85,12 @@ EMBEDDED_STD = (0.3530,)
 EMBEDDED_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
+# Mean and deviation of the pixels of each set.
+OWN_PIXELS = {
+    "embedded": (EMBEDDED_MEAN, EMBEDDED_STD),
+    "cifar10": (CIFAR10.mean, CIFAR10.std),
+    "cifar100": (CIFAR100.mean, CIFAR100.std),
+}
 
 
 def fashion_mnist(split: str) -> ArraySource:
