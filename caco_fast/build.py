@@ -44,6 +44,7 @@ from caco_fast.models import (
     segment_batch_norm,
 )
 from caco_fast.optim import Schedule, build_optimizer, peak_lr
+from caco_fast.pretrained.places import resolved_init
 
 log = logging.getLogger("caco_fast.training")
 
@@ -98,7 +99,8 @@ def build_trainer(
     # Listed once: ImageNet has 1.28 M names.
     source, held_out = _training_images(config)
     # A checkpoint has the weights already, and the file may be gone.
-    backbone = config.backbone if resume_at is None else replace(config.backbone, init="")
+    init = resolved_init(config.backbone.init) if resume_at is None else ""
+    backbone = replace(config.backbone, init=init)
     encoders = _build_encoders(replace(config, backbone=backbone), source.channels, device, autocast)
     method = _build_method(config, device)
     if config.trainer.compile:

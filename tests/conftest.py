@@ -23,7 +23,7 @@ SLOW = tuple(
     test_bank_traffic test_bad_images_of_ranks test_scaling test_checkpoint test_reproducible test_readme
     test_bank_ranks test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity
     test_views test_bad_images test_accumulate test_recipes test_run_figures test_recompute test_rank_0_writes
-    test_no_waiting gpu test_compare
+    test_protocols_on_ranks test_no_waiting gpu test_compare test_evaluation test_pictures
     """.split()
 )
 

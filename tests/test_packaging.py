@@ -80,7 +80,7 @@ def test_an_sdist_holds_every_file_that_is_needed_to_build_and_test(sdist: Path)
 def test_a_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> None:
     held = files(wheel)
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast").rglob("*.py")}
-    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast" / "configs").glob("*.yaml")}
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast" / "configs").rglob("*.yaml")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast").rglob("embedded/*")}
     assert any(name.endswith(".npz") for name in data) and len(data) > 8
     assert {name for name in held if not name.startswith("caco_fast-")} == package | data

@@ -7,11 +7,11 @@ can correct it, 75 another rank is gone, 128 + n stopped by signal n after a che
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caco_fast.cli.endings import status_of
 from caco_fast.configs import find_config, listing
 from caco_fast.errors import UserError
 from caco_fast.storage import lasting_output
@@ -63,34 +63,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _train(config: "Config", folder: Path, resume: str, rank: str, rehearse: bool) -> int:
-    """Train, and turn every end of a run into one line and an exit status."""
-    from caco_fast.engine.ranks import Interrupted, RankLost, ReportedElsewhere
     from caco_fast.training import dry_run, train
 
-    try:
+    def run() -> None:
         if rehearse:
             dry_run(config, folder)
         else:
             train(config, folder, resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if rank == "0":
-            print("interrupted; the last checkpoint is kept: continue with --resume auto", file=sys.stderr)
-        return 130
-    except RankLost as lost:
-        print(f"error: {lost}; the last checkpoint is intact: continue with --resume auto", file=sys.stderr)
-        return lost.exit_code
-    except ReportedElsewhere as silent:
-        return silent.exit_code
-    except Interrupted as stopped:
-        print(f"{stopped}; continue with --resume auto", file=sys.stderr)
-        return stopped.exit_code
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+
+    return status_of(run, rank, "continue with --resume auto", "the last checkpoint")
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:

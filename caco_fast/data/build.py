@@ -116,7 +116,9 @@ def build_eval_loader(
         check_sizes(source, config, evaluation_share(len(source), share, 0, 1))
     # An array whose images stay as they are has nothing to decode.
     held = isinstance(source, ArraySource) and config.eval_resize is None
-    dali = not held and not (config.loader == "auto" and _small(source)) and _by_dali(config)
+    # DALI's cubic filter is not PIL's.
+    by_pil = held or config.eval_interpolation != "bilinear"
+    dali = not by_pil and not (config.loader == "auto" and _small(source)) and _by_dali(config)
     options = dict(batch_size=batch_size, rank=rank, world_size=world_size, share=share, device=device)
     return EvalLoader(source, config, **options, dali=dali)
 

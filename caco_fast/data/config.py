@@ -10,6 +10,7 @@ from caco_fast.settings import setting
 SOURCES = ("folder", "images", "index", "webdataset", "cifar10", "cifar100", "embedded")
 LOADERS = ("auto", "dali", "torchvision", "memory")
 JITTERS = ("exact", "fast")
+INTERPOLATIONS = ("bilinear", "bicubic")
 IMBALANCES = ("none", "linear", "exponential")
 # Advice for data without test images or labels.
 NO_EVALUATION = "turn evaluation off: evaluation.every_epochs=0, with evaluation.baselines and .linear_probe false"
@@ -116,6 +117,9 @@ class DataConfig:
         None, "evaluation: the shorter side is resized to this many pixels; null: no resize"
     )
     eval_size: int | None = setting(None, "evaluation: side of the centre crop in pixels; null: no crop")
+    eval_interpolation: str = setting(
+        "bilinear", "evaluation: how images are resized: bilinear, or bicubic as BYOL and DINO do, by PIL alone"
+    )
     max_pixels: int = setting(178_956_970, "an image with more pixels than this is a bad image (>= 1)")
     bad_image_limit: float = setting(
         0.01, "share of the training set that may be unreadable (0 to 1); all ranks together count at an epoch's end"
@@ -137,6 +141,7 @@ class DataConfig:
             ("imbalance", IMBALANCES),
             ("loader", LOADERS),
             ("jitter", JITTERS),
+            ("eval_interpolation", INTERPOLATIONS),
         ):
             value = getattr(self, name)
             _require(f"data.{name}", f"'{value}'", value in known, f"one of {', '.join(known)}")

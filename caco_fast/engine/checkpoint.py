@@ -139,20 +139,8 @@ class CheckpointStore:
         return found[-1][1] if found else None
 
     def load(self, path: Path) -> dict[str, Any]:
-        """The state in `path`, on the CPU, mapped from the file instead of read into memory.
-
-        Raises UserError if the file is missing, empty, truncated, damaged, foreign or of a newer version. The line
-        names the newest intact checkpoint before it and the option that resumes from there.
-        """
-        path = Path(path)
-        try:
-            payload = _read(path)
-        except _Unusable as reason:
-            raise UserError(f"checkpoint {path} {reason}; {_alternative_to(path)}") from None
-        state = payload["state"]
-        if (ended := _epochs_ended(path.parent).get(str(payload["step"]))) is not None:
-            state["position"]["epochs_ended"] = ended
-        return state
+        """`load_state`, for callers that have the store."""
+        return load_state(path)
 
     def _write(self, path: Path, state: dict[str, Any], step: int) -> None:
         require_plain(state)
@@ -169,6 +157,23 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 log.warning("old checkpoint %s could not be removed: %s", path, error.strerror or error)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU, mapped from the file instead of read into memory.
+
+    Raises UserError if the file is missing, empty, truncated, damaged, foreign or of a newer version. The line names
+    the newest intact checkpoint before it and the option that resumes from there.
+    """
+    path = Path(path)
+    try:
+        payload = _read(path)
+    except _Unusable as reason:
+        raise UserError(f"checkpoint {path} {reason}; {_alternative_to(path)}") from None
+    state = payload["state"]
+    if (ended := _epochs_ended(path.parent).get(str(payload["step"]))) is not None:
+        state["position"]["epochs_ended"] = ended
+    return state
 
 
 def resolve_resume(mode: str, store: CheckpointStore) -> Path | None:

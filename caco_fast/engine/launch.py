@@ -9,13 +9,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from caco_fast.engine.ranks import RankLost, report_error_once
-from caco_fast.engine.settings import TrainerConfig
 from caco_fast.errors import UserError
 from caco_fast.host import cores_of_rank
 
@@ -28,9 +27,27 @@ TASKS_OF_LAUNCHERS = (
 )
 
 
+class LaunchSettings(Protocol):
+    """What a process needs to know at its start; `TrainerConfig` is one."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def cpu_threads(self) -> int: ...
+
+    @property
+    def deterministic(self) -> bool: ...
+
+    @property
+    def collective_timeout(self) -> int: ...
+
+
 @contextmanager
-def launched(config: TrainerConfig) -> Iterator[torch.device]:
+def launched(config: LaunchSettings, section: str = "trainer.") -> Iterator[torch.device]:
     """Join the process group if torchrun started one, and leave it at the end. Yields this rank's device.
+
+    section: where the user finds these settings, for the lines of errors.
 
     Raises:
         RankLost: another rank is gone, or did not answer within `collective_timeout`.
@@ -38,7 +55,7 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
     """
     ranks = _ranks_of_environment()
     if ranks == 1:
-        yield _prepare(config, ranks)
+        yield _prepare(config, ranks, section)
         return
     timeout = timedelta(seconds=max(1, config.collective_timeout))
     try:
@@ -48,7 +65,7 @@ def launched(config: TrainerConfig) -> Iterator[torch.device]:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(f"the ranks did not meet at {place} ({' '.join(str(error).split())[:120]})") from None
     with report_error_once(dist.PrefixStore("errors", store), rank, ranks):
-        device = _prepare(config, ranks)
+        device = _prepare(config, ranks, section)
         options: dict[str, Any] = {"backend": "gloo"}
         if device.type == "cuda":
             # With its device NCCL connects all ranks at once. Without, each rank that sends its part of the bank to
@@ -128,14 +145,14 @@ def _store_of_this_start(store: dist.Store, rank: int, ranks: int, timeout: time
     raise TimeoutError(f"no sign of rank {', '.join(map(str, missing))} within {timeout.total_seconds():.0f} s")
 
 
-def _prepare(config: TrainerConfig, ranks: int) -> torch.device:
+def _prepare(config: LaunchSettings, ranks: int, section: str) -> torch.device:
     """Set determinism and the number of threads for this process, and return its device."""
     if config.deterministic:
         # cuBLAS reads it when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
-    device = _device(config.device, ranks)
+    device = _device(config.device, ranks, section)
     if device.type == "cuda":
         # Also for one process: what is left to the default, such as pinned memory, would open a context on GPU 0.
         torch.cuda.set_device(device)
@@ -151,29 +168,30 @@ def _threads_of_environment() -> int:
     return int(threads) if threads.isdecimal() and not by_torchrun else 0
 
 
-def _device(name: str, ranks: int) -> torch.device:
+def _device(name: str, ranks: int, section: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"trainer.device: found '{name}', expected auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"{section}device: found '{name}', expected auto, cpu, cuda or cuda:N") from None
     if device.index is not None and ranks > 1:
         raise UserError(
-            f"trainer.device: found '{name}', which puts every rank on one GPU; under torchrun use trainer.device=cuda"
+            f"{section}device: found '{name}', which puts every rank on one GPU; under torchrun use "
+            f"{section}device=cuda"
         )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
-                f"trainer.device: found '{name}', but torch {torch.__version__} sees no GPU; use trainer.device=cpu"
+                f"{section}device: found '{name}', but torch {torch.__version__} sees no GPU; use {section}device=cpu"
             )
         local_rank = _number_of_environment("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"trainer.device: found GPU {index}, expected one of the {torch.cuda.device_count()} present"
+                f"{section}device: found GPU {index}, expected one of the {torch.cuda.device_count()} present"
             )
         return torch.device("cuda", index)
     if device.type != "cpu":
-        raise UserError(f"trainer.device: found '{name}', expected auto, cpu, cuda or cuda:N")
+        raise UserError(f"{section}device: found '{name}', expected auto, cpu, cuda or cuda:N")
     return device

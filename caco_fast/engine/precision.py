@@ -23,17 +23,17 @@ def settled_precision(precision: str, device: torch.device) -> str:
     return "bf16" if computes_in_bf16() else "f32"
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: torch.device, key: str = "trainer.precision") -> torch.dtype | None:
     """The autocast dtype of a precision on a device; None computes in f32 (or TF32).
 
     Raises:
         UserError: the device does not have this precision.
     """
     if device.type == "cpu" and precision in ("fp16", "tf32"):
-        raise UserError(f"trainer.precision: {precision} needs a GPU; on the CPU use f32 or bf16")
+        raise UserError(f"{key}: {precision} needs a GPU; on the CPU use f32 or bf16")
     if device.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"trainer.precision: {name} has no bf16; use trainer.precision=fp16")
+        raise UserError(f"{key}: {name} has no bf16; use {key}=fp16")
     return AUTOCAST[precision]
 
 

@@ -1,8 +1,10 @@
 """A pre-trained backbone by the text that names it: a run folder, a file, a folder, or `random:NAME`."""
 
+import functools
 import hashlib
-from dataclasses import dataclass, field
-from functools import cached_property
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,22 @@ import torch
 from torch import nn
 
 from caco_fast.config import Config, config_from_yaml
-from caco_fast.engine.checkpoint import CheckpointStore
-from caco_fast.errors import UserError
+from caco_fast.distributed import rank
+from caco_fast.engine.checkpoint import FORMAT, load_state
 from caco_fast.models import BackboneConfig, build_backbone
 from caco_fast.models.backbone import feature_width
-from caco_fast.models.weights import find_backbone
+from caco_fast.models.layouts import SIMCLR, find_backbone, input_channels
+from caco_fast.models.weights import describe, fetch_weights, load_backbone, read_weights
+from caco_fast.pretrained.declared import Declared, declared_by, declared_by_folder, declared_by_metadata
+from caco_fast.pretrained.places import Place, locate, sha256_of
+
+log = logging.getLogger("caco_fast.source")
+
+SIMCLR_NOTE = (
+    "SimCLR's converted weights take pixels in [0, 1] as they are, so mean 0 and std 1 are used; if this is another "
+    "classifier, set data.mean and data.std"
+)
+BEST_NOTE = "checkpoint_best of CaCo and AdCo is that of the latest epoch, because their code rewrites it every epoch"
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,8 @@ class Pretrained:
     title: str
     architecture: BackboneConfig
     channels: int
-    # What the results say of it: source, kind, path, sha256 of the file, step, container, prefix, tensors, left_out.
+    # What the results say of it: source, kind, path, sha256 of the file, step, framework, container, prefix, tensors,
+    # left_out, notes.
     origin: dict[str, Any] = field(default_factory=dict)
     # Of pixels in [0, 1], as it was trained; None: not known, so ImageNet's.
     mean: tuple[float, ...] | None = None
@@ -40,7 +54,7 @@ class Pretrained:
     def width(self) -> int:
         return feature_width(self.backbone)
 
-    @cached_property
+    @functools.cached_property
     def weights_sha256(self) -> str:
         """A hash of the names, shapes, dtypes and bytes of all tensors, computed once: equal for equal weights."""
         digest = hashlib.sha256()
@@ -51,58 +65,113 @@ class Pretrained:
         return digest.hexdigest()
 
 
-def open_source(text: str, architecture: BackboneConfig | None = None) -> Pretrained:
-    """The backbone that `text` names; `architecture` is that of a file which does not say its own.
+def open_source(text: str, architecture: BackboneConfig | None = None, *, trust: bool = False) -> Pretrained:
+    """The backbone that `text` names, as docs/weights.md lists them.
+
+    architecture: of a file that does not say its own, and, if it differs from the default one, of a file that does.
+    trust: whether pickled classes in a file are loaded too, which runs code of the file.
 
     Raises:
         UserError: there is no such source, or not every tensor of the backbone is in it.
     """
     architecture = architecture or BackboneConfig()
     kind, _, name = text.partition(":")
-    if kind == "random":
-        architecture = BackboneConfig(name=name or architecture.name, stem=architecture.stem)
+    if not Path(text).expanduser().exists():
+        if kind == "random":
+            return _random(text, replace(architecture, name=name or architecture.name))
+        if kind in ("timm", "torchvision"):
+            return _fetched(text, kind, name or architecture.name)
+    place = locate(text)
+    tree, declared = _contents(place, trust)
+    if tree.get("format") == FORMAT:
+        return _of_checkpoint(text, place)
+    given = architecture if architecture != BackboneConfig() else None
+    return _of_file(text, place, tree, declared, given or declared.architecture or architecture)
+
+
+def _random(text: str, architecture: BackboneConfig) -> Pretrained:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = build_backbone(architecture, 3).eval()
-        return Pretrained(backbone, f"random-{architecture.name}", architecture, 3, {"source": text, "kind": "random"})
-    path = Path(text).expanduser()
-    if (path / "checkpoints").is_dir():
-        return _of_run(path)
-    raise UserError(f"source: found '{text}', expected a run folder or random:NAME")
+    return Pretrained(backbone, f"random-{architecture.name}", architecture, 3, {"source": text, "kind": "random"})
 
 
-def _of_run(folder: Path) -> Pretrained:
-    store = CheckpointStore(folder / "checkpoints")
-    latest = store.latest()
-    if latest is None:
-        raise UserError(f"source: {folder} has no checkpoint yet")
-    state = store.load(latest)
+def _fetched(text: str, kind: str, name: str) -> Pretrained:
+    """A backbone with the pretrained weights of timm or torchvision."""
+    architecture = BackboneConfig(name.partition(".")[0])
+    backbone = build_backbone(architecture, 3)
+    tree = fetch_weights(kind, name, 3, {}, f"source: {text}")
+    weights = find_backbone(tree, _shapes(backbone), f"source: {text}")
+    load_backbone(backbone, weights)
+    pixels = getattr(backbone, "pretrained_cfg", {}) if kind == "timm" else {}
+    origin = {"source": text, "kind": kind, "framework": kind, "tensors": len(weights.state)}
+    mean, std = pixels.get("mean"), pixels.get("std")
+    return Pretrained(
+        backbone.eval(), f"{kind}-{name}", architecture, 3, origin, tuple(mean) if mean else None, std and tuple(std)
+    )
+
+
+def _contents(place: Place, trust: bool) -> tuple[Mapping[str, Any], Declared]:
+    """What a file holds, and what it says of itself."""
+    tree = read_weights(str(place.path), "source", trust)
+    if place.hub:
+        return tree, declared_by_folder(place.path.parent, "source")
+    if place.path.suffix == ".safetensors":
+        return tree, declared_by_metadata(place.path)
+    return tree, declared_by(tree)
+
+
+def _of_checkpoint(text: str, place: Place) -> Pretrained:
+    """The backbone of one of our checkpoints."""
+    state = load_state(place.path)
     config = config_from_yaml(state["config"])
-    encoders = state["encoders"]
-    first = next(value for name, value in encoders.items() if name.startswith("query.backbone.") and value.ndim == 4)
-    backbone = build_backbone(config.backbone, first.shape[1])
-    wanted = {key: value.shape for key, value in backbone.state_dict().items()}
-    weights = find_backbone({"state": {"encoders": encoders}}, wanted, f"source: {latest}")
-    backbone.load_state_dict(weights.state)
+    # The tag of a name says where the run's weights began, which they no longer are.
+    architecture = replace(config.backbone, name=config.backbone.name.partition(".")[0], init="", apex="off")
+    made = _of_file(text, place, {"state": state}, Declared(), architecture)
+    mean, std = config.data.mean, config.data.std
+    return replace(
+        made,
+        origin=made.origin | {"kind": "run" if place.run else "checkpoint", "step": state["position"]["total_steps"]},
+        mean=tuple(mean) if mean else None,
+        std=tuple(std) if std else None,
+        config=config,
+        folder=place.run if place.latest and not place.encoder else None,
+    )
+
+
+def _of_file(
+    text: str, place: Place, tree: Mapping[str, Any], declared: Declared, architecture: BackboneConfig
+) -> Pretrained:
+    with torch.device("meta"):
+        wanted = _shapes(build_backbone(architecture, 3))
+    channels = input_channels(tree, wanted)
+    backbone = build_backbone(architecture, channels)
+    weights = find_backbone(tree, _shapes(backbone), f"source: {place.path}", place.encoder)
+    load_backbone(backbone, weights)
+    mean, std, notes = declared.mean, declared.std, []
+    if weights.framework == SIMCLR:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+        notes.append(SIMCLR_NOTE)
+    if weights.framework in ("CaCo", "AdCo") and "best" in place.path.name:
+        notes.append(BEST_NOTE)
+    if rank() == 0:
+        log.info("backbone: %s", describe(weights, str(place.path)))
+        for note in notes:
+            log.warning("%s", note)
     origin = {
-        "source": str(folder),
-        "kind": "run",
-        "path": str(latest),
-        "sha256": hashlib.sha256(latest.read_bytes()).hexdigest(),
-        "step": state["position"]["total_steps"],
+        "source": text,
+        "kind": "folder" if place.hub else "file",
+        "path": str(place.path),
+        "sha256": sha256_of(place.path),
+        "framework": weights.framework,
         "container": weights.container,
         "prefix": weights.prefix,
         "tensors": len(weights.state),
         "left_out": weights.left_out,
+        "notes": notes,
     }
-    mean, std = config.data.mean, config.data.std
-    return Pretrained(
-        backbone.eval(),
-        folder.resolve().name,
-        config.backbone,
-        first.shape[1],
-        origin,
-        tuple(mean) if mean else None,
-        tuple(std) if std else None,
-        config,
-        folder,
-    )
+    return Pretrained(backbone.eval(), place.name, architecture, channels, origin, mean, std)
+
+
+def _shapes(backbone: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in backbone.state_dict().items()}

@@ -45,6 +45,8 @@ class Result:
     deviations: dict[str, Any] = field(default_factory=dict)
     published: list[Published] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Names of pictures and other files that were written beside the result.
+    files: list[str] = field(default_factory=list)
 
 
 class Context:
@@ -67,9 +69,9 @@ class Context:
     ) -> None:
         """`cache`: where features are kept, relative to `folder`; None: nowhere."""
         self.pretrained = pretrained
-        self.backbone: nn.Module = pretrained.backbone.to(device, memory_format=torch.channels_last).requires_grad_(
-            False
-        )
+        self.backbone: nn.Module = pretrained.backbone.to(device).requires_grad_(False)
+        # torch's type hints leave out this argument.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data = data
         self.device = device
         self.autocast = autocast

@@ -24,6 +24,7 @@ from caco_fast.data import (
     ArraySource,
     BadImageError,
     DataConfig,
+    EvalLoader,
     Source,
     TrainLoader,
     ViewConfig,
@@ -54,7 +55,7 @@ class FeatureSet(NamedTuple):
 
     features: Tensor  # [N, D] in the dtype that the backbone computed, on the CPU; a memory-mapped file if cached
     labels: Tensor  # [N] int64
-    index: Tensor  # [N] int64, positions in the source
+    index: Tensor  # type: ignore[assignment]  # [N] int64, positions in the source
     source: Source
     # Name -> reason of the images that can't be read: of all ranks if cached, else of this one.
     bad: dict[str, str] = {}
@@ -124,6 +125,7 @@ class Extraction:
                 together(lambda: stack.enter_context(cache.writing()) if rank() == 0 else None)
                 self._fill(cache, title)
         stored = together(lambda: read(fill=True))
+        assert stored is not None
         if stored.bad:
             name, reason = next(iter(stored.bad.items()))
             _say(
@@ -196,9 +198,10 @@ class _Batches:
         options: dict[str, Any] = {"batch_size": size, "device": work.device}
         if work.view is None:
             part = work.source if len(positions) == len(work.source) else take(work.source, positions)
-            self.loader = build_eval_loader(work.config, work.split, **options, source=part, labelled=work.labelled)
+            loader = build_eval_loader(work.config, work.split, **options, source=part, labelled=work.labelled)
             # A share that is left after a stop may have bad images alone.
-            self.loader.may_be_empty = True
+            loader.may_be_empty = True
+            self.loader: EvalLoader | TrainLoader = loader
         else:
             # Of the whole source, because the view of an image depends on its position there.
             config = dataclasses.replace(work.config, imbalance="none", bad_image_limit=1.0)
@@ -214,18 +217,19 @@ class _Batches:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        if not isinstance(self.loader, TrainLoader):
+        if isinstance(self.loader, EvalLoader):
             for images, labels, index in self.loader:
                 yield images, labels, torch.from_numpy(self.positions)[index]
             return
+        assert self.work.view is not None
         try:
             for part, batch in zip(self.parts, self.loader.batches_of(self.work.view.epoch, self.parts)):
                 # In place of a bad image the loader gives another one.
                 good = torch.from_numpy(part) == batch.index.cpu()
                 if good.any():
                     positions = torch.from_numpy(part)[good]
-                    labels = [self.work.source.label(position) for position in positions.tolist()]
-                    yield batch.views[0][good.to(batch.views[0].device)], torch.tensor(labels), positions
+                    labels = torch.tensor([self.work.source.label(position) for position in positions.tolist()])
+                    yield batch.views[0][good.to(batch.views[0].device)], labels, positions
         finally:
             self.loader.close()
 

@@ -1,8 +1,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from caco_fast.data import ArraySource, DataConfig, EvalLoader, build_eval_loader, build_source, index_main
 from caco_fast.data.loaders import evaluation
@@ -58,6 +60,22 @@ def test_folder_images_are_resized_and_cropped(image_folder: Path, workers: int,
     batches = list(build_eval_loader(config, "test", batch_size=3))
     assert [images.shape for images, _, _ in batches] == [(3, 3, 12, 12), (1, 3, 12, 12)]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("filter", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_resizes_as_pil_does(image_folder: Path, filter: Image.Resampling, loader_name: str) -> None:
+    name = filter.name.lower()
+    options = {"loader": loader_name if name == "bilinear" else "auto", "workers": 0, "eval_interpolation": name}
+    config = DataConfig(path=str(image_folder), eval_resize=16, eval_size=12, mean=[0.0] * 3, std=[1.0] * 3, **options)
+    loader = build_eval_loader(config, "test", batch_size=4)
+    (images, _, _) = next(iter(loader))
+    for row, image in enumerate(images):
+        original = loader.source.image(row)
+        width, height = (16 * side // min(original.size) for side in original.size)
+        resized = np.asarray(original.resize((width, height), filter))
+        top, left = round((height - 12) / 2), round((width - 12) / 2)
+        expected = torch.from_numpy(resized[top : top + 12, left : left + 12].copy()).permute(2, 0, 1) / 255
+        assert torch.allclose(image, expected, atol=1e-6 if name == "bicubic" or not loader.dali else 0.05)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

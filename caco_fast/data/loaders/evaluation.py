@@ -51,7 +51,7 @@ class EvalLoader:
         self.may_be_empty = False
         self.positions = evaluation_share(len(source), share, rank, world_size)
         self._device = torch.device(device)
-        self._resize, self._size = config.eval_resize, config.eval_size
+        self._view = config.eval_resize, config.eval_size, config.eval_interpolation
         self._mean, self._std = config.mean or source.mean, config.std or source.std
         self._scale = [torch.tensor(values, dtype=torch.float32, device=device) for values in (self._mean, self._std)]
         # No limit here: the training loader stops a run whose training set has too many bad images.
@@ -70,7 +70,7 @@ class EvalLoader:
         held = isinstance(self.source, ArraySource) and config.eval_resize is None
         workers = 0 if held else config.worker_processes()
         return DataLoader(
-            EvaluationBatches(self.source, self._resize, self._size),
+            EvaluationBatches(self.source, *self._view),
             sampler=self._parts,
             batch_size=None,
             collate_fn=as_is,
@@ -86,7 +86,7 @@ class EvalLoader:
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the set's first image as it will be given, the same on all ranks; None: can't be read."""
-        images = EvaluationBatches(self.source, self._resize, self._size)[range(min(1, len(self.source)))].images
+        images = EvaluationBatches(self.source, *self._view)[range(min(1, len(self.source)))].images
         return (images[0].shape[2], images[0].shape[3]) if images else None
 
     def denormalise(self, images: Tensor) -> Tensor:  # [b, ch, h, w]
@@ -155,9 +155,9 @@ def _several_sizes(image: tuple[str, tuple[int, ...]], other: tuple[str, tuple[i
 class EvaluationBatches(Dataset[RawBatch]):
     """A dataset whose items are batches of unaugmented images; its keys are positions, bad images are left out."""
 
-    def __init__(self, source: Source, resize: int | None, size: int | None) -> None:
+    def __init__(self, source: Source, resize: int | None, size: int | None, interpolation: str) -> None:
         self.source = source
-        self.transform = evaluation_transform(resize, size)
+        self.transform = evaluation_transform(resize, size, interpolation)
 
     def __getitem__(self, positions: Sequence[int]) -> RawBatch:
         images, index, bad = [], [], []

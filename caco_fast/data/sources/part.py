@@ -84,7 +84,7 @@ def imbalanced(source: Source, config: DataConfig) -> Source:
         )
     classes = len(source.classes)
     order = np.random.default_rng(0x494D42).permutation(len(source))
-    labels = _labels(source)[order]
+    labels = labels_of(source)[order]
     by_class = np.argsort(labels, kind="stable")  # positions in the shuffle, class after class
     counts = np.bincount(labels, minlength=classes)
     kept = np.array([_kept(config.imbalance, label, classes, int(count)) for label, count in enumerate(counts)])
@@ -103,7 +103,8 @@ def _kept(imbalance: str, label: int, classes: int, count: int) -> int:
     return int(math.exp(group + 1 - groups) * count)
 
 
-def _labels(source: Source) -> np.ndarray:  # [N] int64
+def labels_of(source: Source) -> np.ndarray:  # [N] int64
+    """The label of every image."""
     if isinstance(source, ArraySource):
         return source.labels
     return np.fromiter((source.label(index) for index in range(len(source))), dtype=np.int64, count=len(source))

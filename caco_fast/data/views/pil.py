@@ -56,12 +56,12 @@ def view_transform(config: ViewConfig, channels: int) -> v2.Compose:
     return v2.Compose(steps)
 
 
-def evaluation_transform(resize: int | None, size: int | None) -> v2.Compose:
+def evaluation_transform(resize: int | None, size: int | None, interpolation: str = "bilinear") -> v2.Compose:
     """PIL image -> uint8 tensor [ch, h, w]: shorter side to `resize`, then the centre `size` x `size`; None skips.
 
     A uint8 tensor [ch, h, w] is accepted too. The part of the centre that lies outside the image is black.
     """
-    steps: list[v2.Transform] = [v2.Resize(resize)] if resize else []
+    steps: list[v2.Transform] = [v2.Resize(resize, v2.InterpolationMode(interpolation))] if resize else []
     steps += [v2.CenterCrop(size)] if size else []
     return v2.Compose([*steps, v2.PILToTensor()])
 
