@@ -121,9 +121,24 @@ class Context:
         Raises:
             UserError: images are missing or can't be read, or the cache can't be written, on all ranks alike.
         """
+        work = self._extraction(split, data, source, view, labelled)
+        if self.cache is None:
+            return work.without_cache()
+        return work.cached(self.cache, self._computed_by())
+
+    def all_features(self, split: str, source: Source | None = None, *, labelled: bool = True) -> FeatureSet:
+        """The features of all ranks on every rank, mapped from the cache, which must be there (collective)."""
+        if self.cache is None:
+            raise ValueError("all_features needs a cache")
+        work = self._extraction(split, None, source, None, labelled)
+        return work.cached(self.cache, self._computed_by(), whole=True)
+
+    def _extraction(
+        self, split: str, data: DataConfig | None, source: Source | None, view: AugmentedView | None, labelled: bool
+    ) -> Extraction:
         config = data or self.data
         found = together(lambda: self.source(split, config)) if source is None else self.readable(source)
-        work = Extraction(
+        return Extraction(
             encoder=self.folded,
             precision=self.precision,
             source=found,
@@ -134,11 +149,9 @@ class Context:
             device=self.device,
             labelled=labelled,
         )
-        if self.cache is None:
-            return work.without_cache()
-        return work.cached(
-            self.cache, {"weights": self.pretrained.weights_sha256, "precision": str(self.autocast or torch.float32)}
-        )
+
+    def _computed_by(self) -> dict[str, Any]:
+        return {"weights": self.pretrained.weights_sha256, "precision": str(self.autocast or torch.float32)}
 
 
 @dataclass(frozen=True)

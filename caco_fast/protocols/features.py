@@ -96,14 +96,14 @@ class Extraction:
 
         return together(extract)
 
-    def cached(self, root: Path, computed_by: dict[str, Any]) -> FeatureSet:
+    def cached(self, root: Path, computed_by: dict[str, Any], whole: bool = False) -> FeatureSet:
         """The features of this rank, mapped from a folder below `root`, which is filled first (collective).
 
-        computed_by: what the features depend on besides the images and their view.
+        computed_by: what the features depend on besides the images and their view. whole: those of all ranks.
         """
         settings = on_rank_0(lambda: {**computed_by, **self._pixels()})
         cache = FeatureCache(root, settings, len(self.source))
-        share = evaluation_share(len(self.source), 1.0, rank(), world_size())
+        share = evaluation_share(len(self.source), 1.0, *((0, 1) if whole else (rank(), world_size())))
         first, last = (int(share[0]), int(share[-1]) + 1) if len(share) else (0, 0)
         title = f"features of {len(self.source):,} {self.split} images"
 

@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from caco_fast.errors import UserError
-from caco_fast.evaluate import knn_accuracy
+from caco_fast.evaluate import knn_accuracy, knn_scores
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 KS = [1, 5, 20]
@@ -62,6 +63,55 @@ def test_equals_a_plain_loop(temperature: float) -> None:
     found = knn_accuracy(*rows, k=KS, classes=7, temperature=temperature)
     assert found == {k: pytest.approx(by_loop(rows, k, 7, temperature)) for k in KS}
     assert 30 < found[20] < 95
+
+
+def places_by_loop(rows: Rows, k: int, classes: int, temperature: float) -> list[int]:
+    """The number of classes before the right one for each test row, from sorted Python lists; k nearest rows vote."""
+    train, labels, test, answers = rows
+    train, test = (part.double() / part.double().norm(dim=1, keepdim=True) for part in (train, test))
+    places = []
+    for query, answer in zip(test, answers.tolist()):
+        similarity = (train @ query).tolist()
+        votes = [0.0] * classes
+        for row in sorted(range(len(train)), key=lambda row: (-similarity[row], row))[:k]:
+            votes[labels[row]] += math.exp(similarity[row] / temperature)
+        order = sorted(range(classes), key=lambda label: (-votes[label], label))
+        places.append(order.index(answer) if answer in order else classes)
+    return places
+
+
+@pytest.mark.parametrize("make", [clusters, ties], ids=["clusters", "ties"])
+def test_one_search_serves_all_temperatures_and_the_first_five(make: Callable[..., Rows]) -> None:
+    train, labels, test, answers = make(211, 67, classes=13)
+    # A class that the training set does not have, and no class.
+    answers[:4] = torch.tensor([13, 40, -1, -1])
+    rows = (train, labels, test, answers)
+    found = knn_scores(*rows, k=KS, classes=13, temperatures=[0.07, 0.5])
+    assert len(found) == 2 * len(KS)
+    for (k, temperature), (top1, top5) in found.items():
+        places = places_by_loop(rows, k, 13, temperature)
+        assert top1 == pytest.approx(100 * sum(place < 1 for place in places) / 67)
+        assert top5 == pytest.approx(100 * sum(place < 5 for place in places) / 67)
+    assert found[20, 0.5][0] < found[20, 0.5][1] < 100
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("make", [clusters, ties], ids=["clusters", "ties"])
+def test_long_rows_in_several_blocks_give_the_neighbours_of_a_sort(
+    make: Callable[..., Rows], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups, their remainder, and the bound of earlier blocks leave no neighbour out."""
+    module = sys.modules["caco_fast.evaluate.knn"]
+    monkeypatch.setattr(module, "ROWS", 97)
+    monkeypatch.setattr(module, "PRODUCTS", 5)
+    train, labels, test, _ = make(2003, 23)
+    index = torch.randperm(2003, generator=torch.Generator().manual_seed(1))
+    (found,) = module._neighbours(module._unit(test), train, index % 100, index, k)
+    similarity = module._unit(test) @ module._unit(train).T
+    keys = module._sortable(similarity, index)
+    expected, place = keys.sort(dim=1, descending=True)
+    torch.testing.assert_close(found[0], module._similarity(expected[:, :k]))
+    assert (found[1] == (index % 100)[place[:, :k]]).float().mean() > (0.999 if make is ties else 0.95)
 
 
 @pytest.mark.parametrize("shuffled", [False, True], ids=["in-order", "shuffled-index"])

@@ -122,6 +122,7 @@ def of_ranks(folder: Path, data: DataConfig) -> tuple[torch.Tensor, ...]:
     return tuple(value.clone() for value in found[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers, readers", [(2, 3), (3, 1)])
 def test_any_number_of_ranks_reads_what_others_wrote(tmp_path: Path, writers: int, readers: int) -> None:
     data = folder_of(tmp_path / "data", bad_of("some"))
@@ -149,6 +150,7 @@ def test_a_stop_costs_no_more_than_a_shard(tmp_path: Path, caplog: pytest.LogCap
     assert "16 are there already" in caplog.text
 
 
+@pytest.mark.slow
 def test_ranks_continue_what_one_rank_left(tmp_path: Path) -> None:
     expected = context(tmp_path, cache=None).features("train", source=array())
     backbone = Small()
