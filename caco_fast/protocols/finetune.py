@@ -98,7 +98,7 @@ def _tuned(context: Context, settings: Any, name: str, train: Source, test: Sour
     finally:
         loader.close()
     result = tuning.result()
-    result.deviations = chosen.deviations | view_deviations(context)
+    result.deviations = chosen.deviations | view_deviations(context, train, settings.size, name)
     result.counts = {"images": {"labelled": {"found": len(train)}, "test": {"found": len(test)}}}
     result.notes.append(f"preset {preset}, {len(train)} of {of} images with their labels")
     if left := len(train) % recipe.batch_size:

@@ -114,12 +114,13 @@ class HeadTraining:
         of_headline = [epoch["top1"][at] for epoch in self.history]
         best = max(range(len(of_headline)), key=of_headline.__getitem__)
         metrics = {"top1": last["top1"][at], "top5": last["top5"][at]}
+        sweep = [self._of_head(head) for head in range(len(lrs))]
+        notes = [f"top1_published_rule: the best epoch on the test images, here {best + 1} of {len(of_headline)}"]
         if self.held is not None:
             chosen = max(range(len(lrs)), key=lambda head: (math.isfinite(last["loss"][head]), last["held_out"][head]))
-            metrics |= {"top1_lr_chosen_on_held_out": last["top1"][chosen], "lr_chosen_on_held_out": lrs[chosen]}
-        metrics |= {"top1_published_rule": of_headline[best], "epoch_of_published_rule": float(best + 1)}
-        sweep = [self._of_head(head) for head in range(len(lrs))]
-        notes = ["top1_published_rule is the best epoch on the test images, as publications report it"]
+            metrics["top1_lr_chosen_on_held_out"] = last["top1"][chosen]
+            notes.append(f"top1_lr_chosen_on_held_out: lr {lrs[chosen]:.4g}, the best one on the held-out images")
+        metrics["top1_published_rule"] = of_headline[best]
         share = metrics["top1"] / 100
         error = 100 * math.sqrt(share * (1 - share) / max(1, len(self.test.source)))
         return Result(metrics, standard_error=error, sweep=sweep, notes=notes)

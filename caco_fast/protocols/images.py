@@ -52,10 +52,16 @@ def split_held_out(source: Source, count: int | None, seed: int) -> tuple[Source
 def crop_view(context: Context, source: Source, recipe: TrainingRecipe, size: int | None) -> ViewConfig:
     """A random crop with a flip; None: of the size of the test view."""
     low, high = recipe.crop_scale
-    size = size or context.data.eval_size or (source.images.shape[1] if isinstance(source, ArraySource) else 224)
+    size = _crop_size(context, source, size)
     return ViewConfig(
         size=size, scale=(low, high), flip_p=recipe.flip_p, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0
     )
+
+
+def _crop_size(context: Context, source: Source, size: int | None) -> int:
+    # Sets in memory have images of one size.
+    own = source.images.shape[1] if isinstance(source, ArraySource) else PUBLISHED_VIEW["eval_size"]
+    return size or context.data.eval_size or own
 
 
 def crop_loader(
@@ -74,7 +80,8 @@ def crop_loader(
                 f"images; set {name}.batch_size"
             )
         return build_train_loader(
-            context.data,
+            # Of all images, since the labels are those of all.
+            replace(context.data, imbalance="none"),
             [view],
             batch_size=recipe.batch_size,
             seed=context.seed,
@@ -92,14 +99,11 @@ def shown_in_tests(context: Context, recipe: TrainingRecipe) -> DataConfig:
     return replace(context.data, eval_interpolation=recipe.interpolation)
 
 
-def view_deviations(context: Context) -> dict[str, Any]:
-    """How the test view differs from the published one of ImageNet."""
-    found = {key: getattr(context.data, key) for key in PUBLISHED_VIEW}
-    return {
-        f"data.{key}": {"found": found[key], "preset": value}
-        for key, value in PUBLISHED_VIEW.items()
-        if found[key] != value
-    }
+def view_deviations(context: Context, source: Source, size: int | None, name: str) -> dict[str, Any]:
+    """How the views differ from the published ones of ImageNet: shorter side 256, centre and random crops of 224."""
+    found = {f"data.{key}": (getattr(context.data, key), value) for key, value in PUBLISHED_VIEW.items()}
+    found[f"{name}.size"] = _crop_size(context, source, size), PUBLISHED_VIEW["eval_size"]
+    return {key: {"found": ours, "preset": theirs} for key, (ours, theirs) in found.items() if ours != theirs}
 
 
 def weights_sum(module: nn.Module) -> int:

@@ -19,6 +19,7 @@ from caco_fast.protocols.base import Context, Published, Result, register
 from caco_fast.protocols.head_training import HeadTraining, LinearRecipe
 from caco_fast.protocols.heads import Heads
 from caco_fast.protocols.images import (
+    HELD_OUT,
     crop_loader,
     labelled,
     shown_in_tests,
@@ -92,7 +93,7 @@ def linear(context: Context, settings: Any) -> Result:
         training.run(batches)
     if weights_sum(context.backbone) != before:
         raise RuntimeError("linear: the backbone changed while it was evaluated")
-    return finished_result(context, training, chosen, len(train.classes), len(kept), held)
+    return finished_result(context, training, chosen, train, held, settings.size)
 
 
 def chosen_recipe(context: Context, settings: Any, name: str) -> Chosen:
@@ -115,21 +116,33 @@ def held_out_images(train: Source, recipe: LinearRecipe, seed: int, name: str) -
 
 
 def finished_result(
-    context: Context, training: HeadTraining, chosen: Chosen, classes: int, images: int, held: Source | None
+    context: Context,
+    training: HeadTraining,
+    chosen: Chosen,
+    train: Source,
+    held: Source | None,
+    size: int | None,
+    usable: int | None = None,
 ) -> Result:
-    """The result of the heads, with what was different from the preset and how many images there were."""
+    """The result of the heads, with what was different from the preset and how many images there were.
+
+    size: of the crop, as the user gave it. usable: images that were trained on; None: all that are not held out.
+    """
     result = training.result()
-    result.deviations = chosen.deviations | view_deviations(context)
-    if held is not None and chosen.preset != "byol":
-        result.deviations[f"{training.name}.held_out"] = {"found": len(held), "preset": 0}
+    key, held_out = f"{training.name}.held_out", 0 if held is None else len(held)
+    result.deviations = chosen.deviations | view_deviations(context, train, size, training.name)
+    result.deviations.pop(key, None)
+    if held_out != (of_preset := HELD_OUT if chosen.preset == "byol" else 0):
+        result.deviations[key] = {"found": held_out, "preset": of_preset}
+    images = len(train) - held_out if usable is None else usable
     left = images % chosen.recipe.batch_size
     if left:
         result.notes.append(
             f"each epoch leaves out {left} of {images} images, which fill no batch; other ones each time"
         )
-    found = {"train": images, "held_out": len(held) if held is not None else 0, "test": len(training.test.source)}
+    found = {"train": images, "held_out": held_out, "test": len(training.test.source)}
     result.counts = {"images": {split: {"found": count} for split, count in found.items()}}
-    if classes == 1000 and len(training.test.source) == 50_000:
+    if len(train.classes) == 1000 and len(training.test.source) == 50_000:
         result.published = list(PUBLISHED.get(chosen.preset, []))
         published = {"train": 1_281_167, "test": 50_000}
         result.counts = {"images": {k: {"found": n, "published": published.get(k)} for k, n in found.items()}}

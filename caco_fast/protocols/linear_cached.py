@@ -85,7 +85,7 @@ def linear_cached(context: Context, settings: Any) -> Result:
             yield features[rows].to(context.device), labels[own].to(context.device)
 
     training.run(batches)
-    result = finished_result(context, training, chosen, len(train.classes), len(usable), held)
+    result = finished_result(context, training, chosen, train, held, settings.size, len(usable))
     result.deviations["linear_cached.views"] = {"found": settings.views, "preset": "a new one in each epoch"}
     return result
 

@@ -5,6 +5,7 @@ which every field may be null: the preset's. The presets are the files of `caco_
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,8 @@ from caco_fast.optim import Schedule, ScheduleConfig
 from caco_fast.pretrained import Pretrained
 from caco_fast.settings import require_at_least, setting
 from caco_fast.settings_tree import read_settings, with_bases
+
+log = logging.getLogger("caco_fast.evaluation")
 
 RecipeType = TypeVar("RecipeType", bound="TrainingRecipe")
 SCALINGS = {"none": lambda batch: 1.0, "linear": lambda batch: batch / 256, "sqrt": lambda batch: batch**0.5}
@@ -136,6 +139,11 @@ def choose(settings: Any, recipe: type[RecipeType], name: str, folder: str, pres
         filled = _filled(settings, published)
     except UserError as error:
         raise _of_protocol(name, error) from None
+    if filled.milestones and filled.milestones[-1] >= filled.epochs:
+        log.warning(
+            "%s.milestones: found %s in %d epochs, so the learning rate does not fall as in preset %s; set them too",
+            *(name, list(filled.milestones), filled.epochs, preset),
+        )
     different = {
         f"{name}.{field.name}": {"found": getattr(filled, field.name), "preset": getattr(published, field.name)}
         for field in dataclasses.fields(recipe)

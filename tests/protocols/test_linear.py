@@ -1,5 +1,6 @@
 """The linear evaluation against a loop written by hand, its choices, its stops and its refusals."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -40,7 +41,7 @@ def test_equals_a_loop_written_by_hand_to_the_bit(tmp_path, monkeypatch):
     torch.manual_seed(5)
     backbone = torchvision.models.resnet18().eval()
     backbone.fc, backbone.num_features = nn.Identity(), 512
-    context = SmallContext(tmp_path, images(37, side=32), images(11, side=32, seed=1), backbone, seed=7)
+    context = SmallContext(tmp_path, images(19, side=32), images(11, side=32, seed=1), backbone, seed=7)
     # Folded BatchNorms give the same features to rounding.
     context.folded = context.backbone
     made = Made(monkeypatch)
@@ -88,7 +89,7 @@ def test_the_headline_is_the_last_epoch_of_the_rate_of_the_preset(tmp_path):
     assert result.metrics["top1"] == row["top1"] and next(iter(result.metrics)) == "top1"
     assert result.metrics["top1_published_rule"] == row["best"] >= row["top1"]
     best = max(result.sweep, key=lambda row: row["held_out"])
-    assert result.metrics["lr_chosen_on_held_out"] == best["lr"]
+    assert f"lr {best['lr']:.4g}, the best one on the held-out images" in result.notes[1]
     assert result.metrics["top1_lr_chosen_on_held_out"] == best["top1"]
     assert result.counts["images"]["train"]["found"] == 49 and result.counts["images"]["held_out"]["found"] == 12
     share = row["top1"] / 100
@@ -101,7 +102,9 @@ def test_says_what_differs_from_the_preset(tmp_path):
     assert deviations["linear.lr"] == {"found": 0.5, "preset": 30.0}
     assert deviations["linear.held_out"] == {"found": 3, "preset": 0}
     assert deviations["data.eval_size"] == {"found": None, "preset": 224}
+    assert deviations["linear.size"] == {"found": 12, "preset": 224}
     assert "linear.momentum" not in deviations
+    assert "linear.held_out" not in evaluate(SmallContext(tmp_path), "linear", *QUICK, "held_out=0").deviations
 
 
 def test_eight_rates_around_that_of_the_preset(tmp_path):
@@ -255,3 +258,14 @@ def test_the_test_view_of_a_preset_is_resized_as_published(tmp_path, monkeypatch
     for preset, expected in (("byol", "bicubic"), ("dino", "bicubic"), ("swav", "bilinear")):
         evaluate(SmallContext(tmp_path), "linear", f"preset={preset}", "batch_size=16", "epochs=1", "held_out=5")
         assert [data.eval_interpolation for data in shown[-2:]] == [expected] * 2
+
+
+def test_trains_on_all_images_whatever_the_run_left_out(tmp_path):
+    context = SmallContext(tmp_path / "a")
+    context.data = dataclasses.replace(context.data, imbalance="linear")
+    assert evaluate(context, "linear", *QUICK).sweep == evaluate(SmallContext(tmp_path / "b"), "linear", *QUICK).sweep
+
+
+def test_warns_of_milestones_after_the_end(tmp_path, caplog):
+    evaluate(SmallContext(tmp_path), "linear", "preset=moco", "batch_size=16", "epochs=1")
+    assert "linear.milestones: found [60, 80] in 1 epochs" in caplog.text
