@@ -141,7 +141,9 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setattr("caco_fast.training.train", lambda *arguments: called.append(arguments[1:]))
     assert train.main(["--config", "~/second.yaml", "--resume", "~/a.pt"]) == 0
     pretrain("quickstart", out="~/runs/b", resume="~/b.pt")
-    assert called == [(tmp_path / f"runs/{name}", str(tmp_path / f"{name}.pt")) for name in "ab"]
+    assert [given[:2] for given in called] == [
+        (tmp_path / f"runs/{name}", str(tmp_path / f"{name}.pt")) for name in "ab"
+    ]
 
 
 def test_training_without_a_configuration_says_so(capsys):
