@@ -99,16 +99,19 @@ def baselines(config: Config, run: RunFolder, evaluator: Evaluator, encoder: Enc
 def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
     """Write summary.json and curves.png, show the figures, and return the summary (collective)."""
     at = trainer.position
+    own_steps = max(at.step - at.imported_steps, 0)
     values: dict[str, Any] = {
         "finished": trainer.finished,
         "steps": at.total_steps,
         "train_seconds": round(at.train_seconds, 1),
         "initialisation_steps": at.total_steps - at.step if trainer.training else at.total_steps,
         # Of the present phase: a step of the initialisation does half the work of a step of training.
-        "pairs_per_second": round(at.step * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
+        "pairs_per_second": round(own_steps * config.trainer.batch_size / max(at.phase_seconds, 1e-9), 1),
         # Of rank 0 since its last start, before the final evaluation.
         "peak_memory_gib": round(peak_memory(trainer.step.device) / 2**30, 3),
     }
+    if at.imported_steps:
+        values["imported_steps"] = at.imported_steps
     values |= trainer.positives
     # Each rank knows the bad images that it met itself.
     values["bad_images"] = len(set().union(*all_gather_objects(list(trainer.loader.bad_images))))
@@ -144,7 +147,7 @@ def show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
         log.info("at the end: %s", describe(held_out))
     pairs, seconds = summary["pairs_per_second"], summary["train_seconds"]
     first = summary["initialisation_steps"]
-    steps = summary["steps"]
+    steps = summary["steps"] - summary.get("imported_steps", 0)
     log.info("%d steps in %.0f s, of which %d fill the bank; %s pairs/s", steps, seconds, first, f"{pairs:,.0f}")
     log.info("everything is in %s: summary.json, curves.png, metrics.jsonl, config.yaml, checkpoints/", run.path)
 

@@ -24,7 +24,8 @@ class Position:
     """The position of a run: `step` counts the finished steps of the phase, `total_steps` those of all phases.
 
     `epochs_ended` counts the epochs whose kNN and checkpoint are done too. A run that was stopped before does them when
-    it is resumed.
+    it is resumed. `imported_steps` of them are those of another code, whose checkpoint the run began from: no time was
+    measured for them.
     """
 
     phase: str = ""
@@ -33,6 +34,7 @@ class Position:
     epochs_ended: int = 0
     phase_seconds: float = 0.0
     train_seconds: float = 0.0
+    imported_steps: int = 0
 
 
 @dataclass

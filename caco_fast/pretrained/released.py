@@ -112,6 +112,7 @@ def imported_state(
         "step": epoch * steps_per_epoch,
         "total_steps": epoch * steps_per_epoch,
         "epochs_ended": epoch,
+        "imported_steps": epoch * steps_per_epoch,
     }
     return {
         **fresh,

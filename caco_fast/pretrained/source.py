@@ -42,7 +42,7 @@ class Pretrained:
     architecture: BackboneConfig
     channels: int
     # What the results say of it: source, kind, path, sha256 of the file, step, framework, container, prefix, tensors,
-    # left_out, notes.
+    # left_out, notes, and trusted if pickled classes were loaded.
     origin: dict[str, Any] = field(default_factory=dict)
     # Of pixels in [0, 1], as it was trained; None: not known, so ImageNet's.
     mean: tuple[float, ...] | None = None
@@ -87,7 +87,8 @@ def open_source(text: str, architecture: BackboneConfig | None = None, *, trust:
     if tree.get("format") == FORMAT:
         return _of_checkpoint(text, place)
     given = architecture if architecture != BackboneConfig() else None
-    return _of_file(text, place, tree, declared, given or declared.architecture or architecture)
+    made = _of_file(text, place, tree, declared, given or declared.architecture or architecture)
+    return replace(made, origin=made.origin | {"trusted": True}) if trust else made
 
 
 def _random(text: str, architecture: BackboneConfig) -> Pretrained:

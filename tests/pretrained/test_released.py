@@ -176,13 +176,20 @@ def test_an_imported_run_trains_to_its_end_and_resumes(images: Path, tmp_path: P
     tree = released_tree(config)
     torch.save(tree, tmp_path / "w.pth.tar")
     train(config, tmp_path / "run", released=str(tmp_path / "w.pth.tar"))
-    state = load_state(CheckpointStore(tmp_path / "run" / "checkpoints").latest())
+    state = state_of(tmp_path / "run")
     assert state["position"]["total_steps"] == 4 and state["position"]["phase"] == "training"
     # Of a restart the folder has a checkpoint, and the released file, which may be gone, isn't read.
     (tmp_path / "w.pth.tar").unlink()
     whole = config_of("caco", images, "optimizer.name=lars")
     summary = train(whole, tmp_path / "run", "auto", released=str(tmp_path / "w.pth.tar"))
-    assert summary["finished"] and summary["steps"] == 9
+    assert summary["finished"] and summary["steps"] == 9 and summary["imported_steps"] == 3
+    # The imported steps took no time here.
+    measured = 6 * 8 / state_of(tmp_path / "run")["position"]["phase_seconds"]
+    assert summary["pairs_per_second"] == pytest.approx(measured, abs=0.06)
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    return load_state(CheckpointStore(run / "checkpoints").latest())
 
 
 def imported_bank(config: Config, file: str, folder: str) -> list[Tensor]:
