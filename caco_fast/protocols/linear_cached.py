@@ -91,7 +91,7 @@ def linear_cached(context: Context, settings: Any) -> Result:
 
 
 def _features(context: Context, source: Source, recipe: LinearRecipe, settings: Any, view: int) -> FeatureSet:
-    """This rank's features of one view of the training images, from the cache if they are there (collective)."""
+    """Features of one view of this rank's training images, from the cache if they are there (collective)."""
     if settings.views == 1:
         return context.features("train", shown_in_tests(context, recipe), source)
     crop = crop_view(context, source, recipe, settings.size)

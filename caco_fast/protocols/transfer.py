@@ -47,8 +47,8 @@ PAPER = (
     "cifar10",
     "cifar100",
 )
-# Table V of the CaCo paper, ResNet-50, and what VOC's number is: BYOL's is an 11-point mAP, and those of AdCo and CaCo fit
-# the average over images of AdCo's script. MoCo's, left out, is at the level of VISSL's SVM.
+# Table V of the CaCo paper, ResNet-50, with the kind of VOC's number: BYOL's is an 11-point mAP, and those of AdCo and
+# CaCo fit the average over images of AdCo's script. MoCo's, left out, is at the level of VISSL's SVM.
 TABLE = {
     "CaCo": ((64.6, 73.8, 75.4, 66.0, 92.6, 76.8, 91.9, 94.4, 96.1, 92.6, 76.0), "voc2007_ap_over_images"),
     "AdCo": ((62.2, 66.8, 73.8, 63.6, 92.4, 75.5, 86.8, 91.8, 93.7, 91.2, 74.3), "voc2007_ap_over_images"),
