@@ -129,9 +129,11 @@ def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
 
 def show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:
     """Log the figures of a summary, and its scores as a table."""
+    few = config.evaluation.few_labels
     columns = [f"kNN {k}" for k in config.evaluation.k] + ["linear probe"] * config.evaluation.linear_probe
+    columns += [f"linear, {few} labels a class"] if few else []
     keys = list(_named("{}", {f"knn_{k}": 0.0 for k in config.evaluation.k}))
-    keys += ["linear_{}"] * config.evaluation.linear_probe
+    keys += ["linear_{}"] * config.evaluation.linear_probe + ["few_{}"] * (few > 0)
     names = {"raw": "raw pixels", "random": "random encoder", "trained": "trained encoder"}
     rows = [
         [name, *(float(summary[key.format(what)]) for key in keys)]
@@ -176,7 +178,7 @@ def _evaluated(config: Config) -> dict[str, Any]:
 
 
 def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
-    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>."""
+    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>, ..."""
     named: dict[str, float] = {}
     for name, score in scores.items():
         kind, _, k = name.partition("_")

@@ -6,6 +6,7 @@ Legend: N rows of this rank, D feature size.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from statistics import mean
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from caco_fast.distributed import all_gather_objects, all_reduce_sum
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import SizedBatches, extract_features
+from caco_fast.evaluate.few_labels import few_labels
 from caco_fast.evaluate.knn import knn_accuracy
 from caco_fast.evaluate.linear_probe import linear_probe
 from caco_fast.models import Encoder
@@ -33,6 +35,10 @@ class EvaluationConfig:
     train_share: float = setting(1.0, "share of the training set that the neighbours come from (0 to 1)")
     batch_size: int = setting(256, "images per forward on each rank")
     linear_probe: bool = setting(False, "logistic regression on the features of that share, at the end of the run")
+    few_labels: int = setting(
+        0,
+        "at the end of the run, logistic regression on so many labelled images of each class, mean of 5 draws; 0: none",
+    )
     baselines: bool = setting(False, "the same scores for raw pixels and for the random encoder, before training")
 
     def due(self, epochs_done: int, last: bool) -> bool:
@@ -46,7 +52,7 @@ class EvaluationConfig:
     @property
     def wanted(self) -> bool:
         """Whether anything is evaluated. Data without labels can't be."""
-        return self.every_epochs > 0 or self.linear_probe or self.baselines
+        return self.every_epochs > 0 or self.linear_probe or self.few_labels > 0 or self.baselines
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
@@ -55,6 +61,9 @@ class EvaluationConfig:
             raise UserError(f"evaluation.k: found {list(self.k)}, expected every number once")
         require_at_least("evaluation.every_epochs", self.every_epochs, 0)
         require_at_least("evaluation.batch_size", self.batch_size, 1)
+        require_at_least("evaluation.few_labels", self.few_labels, 0)
+        if self.few_labels == 1:
+            raise UserError("evaluation.few_labels: found 1, expected 0 or at least 2, for the choice of a penalty")
         if not 0 < self.train_share <= 1:
             raise UserError(f"evaluation.train_share: found {self.train_share}, expected a number in (0, 1]")
         if not 0 <= self.held_out <= 0.5:
@@ -106,11 +115,11 @@ class Evaluator:
         return self._knn(*self._extract(encoder.backbone, encoder.precision(self.device)))
 
     def scores(self, encoder: Encoder, knn: dict[str, float] | None = None) -> dict[str, float]:
-        """The kNN accuracies, and with `linear_probe` also {"linear": per cent}.
+        """The kNN accuracies, and with `linear_probe` and `few_labels` {"linear": per cent, "few": per cent}.
 
         knn: the accuracies of this encoder, if they are known already.
         """
-        if knn is not None and not self.config.linear_probe:
+        if knn is not None and not self.config.linear_probe and not self.config.few_labels:
             return knn
         return self._scores(encoder.backbone, encoder.precision(self.device))
 
@@ -129,6 +138,10 @@ class Evaluator:
         scores = self._knn(train, test)
         if self.config.linear_probe:
             scores["linear"] = linear_probe(*train[:2], *test[:2], classes=self.classes, train_index=train[2])
+        if self.config.few_labels:
+            options = dict(classes=self.classes, per_class=self.config.few_labels, key="evaluation.few_labels")
+            draws = few_labels(*train[:2], *test[:2], train_index=train[2], **options)
+            scores["few"] = mean(found["top1"] for found in draws)
         return scores
 
     def _extract(self, module: nn.Module, precision: AbstractContextManager | None) -> tuple[tuple[Tensor, ...], ...]:

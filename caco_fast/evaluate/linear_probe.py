@@ -73,9 +73,9 @@ def _choose_penalty(train: Rows, place: Tensor, classes: int, max_iter: int) -> 
     return best.l2, best.weight
 
 
-def held_out(place: Tensor, total: int, share: float) -> Tensor:
+def held_out(place: Tensor, total: int, share: float, seed: int = 0) -> Tensor:
     """Whether each of this rank's rows is in a fixed random share of those of all ranks. [N]"""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     out = torch.zeros(total, dtype=torch.bool)
     out[order[: max(1, int(total * share))]] = True
     return out.to(place.device)[place]
