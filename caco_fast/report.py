@@ -178,7 +178,7 @@ def _evaluated(config: Config) -> dict[str, Any]:
 
 
 def _named(what: str, scores: dict[str, float]) -> dict[str, float]:
-    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>, ..."""
+    """Scores by their names in summary.json: knn_<what> for the first k, knn_<what>_k<k> for others, linear_<what>."""
     named: dict[str, float] = {}
     for name, score in scores.items():
         kind, _, k = name.partition("_")

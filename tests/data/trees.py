@@ -12,16 +12,20 @@ from caco_fast.data.transfer.voc import VOC_CLASSES
 class Tree:
     """A tree that is written; `held` is what it should give, by split: (label or targets, colour) of each image."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, noise: bool = False) -> None:
+        """noise: write random pixels, for tests of what is learned from the images."""
+        self.root, self.noise = root, np.random.default_rng(0) if noise else None
         self.held: dict[str, list[tuple[object, int]]] = {}
         self._count = 0
 
     def image(self, path: Path, label: object = None, split: str = "") -> None:
-        """Write a 12 px image of a new grey value."""
+        """Write an image of 12 x 12 pixels of a new grey value."""
         self._count += 1
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (12, 12), (self._count,) * 3).save(path, quality=100)
+        image = Image.new("RGB", (12, 12), (self._count,) * 3)
+        if self.noise is not None:
+            image = Image.fromarray(self.noise.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        image.save(path, quality=100)
         if split:
             self.held.setdefault(split, []).append((label, self._count))
 
@@ -30,8 +34,8 @@ class Tree:
         path.write_text("\n".join(lines) + "\n")
 
 
-def make_tree(name: str, root: Path, per_class: int = 3) -> Tree:
-    tree = Tree(root)
+def make_tree(name: str, root: Path, per_class: int = 3, noise: bool = False) -> Tree:
+    tree = Tree(root, noise)
     globals()[f"_{name}"](tree, per_class)
     return tree
 
