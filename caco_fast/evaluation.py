@@ -129,13 +129,20 @@ def evaluate(source: str, protocols: Sequence[str], arguments: Sequence[str] = (
         config = together(lambda: load_settings(arguments, pretrained))
         results: dict[str, dict[str, Any]] = {}
         with _context(config, pretrained, device) as context:
-            for name in protocols:
-                results[name] = _run(name, config, context)
-        if rank() == 0:
-            show(results)
-            files = [[f"{_slug(name, config)}.json", *record["files"]] for name, record in results.items()]
-            log.info("written to %s: %s", context.folder, ", ".join(sum(files, [])))
+            try:
+                for name in protocols:
+                    results[name] = _run(name, config, context)
+            finally:
+                # What was found before a protocol failed is written, and should be seen.
+                if rank() == 0 and results:
+                    _announce(results, config, context.folder)
         return results
+
+
+def _announce(results: Mapping[str, Mapping[str, Any]], config: EvaluateConfig, folder: Path) -> None:
+    show(results)
+    files = [[f"{_slug(name, config)}.json", *record["files"]] for name, record in results.items()]
+    log.info("written to %s: %s", folder, ", ".join(sum(files, [])))
 
 
 @contextmanager

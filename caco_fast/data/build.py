@@ -85,7 +85,7 @@ def build_train_loader(
         from caco_fast.data.loaders.dali import DaliLoader
 
         return DaliLoader(source, config, views, **options)
-    if config.loader == "auto" and rank == 0:
+    if config.loader == "auto" and rank == 0 and not _dali_installed():
         log.info(
             "loading by torchvision, because NVIDIA DALI, which is faster, is not installed; %s", _how_to_install()
         )

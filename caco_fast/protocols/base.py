@@ -7,7 +7,7 @@ A protocol is one file: a frozen dataclass of settings and a function `(context,
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from caco_fast.pretrained import Pretrained
 from caco_fast.protocols.features import AugmentedView, Extraction, FeatureSet
 
 log = logging.getLogger("caco_fast.evaluation")
+
+GREY = "the backbone takes grey images, so those of colour are shown in grey"
+COLOUR = "the backbone takes images of colour, so grey ones are shown as three equal channels"
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,14 @@ class Context:
 
     def source(self, split: str, data: DataConfig | None = None) -> Source:
         """The images of a split of `data`, by default the data of the evaluation, as the backbone takes them."""
-        return self.readable(build_source(data or self.data, split))
+        # Mean and deviation are those of the images as the backbone takes them, which may have other channels.
+        return self.readable(build_source(replace(data or self.data, mean=None, std=None), split))
 
     def readable(self, source: Source) -> Source:
         """The images with as many channels as the backbone takes: grey as three equal ones, colour as grey."""
         found = with_channels(source, self.pretrained.channels)
         if found.channels != source.channels and rank() == 0:
-            log.info("images of %d channels are shown to the backbone with %d", source.channels, found.channels)
+            log.info("%s", GREY if found.channels == 1 else COLOUR)
         return found
 
     def features(
