@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from caco_fast.data import DataConfig, build_source
+from caco_fast.data import DataConfig
 from caco_fast.data.sources.base import SUFFIXES, FileSource, Names, data_directory
 from caco_fast.data.sources.listing import list_images
 from caco_fast.distributed import barrier, broadcast_object
@@ -27,9 +26,10 @@ from caco_fast.engine.precision import autocast_dtype, settled_precision, tune_c
 from caco_fast.engine.progress import log_to_console
 from caco_fast.engine.settings import PRECISIONS
 from caco_fast.errors import UserError
+from caco_fast.models import BackboneConfig
 from caco_fast.pretrained import Pretrained, open_source
 from caco_fast.protocols import Context
-from caco_fast.settings import require_at_least, setting
+from caco_fast.settings import require_at_least, section, setting
 from caco_fast.settings_tree import settings_of
 from caco_fast.storage import atomic_write, atomic_write_text
 
@@ -47,6 +47,7 @@ class EmbedConfig:
     data: str = setting("", "directory of the images: every image below it, flat or nested")
     out: str = setting("", "file to write: NAME.safetensors, NAME.npy (with the names in NAME.txt) or NAME.csv")
     normalise: bool = setting(False, "scale every feature to length 1, as for cosine similarity")
+    backbone: BackboneConfig = section(BackboneConfig, "architecture of a file that does not say its own")
     size: int | None = setting(None, "side of the centre crop in pixels; null: that of the run, or 224")
     resize: int | None = setting(
         None, "pixels of the shorter side before the crop; null: that of the run, or size x 8 / 7"
@@ -80,17 +81,6 @@ class EmbedConfig:
             raise UserError(f"out: found nothing, expected a file name with one of {', '.join(FORMATS)}; set out=FILE")
 
 
-class GreyFiles(FileSource):
-    """Image files as grey images, for a backbone of one channel."""
-
-    channels = 1
-    mean = (0.449,)
-    std = (0.226,)
-
-    def image(self, index: int) -> Image.Image:
-        return super().image(index).convert("L")
-
-
 class Embedded(NamedTuple):
     """What was written."""
 
@@ -100,11 +90,12 @@ class Embedded(NamedTuple):
     bad: dict[str, str]  # relative name -> reason of the images that were left out
 
 
-def embed(source: str, config: EmbedConfig) -> Embedded:
+def embed(source: str, config: EmbedConfig, trust: bool = False) -> Embedded:
     """Write the features of all images below `config.data`, in the order of their names.
 
     What is computed is kept in a folder next to the output until that is written, so the same call continues. Under
-    torchrun every rank calls it. An older output is replaced.
+    torchrun every rank calls it. An older output is replaced. trust: whether pickled classes in a file of weights are
+    loaded, which runs code of it.
 
     Raises:
         UserError: no such source, no images, none that can be read, or an output that can't be written.
@@ -116,7 +107,7 @@ def embed(source: str, config: EmbedConfig) -> Embedded:
         log_to_console()
         require_equal_starts({"source": source, **settings_of(config)}, "start all ranks with the same settings")
         on_rank_0(lambda: _require_folder(out))
-        pretrained = together(lambda: open_source(source))
+        pretrained = together(lambda: open_source(source, config.backbone, trust=trust))
         images = together(lambda: list_source(config, pretrained))
         precision = broadcast_object(settled_precision(config.precision, device))
         autocast = autocast_dtype(precision, device, key="precision")
@@ -152,9 +143,8 @@ def list_source(config: EmbedConfig, pretrained: Pretrained) -> FileSource:
         raise UserError(f"data: found no images in {root}, expected files of {', '.join(SUFFIXES)}")
     if pretrained.channels not in (1, 3):
         raise UserError(f"source: found a backbone of {pretrained.channels} channels, expected 1 or 3")
-    kind = GreyFiles if pretrained.channels == 1 else FileSource
     names = Names.of(map(os.fsencode, listing.names))
-    source = kind(root, names, np.full(len(names), -1, dtype=np.int32), [])
+    source = FileSource(root, names, np.full(len(names), -1, dtype=np.int32), [])
     source.max_pixels = config.max_pixels
     return source
 
@@ -167,16 +157,11 @@ def data_config(config: EmbedConfig, pretrained: Pretrained) -> DataConfig:
         # Without a crop of its own a run evaluates whole images, of the size of its views.
         size = run.data.eval_size or max(view.size for view in run.views)
         resize = run.data.eval_resize or (None if run.data.eval_size else size)
-        if mean is None and run.data.source in ("embedded", "cifar10", "cifar100"):
-            own = build_source(run.data, "train")
-            mean, std = own.mean, own.std
     if config.size is not None:
         size, resize = config.size, None
     return DataConfig(
         path=config.data,
         workers=config.workers,
-        # DALI gives colour images.
-        loader="torchvision" if pretrained.channels == 1 else "auto",
         eval_size=size,
         eval_resize=config.resize or resize or round(size * 8 / 7),
         mean=config.mean or (list(mean) if mean else None),

@@ -106,10 +106,13 @@ def _defaults(given: EvaluateConfig, pretrained: Pretrained) -> dict[str, Any]:
     return chosen | {f"data.{name}": value for name, value in wanted.items()}
 
 
-def evaluate(source: str, protocols: Sequence[str], arguments: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def evaluate(
+    source: str, protocols: Sequence[str], arguments: Sequence[str] = (), trust: bool = False
+) -> dict[str, dict[str, Any]]:
     """Evaluate a backbone by protocols, one after the other, and return what their JSON files hold, by protocol.
 
     source: see docs/weights.md. protocols: names, such as ["knn", "linear"]. arguments: `key=value` settings.
+    trust: whether pickled classes in a file of weights are loaded, which runs code of it.
 
     Raises:
         UserError: anything that the user can correct, in one line.
@@ -125,7 +128,7 @@ def evaluate(source: str, protocols: Sequence[str], arguments: Sequence[str] = (
             {"source": source, **settings_of(first), "code": provenance.code()},
             "start all ranks with the same settings and the same code",
         )
-        pretrained = together(lambda: open_source(source, first.backbone))
+        pretrained = together(lambda: open_source(source, first.backbone, trust=trust))
         config = together(lambda: load_settings(arguments, pretrained))
         results: dict[str, dict[str, Any]] = {}
         with _context(config, pretrained, device) as context:
@@ -278,6 +281,6 @@ def _rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
             first = metric == record["headline"]
             error = record["standard_error"] if first else None
             spread = f" ± {error:.1f}" if error is not None else ""
-            beside = [each for each in record["published"] if (each["metric"] or record["headline"]) == metric]
+            beside = [each for each in record["published"] if (each.get("metric") or record["headline"]) == metric]
             published = "; ".join(f"{each['value']:g} {each['who']}" for each in beside)
             yield [name if first else "", metric, f"{value:.1f}{spread}", published or ("not known" if first else "")]

@@ -60,7 +60,7 @@ def backbone(monkeypatch: pytest.MonkeyPatch) -> Small:
 
 def use(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch, channels: int = 3, **known: Any) -> None:
     pretrained = Pretrained(backbone, "small", BackboneConfig(), channels, **known)
-    monkeypatch.setattr(module, "open_source", lambda text: pretrained)
+    monkeypatch.setattr(module, "open_source", lambda text, architecture, trust: pretrained)
 
 
 def config(images: Path, out: Path | str, **settings: Any) -> EmbedConfig:

@@ -1,5 +1,6 @@
 """The evaluation as its user meets it: settings that follow from the source, results as JSON, what is done again."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -123,6 +124,16 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert main(arguments) == 2
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
     assert len(errors) == 1 and line in errors[0], errors
+
+
+def test_pickled_classes_are_loaded_only_if_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = open_source("random:resnet18").backbone.state_dict()
+    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
+    images = write_images(tmp_path / "images", train=4, test=2)
+    arguments = [str(tmp_path / "w.pth"), "knn", "backbone.name=resnet18", f"data.path={images}", f"out={tmp_path}"]
+    assert main(arguments) == 2
+    assert "holds a argparse.Namespace, whose loading could run code" in capsys.readouterr().err
+    assert main([*arguments, "--trust", "data.workers=0", "knn.k=[3]", "device=cpu"]) == 0
 
 
 def test_help_and_settings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

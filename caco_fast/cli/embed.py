@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         if local_rank == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return status_of(lambda: embed(options.source, config), rank, "the same command continues", "what was extracted")
+    return status_of(
+        lambda: embed(options.source, config, options.trust), rank, "the same command continues", "what was extracted"
+    )
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -64,5 +66,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         help="run folder, checkpoint, file or folder of weights, torchvision:NAME, timm:NAME or random:NAME",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings; data=DIR and out=FILE are needed")
+    parser.add_argument(
+        "--trust", action="store_true", help="load pickled classes of SOURCE too, which runs code of that file"
+    )
     parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
     return parser

@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             print(f"error: {error}", file=sys.stderr)
         return 2
     return status_of(
-        lambda: evaluate(options.source, protocols, settings), rank, "the same command continues", "what was written"
+        lambda: evaluate(options.source, protocols, settings, options.trust),
+        rank,
+        "the same command continues",
+        "what was written",
     )
 
 
@@ -82,6 +85,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         help="run folder, checkpoint, file or folder of weights, torchvision:NAME, timm:NAME or random:NAME",
     )
     parser.add_argument("given", nargs="*", metavar="PROTOCOL|key=value", help="protocols, and settings of theirs")
+    parser.add_argument(
+        "--trust", action="store_true", help="load pickled classes of SOURCE too, which runs code of that file"
+    )
     parser.add_argument("--list", action="store_true", help="show the protocols, and stop")
     parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
     parser.add_argument("--table", type=Path, metavar="DIR", help="print the results of a folder as Markdown, and stop")

@@ -17,9 +17,9 @@ RESULT = ROOT / "benchmarks" / "results" / "quickstart_cpu.json"
 ROWS = {"raw": "raw pixels", "random": "random-initialised encoder", "trained": "encoder trained by CaCo"}
 # Points by which the trained encoder must be ahead.
 MARGIN = 0.5
-# Linear classifiers lie one or two points above those of raw pixels. Each has a standard error of 0.9, and rounding moves
-# each by as much: one and the same program gives 84.8 on one processor and 83.4 on another. So a run is only held not to
-# fall behind raw pixels by more than two such errors.
+# Linear classifiers lie one or two points above those of raw pixels. Each has a standard error of 0.9, and rounding
+# moves each by as much: one and the same program gives 84.8 on one processor and 83.4 on another. So a run is only held
+# not to fall behind raw pixels by more than two such errors.
 MARGINS = {"linear_raw": -1.8, "few_raw": -1.8}
 COLUMNS = {
     "knn_{}": "kNN, k 200",
