@@ -37,6 +37,23 @@ def test_scores_are_per_cent_by_k() -> None:
     assert evaluator(train=2, test=2).raw_scores().keys() == {"knn_1"}
 
 
+def test_few_labels_are_scored_with_the_others() -> None:
+    subject = evaluator(train=8, test=2)
+    for number, (_, _, index) in enumerate(subject.train):
+        index += 4 * number
+    subject.config = EvaluationConfig(k=[1], few_labels=4, linear_probe=True)
+    scores = subject.raw_scores()
+    assert list(scores) == ["knn_1", "linear", "few"] and 0 <= scores["few"] <= 100
+    with pytest.raises(UserError, match="^evaluation.few_labels: found 17, but class 0 has 16 images"):
+        subject.config = EvaluationConfig(k=[1], few_labels=17)
+        subject.raw_scores()
+
+
+def test_one_label_of_a_class_is_refused() -> None:
+    with pytest.raises(UserError, match="evaluation.few_labels: found 1, expected 0 or at least 2"):
+        EvaluationConfig(few_labels=1)
+
+
 class Unreadable(list):
     """The batches of a share of which rank 1 can read no image."""
 
