@@ -10,24 +10,19 @@ Legend: N images of this rank, K classes.
 import dataclasses
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from caco_fast.data import DataConfig, Source
 from caco_fast.data.sources.base import IMAGENET_MEAN, IMAGENET_STD
 from caco_fast.data.transfer import TRANSFER_SETS, TransferSet, VocSource, open_set
-from caco_fast.distributed import all_gather_uneven
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
-from caco_fast.evaluate import metrics
-from caco_fast.evaluate.linear_probe import held_out
-from caco_fast.evaluate.rows import Rows, coordinates, over_ranks, places
-from caco_fast.evaluate.solvers import logistic_path, scores
 from caco_fast.protocols.base import Context, FeatureSet, Published, Result, register
+from caco_fast.protocols.penalty_search import Score, choose_and_test, penalties
 from caco_fast.protocols.resuming import Resumable
 from caco_fast.settings import require_at_least, setting
 
@@ -56,11 +51,6 @@ TABLE = {
 }
 # No list of the training images of Caltech-101 was published, so the figure is a mean over splits.
 CALTECH_SPLITS = 5
-# The search ends after so many weaker penalties in a row that were no better. Each costs twice as much as the last.
-PATIENCE = 8
-# Share of the first gradient at which a fit of the search has converged, and its most evaluations. The last fit has to
-# meet those of `logistic_path`.
-SEARCH_TOLERANCE, SEARCH_EVALUATIONS = 1e-3, 300
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,7 @@ class TransferConfig:
 
     def penalties(self) -> list[float]:
         """lambda, from strong to weak."""
-        return torch.logspace(5, -6, self.lambdas, dtype=torch.float64).tolist()
+        return penalties(self.lambdas)
 
 
 @register("transfer", TransferConfig, "logistic regression on frozen features of other sets of images")
@@ -164,35 +154,11 @@ def _fit(
     """The figures on the test images, the penalties tried, and the standard error of the first figure (collective)."""
     data = _view(context, settings)
     train, test = (_labelled(context, data, split, getattr(found, split)) for split in ("train", "test"))
-    if found.val is not None:
-        val = _labelled(context, data, "validation", found.val)
-        features, labels = torch.cat([train.features, val.features]), torch.cat([train.labels, val.labels])
-        chosen_on = torch.cat([torch.zeros(len(train.labels)), torch.ones(len(val.labels))]).bool()
-    else:
-        features, labels = train.features, train.labels
-        place = places(len(labels), train.index, labels.device)
-        chosen_on = held_out(place, over_ranks(len(labels), labels.device), settings.held_out)
-    features, labels, chosen_on = (value.to(context.device) for value in (features, labels, chosen_on))
-    score = _Score(found.metric, len(found.train.classes))
-    penalties = settings.penalties()
-    whole = Rows(features, labels, coordinates(features)).ready()
-    kept, out = whole.take(~chosen_on), whole.take(chosen_on)
-    tried: list[dict[str, Any]] = []
-    best = 0
-    for penalty, (weight, converged) in zip(penalties, score.path(kept, penalties, search=True)):
-        tried.append({"lambda": penalty, "validation": score.of(out, weight)[0], "converged": converged})
-        if tried[-1]["validation"] > tried[best]["validation"]:
-            best = len(tried) - 1
-        if len(tried) - best > PATIENCE:
-            break
-    # Towards the chosen penalty from stronger ones, as in the search.
-    last = [penalty for penalty in penalties[: best + 1]][-2:]
-    weight = list(score.path(whole, last))[-1][0]
-    rows = Rows(test.features.to(context.device), test.labels.to(context.device), whole.at)
-    figures, error = score.all(rows, weight, name)
-    for row in tried:
-        row["chosen"] = row is tried[best]
-    return figures, tried, error
+    val = None if found.val is None else _labelled(context, data, "validation", found.val)
+    score = Score(found.metric, len(found.train.classes))
+    return choose_and_test(
+        score, train, val, test, settings.penalties(), settings.held_out, name, device=context.device
+    )
 
 
 def _view(context: Context, settings: TransferConfig) -> DataConfig:
@@ -217,60 +183,3 @@ def _labelled(context: Context, data: DataConfig, split: str, source: Source) ->
     if not isinstance(source, VocSource):
         return found
     return found._replace(labels=torch.from_numpy(source.targets[found.index.numpy()]).to(torch.int64))
-
-
-class _Score:
-    """The metric of a set, and the classifiers that go with it."""
-
-    def __init__(self, metric: str, classes: int) -> None:
-        self.metric, self.classes = metric, classes
-
-    def path(self, rows: Rows, penalties: Sequence[float], search: bool = False) -> Iterator[tuple[Tensor, bool]]:
-        """The weights [K, R + 1] for each penalty, and whether the fit converged (collective)."""
-        limits: dict[str, Any] = {}
-        if search:
-            limits = {"tolerance": SEARCH_TOLERANCE, "max_evaluations": SEARCH_EVALUATIONS}
-        if self.metric != "voc":
-            count = rows.count()
-            for fit in logistic_path(rows, self.classes, [penalty / count for penalty in penalties], **limits):
-                yield fit.weight, fit.converged
-            return
-        paths = [self._of_class(rows, label, penalties, limits) for label in range(self.classes)]
-        for found in zip(*paths):
-            yield torch.stack([weight for weight, _ in found]), all(converged for _, converged in found)
-
-    def _of_class(
-        self, rows: Rows, label: int, penalties: Sequence[float], limits: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, bool]]:
-        """One class against the others; images in which it is hard to see are left out."""
-        target = rows.labels[:, label]
-        own = rows._replace(labels=(target > 0).long()).take(target != 0)
-        count = own.count()
-        # Two rows of weights that are opposite have half the square of their difference, which is the classifier.
-        for fit in logistic_path(own, 2, [2 * penalty / count for penalty in penalties], **limits):
-            yield fit.weight[1] - fit.weight[0], fit.converged
-
-    def of(self, rows: Rows, weight: Tensor) -> tuple[float, Tensor, Tensor]:
-        """The figure on the rows of all ranks, with their scores and labels (collective)."""
-        parts = list(scores(rows, weight))
-        device = weight.device
-        found = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, self.classes, device=device)
-        labels = torch.cat([part for _, part in parts]) if parts else rows.labels[:0]
-        found, labels = all_gather_uneven(found.to(weight.dtype)), all_gather_uneven(labels)
-        if self.metric == "voc":
-            return metrics.mean_ap(found, labels, eleven_points=True), found, labels
-        if self.metric == "mean_per_class":
-            return metrics.mean_per_class(found.argmax(1), labels), found, labels
-        return metrics.top_k(found, labels, 1), found, labels
-
-    def all(self, rows: Rows, weight: Tensor, name: str) -> tuple[dict[str, float], float]:
-        """Every figure of the set by its name, the set's own first, and its standard error (collective)."""
-        value, found, labels = self.of(rows, weight)
-        if self.metric == "voc":
-            area, of_images = metrics.mean_ap(found, labels, eleven_points=False), metrics.image_ap(found, labels)
-            figures = {name: value, f"{name}_area_map": area, f"{name}_ap_over_images": of_images}
-            return figures, metrics.standard_error(value, len(labels))
-        if self.metric == "mean_per_class":
-            figures = {name: value, f"{name}_top1": metrics.top_k(found, labels, 1)}
-            return figures, metrics.standard_error_per_class(found.argmax(1), labels)
-        return {name: value}, metrics.standard_error(value, len(labels))

@@ -1,5 +1,6 @@
 """The transfer protocol against scikit-learn on the same features, and what it does with splits, stops and ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from caco_fast.models import BackboneConfig
 from caco_fast.pretrained import Pretrained
 from caco_fast.protocols import PROTOCOLS, Context, Result
 from caco_fast.protocols import transfer as protocol
+from caco_fast.protocols.logistic import LogisticConfig
+from caco_fast.protocols.penalty_search import PATIENCE
 from caco_fast.protocols.transfer import TransferConfig
 from tests.data.trees import make_tree
 from tests.ranks import run_ranks
@@ -71,7 +74,7 @@ def test_the_digits_are_classified_as_by_scikit_learn(tmp_path: Path) -> None:
 def test_the_search_ends_where_weaker_penalties_are_no_better(tmp_path: Path) -> None:
     found = run(context(tmp_path), sets=["digits"], lambdas=45)
     values = [row["validation"] for row in found.sweep]
-    assert values.index(max(values)) == len(values) - 1 - protocol.PATIENCE
+    assert values.index(max(values)) == len(values) - 1 - PATIENCE
     assert [row["lambda"] for row in found.sweep] == pytest.approx(np.logspace(5, -6, 45)[: len(values)].tolist())
 
 
@@ -123,19 +126,21 @@ def test_a_stop_keeps_the_sets_that_are_done(tmp_path: Path, monkeypatch: pytest
     fit = protocol._fit
 
     def counted(found: Context, settings: TransferConfig, name: str, *rest: Any) -> Any:
-        if name == "embedded" and len(fitted) == 1:
+        if name == "dtd" and len(fitted) == 1:
             fitted.append("stopped")
             raise KeyboardInterrupt
         fitted.append(name)
         return fit(found, settings, name, *rest)
 
     monkeypatch.setattr(protocol, "_fit", counted)
+    make_tree("dtd", tmp_path)
+    options = dict(sets=["digits", "dtd"], root=str(tmp_path), lambdas=2)
     with pytest.raises(KeyboardInterrupt):
-        run(context(tmp_path), sets=["digits", "embedded"], lambdas=2)
-    found = run(context(tmp_path), sets=["digits", "embedded"], lambdas=2)
-    assert fitted == ["digits", "stopped", "embedded"]
-    assert list(found.metrics) == ["digits", "embedded"]
-    assert not list(tmp_path.glob("*.state"))
+        run(context(tmp_path / "out"), **options)
+    found = run(context(tmp_path / "out"), **options)
+    assert fitted == ["digits", "stopped", "dtd"]
+    assert list(found.metrics) == ["digits", "dtd"]
+    assert not list((tmp_path / "out").glob("*.state"))
 
 
 def on_ranks(folder: str) -> dict[str, float]:
@@ -145,6 +150,18 @@ def on_ranks(folder: str) -> dict[str, float]:
 def test_two_ranks_find_the_same_as_one(tmp_path: Path) -> None:
     alone = on_ranks(str(tmp_path / "one"))
     assert run_ranks(on_ranks, 2, str(tmp_path / "two")) == [alone] * 2
+
+
+def test_logistic_is_transfer_to_the_own_images(tmp_path: Path) -> None:
+    make_tree("birdsnap", tmp_path, per_class=15)
+    found, place = context(tmp_path / "out", 3, 12), tmp_path / "birdsnap"
+    found.data = replace(found.data, source="folder", path=str(place))
+    own = PROTOCOLS["logistic"].run(found, LogisticConfig(lambdas=3, held_out=0.2))
+    other = run(found, sets=[f"folder:{place}"], size=12, lambdas=3)
+    assert own.metrics == {"top1": pytest.approx(other.metrics[f"folder:{place}"])}
+    assert [row["validation"] for row in own.sweep] == [row["validation"] for row in other.sweep]
+    with pytest.raises(UserError, match="logistic.held_out: found 0, expected"):
+        LogisticConfig(held_out=0)
 
 
 def test_published_numbers_are_shown_for_a_resnet50(tmp_path: Path) -> None:
