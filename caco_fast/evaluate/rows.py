@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caco_fast.distributed import all_gather_uneven, all_reduce_sum, rank
+from caco_fast.ops.tiling import f32_products
 
 # n; with their logits for 1,000 classes a block takes 100 MiB at D 2048.
 BLOCK = 8192
@@ -66,6 +67,7 @@ class Rows(NamedTuple):
             return gradient
         return torch.cat([gradient[:, :-1] @ self.at.matrix.to(gradient.dtype), gradient[:, -1:]], 1)
 
+    @f32_products()
     def ready(self) -> "Rows":
         """The same rows, as coordinates at once if they are few."""
         dim = self.at.matrix.shape[1] + 1
@@ -112,6 +114,7 @@ def count_not_finite(features: Tensor) -> int:
     return int(all_reduce_sum(bad))
 
 
+@f32_products()
 @torch.no_grad()
 def coordinates(features: Tensor, *, standardise: bool = False, centre: bool = True) -> Coordinates:
     """The principal axes of the rows [N, D] of all ranks, in f64 (collective).

@@ -38,7 +38,6 @@ class Fit(NamedTuple):
     converged: bool
 
 
-@f32_products()
 @torch.no_grad()
 def logistic_path(
     rows: Rows, classes: int, penalties: Sequence[float], *, tolerance: float | None = None,
@@ -108,6 +107,7 @@ def features_weights(weight: Tensor, at: Coordinates) -> tuple[Tensor, Tensor]: 
     return outward, weight[:, -1].double() - outward @ at.mean
 
 
+@f32_products()
 @torch.no_grad()
 def accuracy(rows: Rows, weight: Tensor) -> float:
     """Per cent of the rows of all ranks that the classifier labels correctly (collective)."""
@@ -117,6 +117,7 @@ def accuracy(rows: Rows, weight: Tensor) -> float:
     return 100.0 * int(all_reduce_sum(correct)) / rows.count()
 
 
+@f32_products()
 @torch.no_grad()
 def cross_entropy(rows: Rows, weight: Tensor) -> float:
     """The mean over the rows of all ranks whose class the classifier knows (collective)."""
@@ -130,19 +131,23 @@ def cross_entropy(rows: Rows, weight: Tensor) -> float:
     return total / max(count, 1)
 
 
-@f32_products()
 @torch.no_grad()
 def scores(rows: Rows, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The logits [n, K] of this rank's rows, block by block, and their labels."""
-    outward = rows.outward(weight)
+    with f32_products():
+        outward = rows.outward(weight)
     for x, labels in rows.blocks():
-        yield x @ outward.T, labels
+        # Not around the loop: what the caller does between two blocks is its own.
+        with f32_products():
+            logits = x @ outward.T
+        yield logits, labels
 
 
 def _chosen(rows: Rows) -> Tensor:
     return rows.labels if rows.chosen is None else rows.labels[rows.chosen]
 
 
+@f32_products()
 @torch.no_grad()
 def loss_and_gradient(rows: Rows, weight: Tensor, l2: float, count: int) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the `count` rows of all ranks + l2 |W|^2 / 2, [] f64, and its gradient [K, R + 1]."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caco_fast.distributed import all_reduce_sum
+from caco_fast.ops.tiling import f32_products
 
 # Values of the logits that are made at a time when a set is scored.
 LOGITS = 2**24
@@ -61,6 +62,7 @@ class Heads:
         # Of the features, for `norm`, as BatchNorm1d(D, affine=False) keeps them.
         self.mean, self.var = self.weight.new_zeros(dim), self.weight.new_ones(dim)
 
+    @f32_products()
     def step(self, features: Tensor, labels: Tensor, factor: float, total: int) -> Tensor:
         """One step of every head on this rank's rows [B, D] with labels [B]; the loss of each head before it, [H].
 
@@ -114,6 +116,7 @@ class Heads:
         self.var.lerp_((var * count / max(count - 1, 1)).to(rows.dtype), 0.1)
         return ((rows - mean) * (var + 1e-5).rsqrt()).to(rows.dtype)
 
+    @f32_products()
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
         """Per cent of the rows of all ranks whose label is a head's first answer, or among its first five (collective).

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caco_fast.distributed import all_gather_objects, all_gather_uneven
 from caco_fast.engine.agreement import on_rank_0
+from caco_fast.ops.tiling import f32_products
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
 from caco_fast.settings import require_at_least, setting
@@ -65,6 +66,7 @@ def _spaced(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
+@f32_products()
 def _nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [Q, D], [N, D]
     """Similarities and rows of this rank's k nearest, [Q, k] each; fewer where the rank has fewer rows."""
     unit = F.normalize(queries.float(), dim=1)

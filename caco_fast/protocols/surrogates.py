@@ -19,6 +19,7 @@ from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError
 from caco_fast.models import build_projector
 from caco_fast.ops import bank_select
+from caco_fast.ops.tiling import f32_products
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
 from caco_fast.settings import require_at_least, setting
@@ -53,7 +54,9 @@ def surrogates(context: Context, settings: SurrogatesConfig) -> Result:
         "rows_chosen": float(len(positives.unique())),
     }
     shown = torch.linspace(0, len(queries) - 1, min(settings.queries, len(queries))).round().long()
-    nearest = (queries[shown] @ F.normalize(bank, dim=1).T).topk(min(1 + HARDEST, len(bank)), dim=1).indices.cpu()
+    with f32_products():
+        similarity = queries[shown] @ F.normalize(bank, dim=1).T
+    nearest = similarity.topk(min(1 + HARDEST, len(bank)), dim=1).indices.cpu()
     random = torch.randint(len(bank), (len(shown), RANDOM), generator=torch.Generator().manual_seed(context.seed))
     path = context.folder / "surrogates.png"
     sheet = [
