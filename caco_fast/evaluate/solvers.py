@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_fast.distributed import all_reduce_sum
+from caco_fast.distributed import all_gather_uneven, all_reduce_sum
 from caco_fast.evaluate.minimise import minimise
 from caco_fast.evaluate.rows import Coordinates, Rows
 from caco_fast.ops.tiling import f32_products
@@ -141,6 +141,14 @@ def scores(rows: Rows, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         with f32_products():
             logits = x @ outward.T
         yield logits, labels
+
+
+def scores_of_all(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits [N of all ranks, K] and the labels of the rows of all ranks, on every rank (collective)."""
+    parts = list(scores(rows, weight))
+    logits = torch.cat([part for part, _ in parts]) if parts else weight.new_empty(0, len(weight))
+    labels = torch.cat([part for _, part in parts]) if parts else rows.labels[:0]
+    return all_gather_uneven(logits), all_gather_uneven(labels)
 
 
 def _chosen(rows: Rows) -> Tensor:

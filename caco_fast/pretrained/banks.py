@@ -10,6 +10,11 @@ from caco_fast.errors import UserError
 from caco_fast.models.weights import read_weights
 
 
+def learned_banks(method: Mapping[str, Tensor]) -> list[Tensor]:
+    """The learned banks [K, C] in the state of a method; a queue of keys is none."""
+    return [value for key, value in method.items() if key.split(".")[-1] == "bank" and value.ndim == 2]
+
+
 def read_bank(path: Path, *, trust: bool = False) -> Tensor:
     """The rows [K, C] of the bank in a file, as they are stored: of any length.
 
@@ -18,8 +23,7 @@ def read_bank(path: Path, *, trust: bool = False) -> Tensor:
     """
     tree = read_weights(str(path), "source", trust)
     if tree.get("format") == FORMAT:
-        method: Mapping[str, Tensor] = load_state(path)["method"]
-        found = [value for key, value in method.items() if key.split(".")[-1] == "bank"]
+        found = learned_banks(load_state(path)["method"])
     else:
         bank = tree.get("Memory_Bank")
         # Released banks have a row in each column.

@@ -7,7 +7,7 @@ A protocol is one file: a frozen dataclass of settings and a function `(context,
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,16 @@ class Context:
     def precision(self) -> AbstractContextManager:
         """The context that the backbone computes in."""
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def identity(self) -> dict[str, Any]:
+        """What the state of a protocol depends on, besides its own settings and images."""
+        places = {"workers": None, "prefetch": None, "path": None, "root": None}
+        return {
+            "weights": self.pretrained.weights_sha256,
+            "autocast": str(self.autocast),
+            "seed": self.seed,
+            "data": asdict(self.data) | places,
+        }
 
     def source(self, split: str, data: DataConfig | None = None) -> Source:
         """The images of a split of `data`, by default the data of the evaluation, as the backbone takes them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from caco_fast.data import Source
-from caco_fast.data.sources.part import labels_of, take
+from caco_fast.data.sources.part import first_of_classes, labels_of, take
 from caco_fast.errors import UserError
 
 SHOWN = 3
@@ -40,7 +40,6 @@ def _drawn(
 ) -> np.ndarray:
     """Positions of the first images of each class in a shuffle that the seed decides; fewer labels are part of more."""
     order = np.random.default_rng([seed % 2**64, 0x4C4F57]).permutation(len(source))
-    by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels, minlength=len(source.classes))
     if per_class is not None:
         if (short := np.flatnonzero(counts < per_class)).size:
@@ -51,8 +50,7 @@ def _drawn(
         kept = np.full_like(counts, per_class)
     else:
         kept = np.minimum(counts, np.maximum(1, np.round(counts * (share or 0.0)).astype(np.int64)))
-    place = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return by_class[place < np.repeat(kept, counts)]
+    return first_of_classes(labels, order, kept)
 
 
 def _listed(source: Source, file: Path, name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from caco_fast.engine.agreement import together
 from caco_fast.engine.ranks import Interrupt
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import evaluation_mode
+from caco_fast.evaluate.metrics import standard_error
 from caco_fast.models.batch_norm import require_statistics_of_all_ranks, segment_batch_norm
 from caco_fast.optim import LARS
 from caco_fast.protocols.base import Context, Result
@@ -114,10 +115,10 @@ class FineTuning:
             best, last = max(epoch["top1"] for epoch in history), history[-1]
             loss = last["loss"] if math.isfinite(last["loss"]) else None
             rows.append({"lr": lr, "head_lr": head_lr, **last, "loss": loss, "best": best, "epochs": len(history)})
-        top1, share = rows[0]["top1"], rows[0]["top1"] / 100
+        top1 = rows[0]["top1"]
         return Result(
             {"top1": top1, "top5": rows[0]["top5"], "top1_published_rule": max(row["best"] for row in rows)},
-            standard_error=100 * math.sqrt(share * (1 - share) / len(self.test)),
+            standard_error=standard_error(top1, len(self.test)),
             sweep=rows,
             notes=["top1_published_rule is the best epoch of the best learning rates on the test images"],
         )

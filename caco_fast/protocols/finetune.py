@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from caco_fast.data import Source
-from caco_fast.distributed import world_size
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
 from caco_fast.evaluate import linear_probe
@@ -12,7 +11,7 @@ from caco_fast.pretrained import Pretrained
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.few_labels import labelled_part
 from caco_fast.protocols.fine_tuning import FinetuneRecipe, FineTuning
-from caco_fast.protocols.images import crop_loader, labelled, view_deviations, weights_sum
+from caco_fast.protocols.images import crop_loader, labelled, view_deviations
 from caco_fast.protocols.presets import choose, overridable, preset_names, preset_of
 from caco_fast.protocols.resuming import Resumable
 from caco_fast.settings import require_at_least, setting
@@ -82,15 +81,10 @@ def _tuned(context: Context, settings: Any, name: str, train: Source, test: Sour
     preset = _preset(settings.preset, context.pretrained, len(train) / of)
     chosen = choose(settings, FinetuneRecipe, name, FOLDER, preset)
     recipe: FinetuneRecipe = chosen.recipe
-    if recipe.batch_size % world_size():
-        raise UserError(
-            f"{name}.batch_size: found {recipe.batch_size}, expected a multiple of the {world_size()} ranks"
-        )
     loader, labels = crop_loader(context, train, recipe, settings.size, name)
     key = dataclasses.asdict(recipe) | {
-        **{"weights": weights_sum(context.backbone), "images": loader.images, "draws": loader.draws},
-        **{"seed": context.seed, "size": settings.size, "autocast": str(context.autocast)},
-        "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
+        **{"images": loader.images, "draws": loader.draws, "size": settings.size},
+        **context.identity(),
     }
     tuning = FineTuning(name, context, recipe, loader, labels, test, Resumable(name, context.folder, key))
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from caco_fast.engine.ranks import Interrupt
 from caco_fast.errors import UserError
+from caco_fast.evaluate.metrics import standard_error
 from caco_fast.protocols.base import FeatureSet, Result
 from caco_fast.protocols.heads import Heads
 from caco_fast.protocols.presets import TrainingRecipe
@@ -121,8 +122,7 @@ class HeadTraining:
             metrics["top1_lr_chosen_on_held_out"] = last["top1"][chosen]
             notes.append(f"top1_lr_chosen_on_held_out: lr {lrs[chosen]:.4g}, the best one on the held-out images")
         metrics["top1_published_rule"] = of_headline[best]
-        share = metrics["top1"] / 100
-        error = 100 * math.sqrt(share * (1 - share) / max(1, len(self.test.source)))
+        error = standard_error(metrics["top1"], len(self.test.source))
         return Result(metrics, standard_error=error, sweep=sweep, notes=notes)
 
     def _of_head(self, head: int) -> dict[str, Any]:

@@ -106,6 +106,11 @@ def view_deviations(context: Context, source: Source, size: int | None, name: st
     return {key: {"found": ours, "preset": theirs} for key, (ours, theirs) in found.items() if ours != theirs}
 
 
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """At most `most` positions, evenly spaced over `count`."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
 def weights_sum(module: nn.Module) -> int:
     """A checksum of all weights and buffers."""
     return checksum(list(module.state_dict().values()))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from caco_fast.data import Source
-from caco_fast.distributed import world_size
 from caco_fast.errors import UserError
 from caco_fast.evaluate.features import evaluation_mode
 from caco_fast.protocols.base import Context, Published, Result, register
@@ -62,9 +61,8 @@ def linear(context: Context, settings: Any) -> Result:
     loader, labels = crop_loader(context, kept, recipe, settings.size, "linear")
     before = weights_sum(context.backbone)
     key = dataclasses.asdict(recipe) | {
-        **{"weights": before, "images": loader.images, "draws": loader.draws, "seed": context.seed},
-        **{"classes": len(train.classes), "size": settings.size, "autocast": str(context.autocast)},
-        "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
+        **{"images": loader.images, "draws": loader.draws, "classes": len(train.classes), "size": settings.size},
+        **context.identity(),
     }
     data = shown_in_tests(context, recipe)
     with closing(loader), evaluation_mode(context.backbone):
@@ -99,12 +97,7 @@ def linear(context: Context, settings: Any) -> Result:
 def chosen_recipe(context: Context, settings: Any, name: str) -> Chosen:
     """The recipe that the settings name, or that of the framework that trained the backbone."""
     preset = settings.preset or preset_of(context.pretrained, FOLDER, "caco")
-    chosen = choose(settings, LinearRecipe, name, FOLDER, preset)
-    if chosen.recipe.batch_size % world_size():
-        raise UserError(
-            f"{name}.batch_size: found {chosen.recipe.batch_size}, expected a multiple of the {world_size()} ranks"
-        )
-    return chosen
+    return choose(settings, LinearRecipe, name, FOLDER, preset)
 
 
 def held_out_images(train: Source, recipe: LinearRecipe, seed: int, name: str) -> tuple[Source, Source | None]:

@@ -21,7 +21,7 @@ from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.features import AugmentedView, FeatureSet
 from caco_fast.protocols.head_training import HeadTraining, LinearRecipe
 from caco_fast.protocols.heads import Heads
-from caco_fast.protocols.images import crop_view, labelled, shown_in_tests, weights_sum
+from caco_fast.protocols.images import crop_view, labelled, shown_in_tests
 from caco_fast.protocols.linear import FOLDER, chosen_recipe, finished_result, held_out_images
 from caco_fast.protocols.presets import overridable
 from caco_fast.protocols.resuming import Resumable
@@ -54,10 +54,9 @@ def linear_cached(context: Context, settings: Any) -> Result:
         raise UserError(f"linear_cached.batch_size: {error}") from None
     data = shown_in_tests(context, recipe)
     key = dataclasses.asdict(recipe) | {
-        **{"weights": weights_sum(context.backbone), "images": kept.list_hash(), "seed": context.seed},
-        **{"views": settings.views, "size": settings.size, "autocast": str(context.autocast)},
-        **{"usable": len(usable), "classes": len(train.classes)},
-        "data": dataclasses.asdict(context.data) | {"workers": None, "prefetch": None, "path": None, "root": None},
+        **{"images": kept.list_hash(), "usable": len(usable), "classes": len(train.classes)},
+        **{"views": settings.views, "size": settings.size},
+        **context.identity(),
     }
     training = HeadTraining(
         "linear_cached",

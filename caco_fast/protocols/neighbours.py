@@ -13,6 +13,7 @@ from caco_fast.distributed import all_gather_objects, all_gather_uneven
 from caco_fast.engine.agreement import on_rank_0
 from caco_fast.ops.tiling import f32_products
 from caco_fast.protocols.base import Context, Result, register
+from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
 from caco_fast.settings import require_at_least, setting
 
@@ -36,7 +37,7 @@ class NeighboursConfig:
 def neighbours(context: Context, settings: NeighboursConfig) -> Result:
     train, test = context.features("train"), context.features("test")
     rows, answers, places = (all_gather_uneven(value) for value in (test.features, test.labels, test.index))
-    chosen = _spaced(len(rows), MEASURED)
+    chosen = evenly_spaced(len(rows), MEASURED)
     queries, answers, places = rows[chosen], answers[chosen], places[chosen]
     similarity, found = _nearest(queries.to(context.device), train.features, settings.k)
     # Few numbers, so that every rank may have all of them.
@@ -46,7 +47,7 @@ def neighbours(context: Context, settings: NeighboursConfig) -> Result:
     labels, index = labels.gather(1, order), index.gather(1, order)
     right = labels == answers.unsqueeze(1)
     path = context.folder / "neighbours.png"
-    shown = _spaced(len(queries), settings.queries)
+    shown = evenly_spaced(len(queries), settings.queries)
 
     rows_shown = [
         Row(
@@ -59,11 +60,6 @@ def neighbours(context: Context, settings: NeighboursConfig) -> Result:
     on_rank_0(lambda: draw_sheet(rows_shown, [title], path))
     share = 100.0 * right.double().mean().item()
     return Result({f"same_class_of_{index.shape[1]}": share}, files=[path.name])
-
-
-def _spaced(count: int, most: int) -> Tensor:
-    """At most `most` positions, evenly spaced over `count`."""
-    return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 @f32_products()

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caco_fast.distributed import all_gather_uneven
 from caco_fast.evaluate import metrics
 from caco_fast.evaluate.linear_probe import held_out
 from caco_fast.evaluate.rows import Rows, coordinates, over_ranks, places
-from caco_fast.evaluate.solvers import accuracy, logistic_path, scores
+from caco_fast.evaluate.solvers import accuracy, logistic_path, scores_of_all
 from caco_fast.protocols.base import FeatureSet
 
 # The search ends after so many weaker penalties in a row that were no better. Each costs twice as much as the last.
@@ -109,11 +108,7 @@ class Score:
 
     def _with_scores(self, rows: Rows, weight: Tensor) -> tuple[float, Tensor, Tensor]:
         """The figure, and the scores and labels of all ranks that it comes from (collective)."""
-        parts = list(scores(rows, weight))
-        device = weight.device
-        found = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, self.classes, device=device)
-        labels = torch.cat([part for _, part in parts]) if parts else rows.labels[:0]
-        found, labels = all_gather_uneven(found.to(weight.dtype)), all_gather_uneven(labels)
+        found, labels = scores_of_all(rows, weight)
         if self.metric == "voc":
             return metrics.mean_ap(found, labels, eleven_points=True), found, labels
         return metrics.mean_per_class(found.argmax(1), labels), found, labels

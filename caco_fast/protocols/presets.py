@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from caco_fast.configs import FOLDER
+from caco_fast.distributed import world_size
 from caco_fast.errors import UserError
 from caco_fast.optim import Schedule, ScheduleConfig
 from caco_fast.pretrained import Pretrained
@@ -139,6 +140,10 @@ def choose(settings: Any, recipe: type[RecipeType], name: str, folder: str, pres
         filled = _filled(settings, published)
     except UserError as error:
         raise _of_protocol(name, error) from None
+    if filled.batch_size % world_size():
+        raise UserError(
+            f"{name}.batch_size: found {filled.batch_size}, expected a multiple of the {world_size()} ranks"
+        )
     if filled.milestones and filled.milestones[-1] >= filled.epochs:
         log.warning(
             "%s.milestones: found %s in %d epochs, so the learning rate does not fall as in preset %s; set them too",

@@ -20,7 +20,9 @@ from caco_fast.errors import UserError
 from caco_fast.models import build_projector
 from caco_fast.ops import bank_select
 from caco_fast.ops.tiling import f32_products
+from caco_fast.pretrained.banks import learned_banks
 from caco_fast.protocols.base import Context, Result, register
+from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
 from caco_fast.settings import require_at_least, setting
 
@@ -53,7 +55,7 @@ def surrogates(context: Context, settings: SurrogatesConfig) -> Result:
         "random_row_has_class": 100.0 * _by_chance(label, answers),
         "rows_chosen": float(len(positives.unique())),
     }
-    shown = torch.linspace(0, len(queries) - 1, min(settings.queries, len(queries))).round().long()
+    shown = evenly_spaced(len(queries), settings.queries)
     with f32_products():
         similarity = queries[shown] @ F.normalize(bank, dim=1).T
     nearest = similarity.topk(min(1 + HARDEST, len(bank)), dim=1).indices.cpu()
@@ -91,7 +93,7 @@ def _head_and_bank(context: Context) -> tuple[nn.Module, Tensor]:
         raise UserError(f"surrogates: {pretrained.title} has no bank, expected a run of a method with a learned bank")
     path = pretrained.origin["path"]
     state = CheckpointStore(Path(path).parent).load(Path(path))
-    banks = [value for name, value in state["method"].items() if name.split(".")[-1] == "bank" and value.ndim == 2]
+    banks = learned_banks(state["method"])
     if len(banks) != 1:
         raise UserError(f"surrogates: the method {pretrained.config.method} of {path} has no learned bank")
     projector = build_projector(pretrained.config.projector, pretrained.width)

@@ -13,6 +13,7 @@ from caco_fast.distributed import all_gather_uneven
 from caco_fast.engine.agreement import on_rank_0
 from caco_fast.errors import UserError
 from caco_fast.protocols.base import Context, Result, register
+from caco_fast.protocols.images import evenly_spaced
 from caco_fast.settings import require_at_least, setting
 from caco_fast.storage import atomic_write
 
@@ -44,7 +45,7 @@ def tsne(context: Context, settings: TsneConfig) -> Result:
     test = context.features("test")
     own = (test.labels >= 0) & (test.labels < settings.classes)
     rows, labels = (all_gather_uneven(value[own]) for value in (test.features, test.labels))
-    chosen = torch.linspace(0, len(rows) - 1, min(settings.points, len(rows))).round().long()
+    chosen = evenly_spaced(len(rows), settings.points)
     rows, labels = rows[chosen].float(), labels[chosen]
     if len(rows) < max(FEWEST, 3 * settings.perplexity):
         raise UserError(

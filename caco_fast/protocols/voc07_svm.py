@@ -19,7 +19,7 @@ from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
 from caco_fast.evaluate import metrics
 from caco_fast.evaluate.rows import Rows, coordinates, places
-from caco_fast.evaluate.solvers import Columns, scores, squared_hinge
+from caco_fast.evaluate.solvers import Columns, scores_of_all, squared_hinge
 from caco_fast.protocols.base import Context, Published, Result, register
 from caco_fast.settings import require_at_least, setting
 
@@ -58,7 +58,7 @@ def voc07_svm(context: Context, settings: Voc07SvmConfig) -> Result:
         (label, cost, fold) for label in range(classes) for cost in settings.costs for fold in range(settings.folds)
     ]
     weight, converged = squared_hinge(rows, _columns(grid, x.device), folds)
-    every, answers, fold_of = all_gather_uneven(_scores(rows, weight)), all_gather_uneven(y), all_gather_uneven(folds)
+    (every, answers), fold_of = scores_of_all(rows, weight), all_gather_uneven(folds)
     tried: dict[tuple[int, float], list[float]] = {}
     for column, (label, cost, fold) in enumerate(grid):
         out = fold_of == fold
@@ -68,7 +68,7 @@ def voc07_svm(context: Context, settings: Voc07SvmConfig) -> Result:
     chosen = [max(settings.costs, key=lambda cost: _known(means[label, cost])) for label in range(classes)]
     last, fitted = squared_hinge(rows, _columns([(n, cost, -1) for n, cost in enumerate(chosen)], x.device), folds)
     test = Rows(features["test"], targets["test"], rows.at, x.dtype)
-    predicted, answers = all_gather_uneven(_scores(test, last)), all_gather_uneven(targets["test"])
+    predicted, answers = scores_of_all(test, last)
     result = Result({"map": metrics.mean_ap(predicted, answers, eleven_points=False)})
     result.metrics["map_11_points"] = metrics.mean_ap(predicted, answers, eleven_points=True)
     names = found.train.classes
@@ -109,9 +109,3 @@ def _columns(problems: list[tuple[int, float, int]], device: torch.device) -> Co
     label, cost, fold = zip(*problems)
     made = Columns(torch.tensor(label), torch.tensor(cost, dtype=torch.float64), torch.tensor(fold))
     return Columns(*(value.to(device) for value in made))
-
-
-def _scores(rows: Rows, weight: Tensor) -> Tensor:
-    """The scores [N, A] of this rank's rows."""
-    parts = [part for part, _ in scores(rows, weight)]
-    return torch.cat(parts) if parts else weight.new_empty(0, len(weight))

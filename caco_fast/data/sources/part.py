@@ -84,15 +84,19 @@ def imbalanced(source: Source, config: DataConfig) -> Source:
             f"data.imbalance: found {config.imbalance}, but the training images have no labels; set it to none, or put "
             "them into one folder for each class"
         )
-    classes = len(source.classes)
+    classes, labels = len(source.classes), labels_of(source)
     order = np.random.default_rng(0x494D42).permutation(len(source))
-    labels = labels_of(source)[order]
-    by_class = np.argsort(labels, kind="stable")  # positions in the shuffle, class after class
     counts = np.bincount(labels, minlength=classes)
     kept = np.array([_kept(config.imbalance, label, classes, int(count)) for label, count in enumerate(counts)])
-    place = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
-    chosen = by_class[place < np.repeat(kept, counts)]
-    return take(source, np.sort(order[chosen]))
+    return take(source, np.sort(first_of_classes(labels, order, kept)))
+
+
+def first_of_classes(labels: np.ndarray, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The positions of the first `kept[c]` images of each class c in an order, [N] like the labels."""
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels, minlength=len(kept))
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
+    return by_class[place < np.repeat(kept, counts)]
 
 
 def _kept(imbalance: str, label: int, classes: int, count: int) -> int:
