@@ -19,10 +19,10 @@ from torch import Tensor
 from caco_fast.data import DataConfig
 from caco_fast.data.sources.base import SUFFIXES, FileSource, Names, data_directory
 from caco_fast.data.sources.listing import list_images
-from caco_fast.distributed import barrier, broadcast_object
+from caco_fast.distributed import barrier
 from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.launch import launched
-from caco_fast.engine.precision import autocast_dtype, settled_precision, tune_convolutions, use_tf32
+from caco_fast.engine.precision import prepare_frozen
 from caco_fast.engine.progress import log_to_console
 from caco_fast.engine.settings import PRECISIONS
 from caco_fast.errors import UserError
@@ -109,10 +109,7 @@ def embed(source: str, config: EmbedConfig, trust: bool = False) -> Embedded:
         on_rank_0(lambda: _require_folder(out))
         pretrained = together(lambda: open_source(source, config.backbone, trust=trust))
         images = together(lambda: list_source(config, pretrained))
-        precision = broadcast_object(settled_precision(config.precision, device))
-        autocast = autocast_dtype(precision, device, key="precision")
-        use_tf32(precision == "tf32")
-        tune_convolutions(config.deterministic)
+        _, autocast = prepare_frozen(config.precision, device, config.deterministic)
         context = Context(
             pretrained,
             together(lambda: data_config(config, pretrained)),

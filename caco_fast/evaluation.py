@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from caco_fast.data import DataConfig
 from caco_fast.distributed import broadcast_object, rank
 from caco_fast.engine.agreement import on_rank_0, require_equal_starts, together
 from caco_fast.engine.launch import launched
-from caco_fast.engine.precision import autocast_dtype, settled_precision, tune_convolutions, use_tf32
+from caco_fast.engine.precision import prepare_frozen
 from caco_fast.engine.progress import log_to_console, table
 from caco_fast.engine.settings import PRECISIONS
 from caco_fast.errors import UserError
@@ -131,14 +130,14 @@ def evaluate(
         pretrained = together(lambda: open_source(source, first.backbone, trust=trust))
         config = together(lambda: load_settings(arguments, pretrained))
         results: dict[str, dict[str, Any]] = {}
-        with _context(config, pretrained, device) as context:
-            try:
-                for name in protocols:
-                    results[name] = _run(name, config, context)
-            finally:
-                # What was found before a protocol failed is written, and should be seen.
-                if rank() == 0 and results:
-                    _announce(results, config, context.folder)
+        context = _context(config, pretrained, device)
+        try:
+            for name in protocols:
+                results[name] = _run(name, config, context)
+        finally:
+            # What was found before a protocol failed is written, and should be seen.
+            if rank() == 0 and results:
+                _announce(results, config, context.folder)
         return results
 
 
@@ -148,12 +147,8 @@ def _announce(results: Mapping[str, Mapping[str, Any]], config: EvaluateConfig, 
     log.info("written to %s: %s", folder, ", ".join(sum(files, [])))
 
 
-@contextmanager
-def _context(config: EvaluateConfig, pretrained: Pretrained, device: torch.device) -> Iterator[Context]:
-    precision = broadcast_object(settled_precision(config.precision, device))
-    autocast = autocast_dtype(precision, device, key="precision")
-    use_tf32(precision == "tf32")
-    tune_convolutions(config.deterministic)
+def _context(config: EvaluateConfig, pretrained: Pretrained, device: torch.device) -> Context:
+    precision, autocast = prepare_frozen(config.precision, device, config.deterministic)
     torch.manual_seed(config.seed)
     origin = pretrained.origin
     log.info(
@@ -167,7 +162,7 @@ def _context(config: EvaluateConfig, pretrained: Pretrained, device: torch.devic
     )
     folder = Path(config.out).expanduser() if config.out else _folder(pretrained)
     on_rank_0(lambda: _make(folder))
-    yield Context(
+    return Context(
         pretrained,
         config.data,
         device=device,

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from caco_fast.cli.arguments import add_optional_source, add_trust, parser_of, require_source, split_source
 from caco_fast.cli.endings import status_of
 from caco_fast.errors import UserError
 from caco_fast.storage import lasting_output
@@ -26,8 +27,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    # A source is no setting, and --print-config needs none.
-    settings = [*options.settings, *([options.source] if "=" in options.source else [])]
+    source, settings = split_source(options.source, options.settings)
 
     # After the arguments, so that --help and a mistyped option answer at once.
     from caco_fast.embed import EmbedConfig, embed
@@ -39,35 +39,20 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             if rank == "0":
                 print(describe(config))
             return 0
-        if not options.source or "=" in options.source:
-            raise UserError("SOURCE: found none, expected a run folder, a file of weights, or random:NAME; see --help")
+        require_source(source)
         config.require_places()
     except UserError as error:
         if local_rank == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     return status_of(
-        lambda: embed(options.source, config, options.trust), rank, "the same command continues", "what was extracted"
+        lambda: embed(source, config, options.trust), rank, "the same command continues", "what was extracted"
     )
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Write the features of all images below a folder, with their file names.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "source",
-        nargs="?",
-        default="",
-        metavar="SOURCE",
-        help="run folder, checkpoint, file or folder of weights, torchvision:NAME, timm:NAME or random:NAME",
-    )
+    parser = parser_of(prog, "Write the features of all images below a folder, with their file names.", EPILOG)
+    add_optional_source(parser)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings; data=DIR and out=FILE are needed")
-    parser.add_argument(
-        "--trust", action="store_true", help="load pickled classes of SOURCE too, which runs code of that file"
-    )
-    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
+    add_trust(parser)
     return parser

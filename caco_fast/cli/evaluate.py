@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from caco_fast.cli.arguments import add_optional_source, add_trust, parser_of, require_source, split_source
 from caco_fast.cli.endings import status_of
 from caco_fast.errors import UserError
 from caco_fast.storage import lasting_output
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """Run the command line and return its exit status."""
     options = _parser(prog).parse_intermixed_args(arguments)
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    settings = [given for given in options.given if "=" in given]
+    source, settings = split_source(options.source, [given for given in options.given if "=" in given])
     protocols = [given for given in options.given if "=" not in given]
 
     # After the arguments, so that --help and a mistyped option answer at once.
@@ -47,13 +48,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return 0
         if options.print_config:
             if rank == "0":
-                print(describe(load_settings(settings + ([options.source] if "=" in options.source else []))))
+                print(describe(load_settings(settings)))
             return 0
         for name in protocols:
             registered(name)
         load_settings(settings)
-        if not options.source or "=" in options.source:
-            raise UserError("SOURCE: found none, expected a run folder, a file of weights, or random:NAME; see --help")
+        require_source(source)
         if not protocols:
             raise UserError(f"PROTOCOL: found none, expected one or more of {', '.join(PROTOCOLS)}")
         if twice := sorted({name for name in protocols if protocols.count(name) > 1}):
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             print(f"error: {error}", file=sys.stderr)
         return 2
     return status_of(
-        lambda: evaluate(options.source, protocols, settings, options.trust),
+        lambda: evaluate(source, protocols, settings, options.trust),
         rank,
         "the same command continues",
         "what was written",
@@ -71,24 +71,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Evaluate a pre-trained backbone by the protocols that papers publish.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "source",
-        nargs="?",
-        default="",
-        metavar="SOURCE",
-        help="run folder, checkpoint, file or folder of weights, torchvision:NAME, timm:NAME or random:NAME",
-    )
+    parser = parser_of(prog, "Evaluate a pre-trained backbone by the protocols that papers publish.", EPILOG)
+    add_optional_source(parser)
     parser.add_argument("given", nargs="*", metavar="PROTOCOL|key=value", help="protocols, and settings of theirs")
-    parser.add_argument(
-        "--trust", action="store_true", help="load pickled classes of SOURCE too, which runs code of that file"
-    )
+    add_trust(parser)
     parser.add_argument("--list", action="store_true", help="show the protocols, and stop")
-    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
     parser.add_argument("--table", type=Path, metavar="DIR", help="print the results of a folder as Markdown, and stop")
     return parser

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from caco_fast.cli.arguments import SOURCE, add_trust, parser_of
 from caco_fast.errors import UserError
 
 # Before torch is imported; see cli/train.py.
@@ -48,19 +49,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Write a pre-trained backbone for another library, read it back, and compare its features.",
-        epilog=EPILOG.format(formats=", ".join(NAMES)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SOURCE", help="a run folder, a file of weights, or a name: docs/weights.md")
+    what = "Write a pre-trained backbone for another library, read it back, and compare its features."
+    parser = parser_of(prog, what, EPILOG.format(formats=", ".join(NAMES)))
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("format", metavar="FORMAT", help="one of the formats below")
     parser.add_argument("out", metavar="OUT", help="the file to write; hub and detectron2: a folder")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument(
-        "--trust", action="store_true", help="load pickled classes of SOURCE too, which runs code of that file"
-    )
+    add_trust(parser)
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="backbone.name, stem, options of a file that doesn't say them"
     )

@@ -4,6 +4,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from caco_fast.distributed import broadcast_object
 from caco_fast.errors import UserError
 from caco_fast.host import computes_in_bf16
 
@@ -35,6 +36,20 @@ def autocast_dtype(precision: str, device: torch.device, key: str = "trainer.pre
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{key}: {name} has no bf16; use {key}=fp16")
     return AUTOCAST[precision]
+
+
+def prepare_frozen(precision: str, device: torch.device, deterministic: bool) -> tuple[str, torch.dtype | None]:
+    """Set this process up for a frozen encoder: its precision, and the dtype of autocast, None for none (collective).
+
+    Raises:
+        UserError: the device does not have this precision.
+    """
+    # Rank 0 decides, because all ranks have one precision.
+    settled = broadcast_object(settled_precision(precision, device))
+    autocast = autocast_dtype(settled, device, key="precision")
+    use_tf32(settled == "tf32")
+    tune_convolutions(deterministic)
+    return settled, autocast
 
 
 def use_tf32(allowed: bool) -> None:
