@@ -133,7 +133,7 @@ def embed(source: str, config: EmbedConfig, trust: bool = False) -> Embedded:
 
 def list_source(config: EmbedConfig, pretrained: Pretrained) -> FileSource:
     """Every image below the directory, by name; train/, val/ and folders of classes are folders like others."""
-    root = data_directory(config.data, "a directory with images in it")
+    root = data_directory(config.data, "a directory with images in it", key="data")
     listing = list_images(root)
     listing.report()
     if not listing.names:

@@ -220,3 +220,8 @@ def test_two_ranks_write_what_one_writes(images: Path) -> None:
     assert names == others == names_of(images)
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
     assert (images.parent / "one.unreadable.txt").read_text() == (images.parent / "two.unreadable.txt").read_text()
+
+
+def test_a_missing_directory_is_named_by_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^data: .*doesn't exist, expected a directory with images in it"):
+        embed("random:resnet18", EmbedConfig(data=str(tmp_path / "nowhere"), out=str(tmp_path / "a.npy"), device="cpu"))

@@ -115,6 +115,7 @@ def test_two_ranks_find_the_same_as_one(run: Path, tmp_path: Path) -> None:
         (["random:resnet18", "knn", "device=cpu", "precision=fp16"], "precision: fp16 needs a GPU"),
         (["random:resnet18", "knn"], "data.path: found nothing"),
         (["nowhere", "knn"], "nowhere"),
+        (["random:resnet18", "knn", "data.path=/nowhere"], "data.path: /nowhere doesn't exist"),
         (["--table", "nowhere"], "--table nowhere: found no results"),
     ],
 )

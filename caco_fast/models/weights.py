@@ -81,7 +81,8 @@ def read_weights(file: str, key: str = "backbone.init", trust: bool = False) -> 
     path = Path(file).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "doesn't exist"
-        raise UserError(f"{key}: {path} {what}, expected a file of weights, timm or torchvision")
+        or_names = ", timm or torchvision" if key == "backbone.init" else ""
+        raise UserError(f"{key}: {path} {what}, expected a file of weights{or_names}")
     if path.suffix in (".pkl", ".pickle"):
         raise UserError(
             f"{key}: {path} is a pickle, as BYOL (haiku) and detectron2 release their weights, whose loading runs "

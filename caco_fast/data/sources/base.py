@@ -263,19 +263,19 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise BadImageError(f"{image.width} x {image.height} pixels are too many")
 
 
-def data_directory(path: str, expected: str) -> Path:
-    """`data.path` as a Path. UserError if it is missing, a file or closed to us; `expected` says what it should be."""
+def data_directory(path: str, expected: str, key: str = "data.path") -> Path:
+    """The setting `key` as a Path. UserError if it is missing, a file or closed; `expected` says what it should be."""
     root = Path(path).expanduser()
     try:
         os.scandir(root).close()
         # Entering a directory needs a permission of its own.
         os.stat(os.path.join(root, "."))
     except FileNotFoundError:
-        raise UserError(f"data.path: {root} doesn't exist, expected {expected}") from None
+        raise UserError(f"{key}: {root} doesn't exist, expected {expected}") from None
     except NotADirectoryError:
-        raise UserError(f"data.path: {root} is a file, expected {expected}") from None
+        raise UserError(f"{key}: {root} is a file, expected {expected}") from None
     except PermissionError:
-        raise UserError(f"data.path: no permission to read {root}; allow it (chmod u+rx) or run as its owner") from None
+        raise UserError(f"{key}: no permission to read {root}; allow it (chmod u+rx) or run as its owner") from None
     except OSError as error:
-        raise UserError(f"data.path: can't read {root}: {error.strerror}") from error
+        raise UserError(f"{key}: can't read {root}: {error.strerror}") from error
     return root
