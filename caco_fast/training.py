@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from caco_fast import provenance, report
+from caco_fast import figures, provenance
 from caco_fast.bank import LearnableBank
 from caco_fast.build import build_trainer, settled
 from caco_fast.config import Config, flat_settings, settings_of, to_yaml
@@ -76,7 +76,7 @@ def train(
             # Rank 0 decides, because the others may see the folder later.
             checkpoint = on_rank_0(lambda: _resumed_from(run, store, resume))
             state = together(lambda: store.load(checkpoint)) if checkpoint else None
-            summary = broadcast_object(report.summary_if_done(config, run, state))
+            summary = broadcast_object(figures.summary_if_done(config, run, state))
             if summary:
                 _claim(run, checkpoint)
                 return summary
@@ -98,7 +98,7 @@ def dry_run(config: Config, folder: Path) -> None:
         trainer = together(lambda: build_trainer(config, run, CheckpointStore(run.checkpoints), device))
         try:
             check_banks(config, trainer, device)
-            report.announce(report.facts(config, trainer), folder)
+            figures.announce(figures.facts(config, trainer), folder)
             for done in rehearse(trainer, REHEARSED_STEPS):
                 log.info("dry run: {} step {}, loss {:.4f}, {:.2f} s without the wait for its images".format(*done))
             log.info("dry run: peak memory %.1f GiB on rank 0; nothing was written", peak_memory(device) / 2**30)
@@ -159,7 +159,7 @@ def _run(
         banks = check_banks(config, trainer, device)
         baselines: dict[str, Any] = {}
         if trainer.evaluator is not None and config.evaluation.baselines:
-            baselines = report.baselines(config, run, trainer.evaluator, trainer.encoders.query)
+            baselines = figures.baselines(config, run, trainer.evaluator, trainer.encoders.query)
         if state is not None:
             together(lambda: trainer.load_state_dict(state, str(checkpoint)))
             at = trainer.position
@@ -170,13 +170,13 @@ def _run(
         _claim(run, checkpoint)
         if baselines:
             run.summary(baselines)
-        found = report.facts(config, trainer)
-        report.announce(found, run.path)
+        found = figures.facts(config, trainer)
+        figures.announce(found, run.path)
         run.start(to_yaml(config), resumed_from=checkpoint, banks=[asdict(bank) for bank in banks], run=found)
         if not trainer.finished:
             trainer.metrics.open()
             trainer.run()
-        summary = report.finish(config, run, trainer)
+        summary = figures.finish(config, run, trainer)
         if broadcast_object(trainer.save_failed):
             raise UserError(
                 f"the run ended without its last checkpoint; the newest one is {store.latest() or 'none'}; make room "

@@ -39,6 +39,7 @@ LAYERS = (
     ("protocols", "export"),
     ("evaluation", "embed"),
     ("report",),
+    ("figures",),
     ("training",),
     ("cli", "api"),
     ("__main__",),

@@ -13,7 +13,7 @@ from tests.engine.tiny_run import config
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caco_fast.report._draw", lambda *_: None)
+    monkeypatch.setattr("caco_fast.figures._draw", lambda *_: None)
 
 
 @pytest.fixture

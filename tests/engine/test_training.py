@@ -258,7 +258,7 @@ def test_a_resume_that_failed_leaves_the_run_as_it_was(images, tmp_path):
 
 def test_raw_pixels_of_large_sets_are_left_out_with_a_line(images, tmp_path, monkeypatch, caplog):
     # 50 images of 3 x 40 x 40 are 960,000 bytes in f32.
-    monkeypatch.setattr("caco_fast.report.RAW_LIMIT", 960_000 - 1)
+    monkeypatch.setattr("caco_fast.figures.RAW_LIMIT", 960_000 - 1)
     summary = train(config(images, "evaluation.baselines=true", "trainer.max_steps=1"), tmp_path / "run")
     assert "knn_random" in summary and "knn_raw" not in summary
     assert "evaluation.baselines: raw pixels are left out" in caplog.text
