@@ -20,7 +20,6 @@ from caco_fast.methods.info_nce import batch_logits, own_rows
 from caco_fast.methods.learned_bank import OPERANDS, LearnedBankConfig, LearnedBankMethod
 from caco_fast.models import EncoderPair
 from caco_fast.ops.checks import BankUse
-from caco_fast.ops.rates import Rate
 from caco_fast.settings import setting
 
 
@@ -126,9 +125,6 @@ class AdCo(LearnedBankMethod):
             return own.unsqueeze(1), own
         similarity = batch_logits(queries, all_gather_rows(key), 1.0)
         return similarity, similarity.gather(1, own_rows(key).repeat(many).unsqueeze(1)).squeeze(1)
-
-    def bank_rate(self, warmup: Rate) -> Rate:
-        return super().bank_rate(warmup if self.config.bank_warmup else 1.0)
 
     def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
         # Of the views all but the key are queries.

@@ -36,7 +36,8 @@ class LearnedBankConfig:
     bank_size: int = setting(65536, "K, rows of the bank")
     temperature: float = setting(0.08, "t, temperature of the encoder's loss")
     bank_temperature: float = setting(0.08, "t_m, temperature of the bank's step")
-    bank_lr: float = setting(3.0, "eta, learning rate of the bank; constant after the warm-up")
+    bank_lr: float = setting(3.0, "eta, learning rate of the bank")
+    bank_warmup: bool = setting(True, "whether bank_lr follows the warm-up of the schedule; false: constant")
     bank_momentum: float = setting(0.9, "mu, momentum of the bank's velocity")
     bank_weight_decay: float = setting(0.0, "wd, weight decay of the bank's rows, a part of their velocity")
     bank_parallel: str = setting(
@@ -140,8 +141,8 @@ class LearnedBankMethod(Method):
         self.bank.step(self.bank_rate(warmup), scale=1 / self.parts, skip=skip)
 
     def bank_rate(self, warmup: Rate) -> Rate:
-        """eta at this share of the full rate."""
-        return self.config.bank_lr * warmup
+        """eta at this share of the full rate of the encoder."""
+        return self.config.bank_lr * (warmup if self.config.bank_warmup else 1.0)
 
     def bank_uses(self, images: int, views: int) -> Sequence[BankUse]:
         # A small view has both large ones as positives.

@@ -51,15 +51,15 @@ def fill(method: CaCo, views: list[Tensor], encoders: Any) -> None:
     phase.update(phase.objective(views, encoders).rows, 0.3, None)
 
 
-@pytest.mark.parametrize("warmup", [0.25, 1.0])
-def test_update_steps_the_bank_at_the_warmed_lr(warmup: float) -> None:
-    method, encoders = make(), ScriptedEncoders(C)
+@pytest.mark.parametrize("warmup, follows, share", [(0.25, True, 0.25), (1.0, True, 1.0), (0.25, False, 1.0)])
+def test_update_steps_the_bank_at_the_warmed_lr(warmup: float, follows: bool, share: float) -> None:
+    method, encoders = make(bank_warmup=follows), ScriptedEncoders(C)
     views, before = [unit(), unit()], method.bank.bank.clone()
     method.update(method(views, encoders).rows, warmup)
     keys = [encoders.key_of(view).double() for view in views]
     gradient = oracle.caco_gradient([v.double() for v in views], keys, before.double(), 0.07)
     torch.testing.assert_close(method.bank.velocity.double(), gradient, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(method.bank.bank, before - 0.5 * warmup * method.bank.velocity)
+    torch.testing.assert_close(method.bank.bank, before - 0.5 * share * method.bank.velocity)
 
 
 @pytest.mark.parametrize("size, batch, steps", [(10, 4, 3), (12, 4, 3), (3, 4, 1), (65536, 1024, 64)])
