@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caco_fast.distributed import all_gather_uneven
 from caco_fast.errors import UserError
-from caco_fast.evaluate.rows import Rows, coordinates, count_not_finite, places
+from caco_fast.evaluate.rows import Rows, coordinates, places, require_finite
 from caco_fast.evaluate.solvers import accuracy, cross_entropy, logistic_path
 
 # Weights of |W|^2 / 2 beside the mean loss, on features whose variances add up to 1, from strong to weak.
@@ -45,8 +45,7 @@ def few_labels(
     Raises:
         UserError: a class has too few rows, or features are not finite, on all ranks alike.
     """
-    if count_not_finite(train_features) + count_not_finite(test_features):
-        raise UserError(f"{key}: some features are NaN or infinite, the encoder has diverged")
+    require_finite(key, train_features, test_features)
     device = train_features.device
     place, labels = places(len(train_labels), train_index, device), train_labels.to(device, torch.int64)
     order = all_gather_uneven(place).argsort()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from caco_fast.errors import UserError
-from caco_fast.evaluate.rows import Rows, coordinates, count_not_finite, over_ranks, places
+from caco_fast.evaluate.rows import Rows, coordinates, over_ranks, places, require_finite
 from caco_fast.evaluate.solvers import MAX_EVALUATIONS, accuracy, cross_entropy, logistic_path
 
 # Weights of |W|^2 / 2 to try, from strong to weak. Each fit starts from the solution of the one before.
@@ -48,8 +48,7 @@ def linear_probe(
     total, tested = (over_ranks(count, device) for count in (len(place), len(test_labels)))
     if total == 0 or tested == 0:
         raise UserError(f"linear probe: found {total} training and {tested} test images, expected at least 1 of each")
-    if count_not_finite(train_features) + count_not_finite(test_features):
-        raise UserError("linear probe: some features are NaN or infinite, the encoder has diverged")
+    require_finite("linear probe", train_features, test_features)
     at = coordinates(train_features, standardise=True)
     train = Rows(train_features, train_labels.to(device, torch.int64), at).ready()
     start = None

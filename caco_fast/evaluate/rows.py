@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caco_fast.distributed import all_gather_uneven, all_reduce_sum, rank
+from caco_fast.errors import UserError
 from caco_fast.ops.tiling import f32_products
 
 # n; with their logits for 1,000 classes a block takes 100 MiB at D 2048.
@@ -106,12 +107,14 @@ def places(count: int, index: Tensor | None, device: torch.device) -> Tensor:
     return torch.searchsorted(all_gather_uneven(index).sort().values, index)
 
 
-def count_not_finite(features: Tensor) -> int:
-    """How many values of all ranks are NaN or infinite (collective)."""
-    bad = torch.zeros((), dtype=torch.int64, device=features.device)
-    for part in features.split(BLOCK):
-        bad += (~part.isfinite()).sum()
-    return int(all_reduce_sum(bad))
+def require_finite(name: str, *features: Tensor) -> None:
+    """Raise UserError on all ranks if a feature of any rank is NaN or infinite (collective). name: begins the line."""
+    bad = torch.zeros((), dtype=torch.int64, device=features[0].device)
+    for part in features:
+        for block in part.split(BLOCK):
+            bad += (~block.isfinite()).sum().to(bad.device)
+    if int(all_reduce_sum(bad)):
+        raise UserError(f"{name}: some features are NaN or infinite, the encoder has diverged")
 
 
 @f32_products()

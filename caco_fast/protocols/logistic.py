@@ -34,6 +34,7 @@ def logistic(context: Context, settings: LogisticConfig) -> Result:
         penalties(settings.lambdas),
         settings.held_out,
         "top1",
+        key="logistic",
         device=context.device,
     )
     counts = {"images": {"train": {"found": len(train)}, "test": {"found": len(test)}}}

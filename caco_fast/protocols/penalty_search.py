@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caco_fast.evaluate import metrics
 from caco_fast.evaluate.linear_probe import held_out
-from caco_fast.evaluate.rows import Rows, coordinates, over_ranks, places
+from caco_fast.evaluate.rows import Rows, coordinates, over_ranks, places, require_finite
 from caco_fast.evaluate.solvers import accuracy, logistic_path, scores_of_all
 from caco_fast.protocols.base import FeatureSet
 
@@ -38,11 +38,16 @@ def choose_and_test(
     held_out_share: float,
     name: str,
     *,
+    key: str,
     device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]], float]:
     """The figures on the test images, the penalties tried, and the standard error of the first figure (collective).
 
     val: the images to choose on; None: a seeded share of the training images. name: of the first figure.
+    key: the protocol, for the line of an error.
+
+    Raises:
+        UserError: features are NaN or infinite, on all ranks alike.
     """
     if val is not None:
         features, labels = torch.cat([train.features, val.features]), torch.cat([train.labels, val.labels])
@@ -51,6 +56,7 @@ def choose_and_test(
         features, labels = train.features, train.labels
         place = places(len(labels), train.index, labels.device)
         chosen_on = held_out(place, over_ranks(len(labels), labels.device), held_out_share)
+    require_finite(key, features, test.features)
     features, labels, chosen_on = (value.to(device) for value in (features, labels, chosen_on))
     whole = Rows(features, labels, coordinates(features)).ready()
     kept, out = whole.take(~chosen_on), whole.take(chosen_on)

@@ -157,7 +157,15 @@ def _fit(
     val = None if found.val is None else _labelled(context, data, "validation", found.val)
     score = Score(found.metric, len(found.train.classes))
     return choose_and_test(
-        score, train, val, test, settings.penalties(), settings.held_out, name, device=context.device
+        score,
+        train,
+        val,
+        test,
+        settings.penalties(),
+        settings.held_out,
+        name,
+        key=f"transfer: {name}",
+        device=context.device,
     )
 
 

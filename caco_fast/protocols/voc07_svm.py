@@ -18,7 +18,7 @@ from caco_fast.distributed import all_gather_uneven
 from caco_fast.engine.agreement import together
 from caco_fast.errors import UserError
 from caco_fast.evaluate import metrics
-from caco_fast.evaluate.rows import Rows, coordinates, places
+from caco_fast.evaluate.rows import Rows, coordinates, places, require_finite
 from caco_fast.evaluate.solvers import Columns, scores_of_all, squared_hinge
 from caco_fast.protocols.base import Context, Published, Result, register
 from caco_fast.settings import require_at_least, setting
@@ -51,6 +51,7 @@ def voc07_svm(context: Context, settings: Voc07SvmConfig) -> Result:
         features[split], targets[split] = _unit_features(context, data, split, source)
     x, y = (torch.cat([part["train"], part["val"]]) for part in (features, targets))
     classes = y.shape[1]
+    require_finite("voc07_svm", x, features["test"])
     # The bias is penalised, so the features stay where they are.
     rows = Rows(x, y, coordinates(x, centre=False), x.dtype).ready()
     folds = places(len(x), None, x.device) % settings.folds

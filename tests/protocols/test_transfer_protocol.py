@@ -35,8 +35,8 @@ class Pixels(nn.Flatten):
         self.num_features = width
 
 
-def context(folder: Path, channels: int = 1, size: int = 8, **options: Any) -> Context:
-    pretrained = Pretrained(Pixels(channels * size * size), "pixels", BackboneConfig(**options), channels)
+def context(folder: Path, channels: int = 1, size: int = 8, kind: type[Pixels] = Pixels, **options: Any) -> Context:
+    pretrained = Pretrained(kind(channels * size * size), "pixels", BackboneConfig(**options), channels)
     data = DataConfig(source="embedded", workers=0, mean=[0.3] * channels, std=[0.4] * channels)
     given = dict(device=torch.device("cpu"), autocast=None, batch_size=64, seed=0)
     return Context(pretrained, data, folder=folder, **given)  # type: ignore[arg-type]
@@ -162,6 +162,21 @@ def test_logistic_is_transfer_to_the_own_images(tmp_path: Path) -> None:
     assert [row["validation"] for row in own.sweep] == [row["validation"] for row in other.sweep]
     with pytest.raises(UserError, match="logistic.held_out: found 0, expected"):
         LogisticConfig(held_out=0)
+
+
+class Diverged(Pixels):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).masked_fill(input.new_ones(self.num_features).cumsum(0) == 5, torch.inf)
+
+
+def test_features_of_an_encoder_that_diverged_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^transfer: digits: some features are NaN or infinite"):
+        run(context(tmp_path, kind=Diverged), sets=["digits"])
+    make_tree("birdsnap", tmp_path, per_class=15)
+    found = context(tmp_path / "out", 3, 12, Diverged)
+    found.data = replace(found.data, source="folder", path=str(tmp_path / "birdsnap"))
+    with pytest.raises(UserError, match="^logistic: some features are NaN or infinite"):
+        PROTOCOLS["logistic"].run(found, LogisticConfig(lambdas=3))
 
 
 def test_published_numbers_are_shown_for_a_resnet50(tmp_path: Path) -> None:

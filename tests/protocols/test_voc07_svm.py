@@ -11,7 +11,7 @@ from caco_fast.errors import UserError
 from caco_fast.protocols import PROTOCOLS, Result
 from caco_fast.protocols.voc07_svm import Voc07SvmConfig
 from tests.data.trees import make_tree
-from tests.protocols.test_transfer_protocol import context
+from tests.protocols.test_transfer_protocol import Diverged, context
 from tests.ranks import run_ranks
 
 svm = pytest.importorskip("sklearn.svm", reason="scikit-learn is not installed")
@@ -97,6 +97,13 @@ def test_two_ranks_find_nearly_the_same_as_one(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_one_line(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         Voc07SvmConfig(**settings)
+
+
+def test_features_of_an_encoder_that_diverged_are_refused_in_one_line(tmp_path: Path) -> None:
+    make_tree("voc2007", tmp_path, per_class=4)
+    settings = Voc07SvmConfig(root=str(tmp_path), costs=COSTS, folds=2, resize=12, size=12)
+    with pytest.raises(UserError, match="^voc07_svm: some features are NaN or infinite"):
+        PROTOCOLS["voc07_svm"].run(context(tmp_path / "out", 3, 12, Diverged), settings)
 
 
 def test_a_missing_release_is_one_line(tmp_path: Path) -> None:
