@@ -44,11 +44,6 @@ def bank_part(sample: Sample) -> Part:
     return Part("bank", f"The {name}", [*charts, *shape, *images], lead)
 
 
-def choices(keys: Tensor, bank: Tensor) -> Tensor:
-    """How many keys [N, C] each row of the bank [K, C] is nearest to. [K]"""
-    return bank_select(keys, bank)[0].bincount(minlength=len(bank)).cpu()
-
-
 def perplexity(counts: Tensor) -> float:
     """exp of the entropy of the choices: the number of rows in use, in effect."""
     return float(torch.special.entr(counts.double() / counts.sum()).sum().exp())
@@ -65,16 +60,15 @@ def nearest_rows(bank: Tensor, most: int = COMPARED) -> Tensor:
 
 
 def _choices(sample: Sample, bank: Tensor, name: str) -> list[Block]:
-    keys = sample.keys()
-    counts = choices(keys.to(sample.device), bank.to(sample.device))
-    images, rows = len(keys), len(bank)
+    counts = sample.counts
+    images, rows = int(counts.sum()), len(bank)
     chosen = int((counts > 0).sum())
     half = int((counts.sort(descending=True).values.cumsum(0) < images / 2).sum()) + 1
     facts = [
         ("images that chose", f"{images:,}"),
         ("rows", f"{rows:,}"),
         ("rows chosen at least once", f"{chosen:,} ({100 * chosen / rows:.1f} %)"),
-        ("dead rows, which no image chose", f"{rows - chosen:,} ({100 * (rows - chosen) / rows:.1f} %)"),
+        ("dead rows, which none of them chose", f"{rows - chosen:,} ({100 * (rows - chosen) / rows:.1f} %)"),
         ("perplexity of the choices", f"{perplexity(counts):,.0f} rows"),
         ("rows that half of the images chose", f"{half:,}"),
     ]
@@ -88,7 +82,7 @@ def _choices(sample: Sample, bank: Tensor, name: str) -> list[Block]:
         f"Two charts of how {images:,} images chose rows of the {name}: {chosen:,} of {rows:,} rows were chosen, "
         f"and {half:,} of them by half of the images."
     )
-    caption = "Left: rows by how often they were chosen. Right: the further below the diagonal, the fewer rows do all."
+    caption = "The further the curve is below the diagonal, the fewer rows have most of the choices."
     return [Facts(facts), Picture(drawn, alt, caption)]
 
 
@@ -98,15 +92,15 @@ def _histogram_of(counts: Tensor) -> str:
     height = places.bincount()
     names = ["0", "1", *(f"{2**n}–{2 ** (n + 1) - 1}" for n in range(1, len(height) - 1))][: len(height)]
     hover = [f"{count:,} rows were chosen {name} times" for count, name in zip(height.tolist(), names)]
-    # On each second bar alone where they would touch.
-    every = math.ceil(len(names) / 7)
+    # Not below every bar where they would touch.
+    every = math.ceil(len(names) / 6)
     labels = [name if number % every == 0 else "" for number, name in enumerate(names)]
     return bars("Rows by their choices", "times that a row was chosen", height.tolist(), labels, hover)
 
 
 def _shape(bank: Tensor, name: str) -> list[Block]:
     norms, cosines = bank.norm(dim=1), nearest_rows(bank)
-    low, middle, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist() if len(norms) < 2**24 else [0.0] * 3
+    low, middle, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     drawn = beside(
         histogram("Length of the rows", "norm", norms, "rows"),
         histogram("Cosine to the nearest other row", "cosine", cosines, "rows"),
@@ -122,9 +116,10 @@ def _shape(bank: Tensor, name: str) -> list[Block]:
 
 
 def _as_images(sample: Sample, bank: Tensor) -> list[Block]:
-    keys = sample.keys().to(sample.device)
-    counts = choices(keys, bank.to(sample.device))
-    found, similarity = (value.cpu() for value in bank_select(F.normalize(bank, dim=1).to(sample.device), keys))
+    # The rows ask, and the images are the bank that they search.
+    unit, keys = F.normalize(bank, dim=1).to(sample.device), sample.keys().to(sample.device)
+    found, similarity = (value.cpu() for value in bank_select(unit, keys))
+    counts = sample.counts
     source, index, labels = sample.train.source, sample.train.index, sample.train.labels
 
     def cell(row: int) -> Cell:
@@ -145,7 +140,7 @@ def _as_images(sample: Sample, bank: Tensor) -> list[Block]:
     if sample.classes:
         blocks.append(_classes(sample, labels[found], counts, labels))
     else:
-        blocks.append(Missing("What class a row is like is not known, since the images have no labels."))
+        blocks.append(Missing("the class that each row is like, since the images have no labels"))
     return blocks
 
 
@@ -170,14 +165,13 @@ def _classes(sample: Sample, of_rows: Tensor, counts: Tensor, of_images: Tensor)
     lines = [
         [
             sample.classes[label],
-            f"{int(rows[label]):,}",
             share_of(rows[label], rows.sum()),
             share_of(chosen[label], chosen.sum()),
             share_of(images[label], images.sum()),
         ]
         for label in shown
     ]
-    caption = "The class that a row is like is that of the training image nearest to it."
+    caption = "Each row has the class of the image nearest to it."
     if number > CLASSES:
-        caption += f" The {CLASSES // 2} classes with the most and with the fewest rows, of {number:,}."
-    return Table(["class", "rows", "of all rows", "of all choices", "of the images"], lines, caption)
+        caption += f" The {CLASSES // 2} classes with the most and the fewest rows, of {number:,}."
+    return Table(["class", "rows", "choices", "images"], lines, caption)

@@ -9,7 +9,9 @@ from torch import Tensor
 from caco_fast.engine.curves import COLOURS
 
 # Units of the SVG, of which a phone of 360 pixels shows one as a pixel.
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 4, 34, 24
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 180, 4, 34, 34
+# Bars that have room for a number above each.
+FEW = 9
 
 
 def beside(*drawings: str, least: int = 260) -> str:
@@ -19,8 +21,8 @@ def beside(*drawings: str, least: int = 260) -> str:
 
 
 def bars(title: str, unit: str, counts: Sequence[float], labels: Sequence[str], hover: Sequence[str]) -> str:
-    """A bar for each count. `labels`: below the bars, empty for none; `hover`: what each says."""
-    step, most = (WIDTH - 2 * LEFT) / len(counts), max(*counts, 1e-9)
+    """A bar for each count, with its number if they are few, else the highest one's. `labels`: below the bars; `hover`: what each says."""
+    step, most, last = (WIDTH - 2 * LEFT) / len(counts), max(*counts, 1e-9), len(counts) - 1
     room, base = HEIGHT - TOP - BOTTOM, HEIGHT - BOTTOM
     parts = []
     for number, (count, label, text) in enumerate(zip(counts, labels, hover, strict=True)):
@@ -33,7 +35,12 @@ def bars(title: str, unit: str, counts: Sequence[float], labels: Sequence[str], 
             f'<rect x="{x + 0.08 * step:.1f}" y="{base - height:.1f}" width="{0.84 * step:.1f}" '
             f'height="{height:.1f}" fill="{COLOURS[0]}"/></g>'
         )
-        parts.append(_text(x + step / 2, base + 13, label, anchor="middle") if label else "")
+        at, anchor = x + step / 2, "middle"
+        if len(counts) > FEW:
+            at, anchor = {0: (LEFT, "start"), last: (WIDTH - LEFT, "end")}.get(number, (at, anchor))
+        parts.append(_text(at, base + 13, label, anchor) if label else "")
+        if len(counts) <= FEW or count == max(counts):
+            parts.append(_text(at, base - height - 4, f"{count:,.0f}", anchor))
     return _chart(title, unit, "".join(parts))
 
 

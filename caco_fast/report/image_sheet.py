@@ -13,7 +13,7 @@ from PIL import Image
 from caco_fast.protocols.sheet import WRONG, square
 
 # In units of the SVG, which is as wide as the page lets it be. On a phone of 360 pixels a unit is some 0.7 of one.
-CELL, GAP, APART, HEAD, LINE = 48, 4, 12, 18, 13
+CELL, GAP, APART, HEAD, LINE = 48, 4, 12, 20, 15
 QUALITY = 80
 
 
@@ -41,16 +41,17 @@ def image_sheet(groups: Sequence[Group], below: bool = False) -> str:
     height = CELL + GAP + (LINE if any(cell.under for cell in cells) else 0)
     parts, left, top, right = [], 0, 0, 0
     for group in groups:
-        parts.append(f'<text x="{left}" y="{top + HEAD - 6}" font-size="13">{escape(group.heading)}</text>')
+        parts.append(f'<text x="{left}" y="{top + HEAD - 6}" font-size="15">{escape(group.heading)}</text>')
         for number, row in enumerate(group.rows):
             for column, cell in enumerate(row):
                 parts.append(_cell(cell, atlas, left + column * (CELL + GAP), top + HEAD + number * height))
         right = max(right, left + len(group.rows[0]) * (CELL + GAP) - GAP)
         bottom = top + HEAD + len(group.rows) * height
         left, top = (0, bottom + GAP) if below else (right + APART, 0)
+    style = f"width:100%;max-width:{1.6 * right:.0f}px"
     return (
-        f'<svg viewBox="-2 0 {right + 4} {bottom}" style="width:100%;max-width:{1.8 * right:.0f}px" fill="currentColor" '
-        f'font-family="inherit">{atlas.definition}{"".join(parts)}</svg>'
+        f'<svg viewBox="-2 0 {right + 4} {bottom}" style="{style}" fill="currentColor" font-family="inherit">'
+        f"{atlas.definition}{''.join(parts)}</svg>"
     )
 
 
@@ -84,10 +85,9 @@ class _Atlas:
         self._next += 1
         # Half a pixel less on each side, which would show the neighbour.
         box = f"{left + 0.5} {top + 0.5} {self.side - 1} {self.side - 1}"
-        return (
-            f'<svg x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" viewBox="{box}">'
-            f'<use href="#{self.name}"/></svg>'
-        )
+        # The style has priority over a page's rule for all pictures, such as `svg {height: auto}`.
+        place = f'x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" style="height:{size:g}px"'
+        return f'<svg {place} viewBox="{box}"><use href="#{self.name}"/></svg>'
 
     def _corner(self, number: int) -> tuple[int, int]:
         return number % self.columns * self.side, number // self.columns * self.side
@@ -103,7 +103,7 @@ def _cell(cell: Cell, atlas: _Atlas, x: float, y: float) -> str:
         box = f'x="{x - 0.5:g}" y="{y - 0.5:g}" width="{size + 1:g}" height="{size + 1:g}"'
         drawn += f'<rect {box} fill="none" stroke="{colour}" stroke-width="{3 if cell.wrong else 0.5}"/>'
     if cell.under:
-        drawn += f'<text x="{x + CELL / 2:g}" y="{y + CELL + 10:g}" font-size="10" text-anchor="middle">'
+        drawn += f'<text x="{x + CELL / 2:g}" y="{y + CELL + 12:g}" font-size="12" text-anchor="middle">'
         drawn += f"{escape(cell.under)}</text>"
     return f"<g>{drawn}</g>"
 

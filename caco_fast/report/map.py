@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from caco_fast.errors import UserError
-from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import thumbnail
 from caco_fast.protocols.tsne import FEWEST, NEAREST, embed, kept
 from caco_fast.report.drawing import beside

@@ -35,7 +35,7 @@ def _blocks(sample: Sample) -> list[Block]:
     similarity, found = (value.cpu() for value in nearest(features, train.outputs[0], VOTERS))
     blocks: list[Block] = [_sheet(sample, similarity, found)]
     if not sample.classes:
-        return [*blocks, Missing("Which classes are confused is not known, since the images have no labels.")]
+        return [*blocks, Missing("which classes are confused, since the images have no labels")]
     labels = train.labels[found]
     guesses = votes(similarity, labels, len(sample.classes))
     right = share_of((guesses == test.labels).sum(), len(guesses))

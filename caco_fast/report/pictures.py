@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from caco_fast.errors import UserError
 from caco_fast.report.bank import bank_part
 from caco_fast.report.map import map_part
 from caco_fast.report.neighbours import neighbours_part

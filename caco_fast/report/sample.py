@@ -28,6 +28,7 @@ from caco_fast.engine.precision import autocast_dtype
 from caco_fast.errors import UserError
 from caco_fast.evaluate import extract_features
 from caco_fast.models import Encoder
+from caco_fast.ops import bank_select
 from caco_fast.pretrained.encoders import Saved, random_backbone, read_encoders
 from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import thumbnail
@@ -176,6 +177,13 @@ class Sample:
         return self.train.outputs[1 if self.saved.key is None else 2]
 
     @functools.cached_property
+    def counts(self) -> Tensor:
+        """How many training images choose each row: the one most similar to their key (eq. 11). [K]"""
+        bank = self.saved.bank
+        assert bank is not None
+        return bank_select(self.keys().to(self.device), bank.to(self.device))[0].bincount(minlength=len(bank)).cpu()
+
+    @functools.cached_property
     def _positions(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the training and the test images of the sample; of one set, no image is in both."""
         count, settings = len(self.train_source), self.settings
@@ -267,11 +275,11 @@ def share_of(part: Tensor | int, whole: Tensor | int) -> str:
 
 
 def guarded(make: Callable[[], Sequence[Block]], what: str) -> Sequence[Block]:
-    """The blocks that `make` gives, or a line on why they are missing: the page of a run never fails for a picture."""
+    """The blocks that `make` gives, or why `what` is missing: a run never fails for a picture of its page."""
     try:
         return make()
     except UserError as error:
-        return [Missing(f"{what[0].upper()}{what[1:]}: {error}")]
+        return [Missing(f"{what}: {error}")]
     except Exception as error:
         log.warning("the page lacks %s: %s", what, error, exc_info=True)
-        return [Missing(f"{what[0].upper()}{what[1:]}: an unexpected error, {type(error).__name__}: {error}")]
+        return [Missing(f"{what}: an unexpected error, {type(error).__name__}: {error}")]

@@ -42,9 +42,7 @@ def right_surrogates(
 
 def _shares(sample: Sample) -> Block:
     if not sample.classes:
-        return Missing(
-            "How often the surrogate has the class of the image is not known, since the images have no labels."
-        )
+        return Missing("how often the surrogate has the class of the image, since the images have no labels")
     train, test, device = sample.train, sample.test, sample.device
     earlier = zip(sample.earlier, train.outputs[-len(sample.earlier) :], test.outputs[-len(sample.earlier) :])
     every = [*earlier, (sample.saved, train.outputs[1], test.outputs[1])]
