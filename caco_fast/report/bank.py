@@ -23,6 +23,12 @@ from caco_fast.report.sample import Sample, guarded, share_of
 COMPARED = 2048
 # Rows of each group of the sheet, and how many of them are in a line.
 SHOWN, LINE = 16, 8
+CHOSEN = (
+    "Every image chooses the row most similar to its key, which is its positive. A bank is in use if many rows are "
+    "chosen about as often; rows that most images choose are hubs, which teach little."
+)
+NEGATIVES = "The rows are negatives. An image chooses the row nearest to it, which is its hardest negative."
+QUEUE = "The rows are embeddings of past images. An image chooses the nearest one."
 # Classes in the table.
 CLASSES = 12
 
@@ -35,12 +41,9 @@ def bank_part(sample: Sample) -> Part:
     charts = guarded(lambda: _choices(sample, bank, name), "how often rows are chosen")
     shape = guarded(lambda: _shape(bank, name), "norms of the rows")
     images = guarded(lambda: _as_images(sample, bank), "rows as their nearest images")
-    lead = (
-        "Every image chooses the row most similar to its key. A bank is in use if many rows are chosen about as often; "
-        "a few rows that are chosen by most images are hubs, which teach little."
-        if sample.saved.learned
-        else "The rows are keys of past images; every image chooses the nearest one."
-    )
+    lead = QUEUE
+    if sample.saved.learned:
+        lead = CHOSEN if sample.chooses else NEGATIVES
     return Part("bank", f"The {name}", [*charts, *shape, *images], lead)
 
 
@@ -68,7 +71,7 @@ def _choices(sample: Sample, bank: Tensor, name: str) -> list[Block]:
         ("images that chose", f"{images:,}"),
         ("rows", f"{rows:,}"),
         ("rows chosen at least once", f"{chosen:,} ({100 * chosen / rows:.1f} %)"),
-        ("dead rows, which none of them chose", f"{rows - chosen:,} ({100 * (rows - chosen) / rows:.1f} %)"),
+        ("dead rows, which no image chose", f"{rows - chosen:,} ({100 * (rows - chosen) / rows:.1f} %)"),
         ("perplexity of the choices", f"{perplexity(counts):,.0f} rows"),
         ("rows that half of the images chose", f"{half:,}"),
     ]

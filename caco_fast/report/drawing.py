@@ -21,7 +21,10 @@ def beside(*drawings: str, least: int = 260) -> str:
 
 
 def bars(title: str, unit: str, counts: Sequence[float], labels: Sequence[str], hover: Sequence[str]) -> str:
-    """A bar for each count, with its number if they are few, else the highest one's. `labels`: below the bars; `hover`: what each says."""
+    """A bar for each count, and the number above it, if there is room.
+
+    labels: below the bars, empty for none. hover: what a bar says under the pointer.
+    """
     step, most, last = (WIDTH - 2 * LEFT) / len(counts), max(*counts, 1e-9), len(counts) - 1
     room, base = HEIGHT - TOP - BOTTOM, HEIGHT - BOTTOM
     parts = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from caco_fast.protocols.sheet import WRONG, square
 
@@ -111,13 +111,11 @@ def _cell(cell: Cell, atlas: _Atlas, x: float, y: float) -> str:
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     # Grey ones take a third fewer bytes. Without subsampling colours don't flow over from one square into the next.
-    grey = all(low == high == 0 for low, high in _colour_range(image))
+    grey = _is_grey(image)
     image.convert("L" if grey else "RGB").save(file, "JPEG", quality=QUALITY, optimize=True, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _colour_range(image: Image.Image) -> list[tuple[int, int]]:
-    from PIL import ImageChops
-
+def _is_grey(image: Image.Image) -> bool:
     red, green, blue = image.convert("RGB").split()
-    return [ImageChops.difference(red, other).getextrema() for other in (green, blue)]
+    return all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))

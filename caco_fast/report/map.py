@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from caco_fast.errors import UserError
@@ -81,7 +82,7 @@ def _map(sample: Sample, points: Tensor, title: str) -> str:
     )
 
 
-def _small(image: object, sample: Sample, point: int, place: Sequence[float], groups: Sequence[int]) -> str:
+def _small(image: Image.Image, sample: Sample, point: int, place: Sequence[float], groups: Sequence[int]) -> str:
     x, y = (min(max(value - IMAGE / 2, 1), SIDE - IMAGE - 1) for value in place)
     label = int(sample.map.labels[point])
     colour = COLOURS[groups.index(label) % len(COLOURS)]

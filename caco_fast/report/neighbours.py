@@ -22,10 +22,7 @@ PAIRS = 8
 
 def neighbours_part(sample: Sample) -> Part:
     """The sheet and the table."""
-    lead = (
-        "Test images, and the training images whose features are nearest to theirs. "
-        "A red frame is another class than that of the image."
-    )
+    lead = "Test images, and the training images whose features are nearest to theirs by cosine similarity."
     return Part("neighbours", "Nearest neighbours", guarded(lambda: _blocks(sample), "nearest neighbours"), lead)
 
 
@@ -91,4 +88,4 @@ def _sheet(sample: Sample, similarity: Tensor, found: Tensor) -> Picture:
         near.append([cell(query, column) for column in range(min(K, found.shape[1]))])
     groups = [Group("image", queries), Group("nearest training images", near)]
     alt = f"{len(shown)} images, each with the {len(near[0])} training images nearest to it, nearest first."
-    return Picture(image_sheet(groups), alt, sample.note)
+    return Picture(image_sheet(groups), alt, sample.caption)

@@ -111,9 +111,11 @@ class Sample:
         return self.test_source is not self.train_source
 
     @property
-    def note(self) -> str:
-        """What to know of the test images, for a caption."""
-        return "" if self.has_tests else "The run has no test images: other training images take their place."
+    def caption(self) -> str:
+        """How to read a sheet of test images."""
+        frames = "A red frame is another class than that of the image." if self.classes else ""
+        tests = "" if self.has_tests else "The run has no test images: other training images take their place."
+        return f"{frames} {tests}".strip()
 
     @functools.cached_property
     def test_source(self) -> Source:
@@ -176,6 +178,12 @@ class Sample:
         """The training images by the encoder whose embeddings fill and choose the bank's rows. [N, C]"""
         return self.train.outputs[1 if self.saved.key is None else 2]
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the nearest row of an image is its positive, as in CaCo."""
+        positives = {"caco": "bank", "ablation": self.config.ablation.positives}  # type: ignore[attr-defined]
+        return positives.get(self.config.method) == "bank"
+
     @functools.cached_property
     def counts(self) -> Tensor:
         """How many training images choose each row: the one most similar to their key (eq. 11). [K]"""
@@ -199,8 +207,14 @@ class Sample:
     def _see(self, source: Source, positions: np.ndarray, share: float, more: Sequence[Callable]) -> Seen:
         # Shuffled, so that those which are read until the time is over are spread over the set too.
         positions = np.random.default_rng(0).permutation(positions)
-        options = dict(batch_size=min(BATCH, len(positions)), device=self.device, labelled=False)
-        loader = build_eval_loader(self.data, "sampled", source=take(source, positions), **options)
+        loader = build_eval_loader(
+            self.data,
+            "sampled",
+            batch_size=min(BATCH, len(positions)),
+            device=self.device,
+            source=take(source, positions),
+            labelled=False,
+        )
         together = _Together(self.saved.query, more)
         until = _Until(loader, time.monotonic() + share * self.settings.seconds)
         rows, labels, index = (value.cpu() for value in extract_features(together, until, self.device))

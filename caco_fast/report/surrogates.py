@@ -16,22 +16,20 @@ from caco_fast.report.parts import Block, Missing, Part, Picture, Table
 from caco_fast.report.sample import Sample, guarded, share_of
 
 QUERIES = 12
-HEADINGS = "image", "positive", "hardest negatives", "random rows"
+HEADINGS = "image", "nearest", "the next rows", "random rows"
+OF_POSITIVES = "image", "positive", "hardest negatives", "random rows"
+NEAREST = "Test images with the row nearest to each of them, the next ones, and two random ones."
+CHOSEN = "Test images with the row that is the positive of each of them, its hardest negatives, and two random rows."
 
 
 def surrogates_part(sample: Sample) -> Part:
     """The sheet, and the share of right surrogates in each checkpoint that the run kept."""
-    blocks = guarded(lambda: [_sheet(sample), _shares(sample)], "rows as images")
-    lead = (
-        "Test images, and the rows of the bank that matter for each of them. A row is shown as its "
-        "surrogate, the training image nearest to it. A red frame is another class than that of the image."
-    )
-    return Part("surrogates", "Positives and negatives of an image", blocks, lead)
+    blocks = guarded(lambda: [_sheet(sample), _shares(sample)], "the rows of some images")
+    lead = f"{CHOSEN if sample.chooses else NEAREST} A row is shown as its surrogate, the training image nearest to it."
+    return Part("surrogates", "Rows as images", blocks, lead)
 
 
-def right_surrogates(
-    bank: Tensor, train: Tensor, labels: Tensor, test: Tensor, answers: Tensor
-) -> tuple[Tensor, Tensor]:
+def right_surrogates(bank: Tensor, train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of the rows' surrogates [K], and of those which the test images choose [M].
 
     bank: [K, C]. train, test: embeddings [N, C], [M, C]. labels: of the training images [N].
@@ -49,11 +47,11 @@ def _shares(sample: Sample) -> Block:
     lines = []
     for saved, of_train, of_test in every:
         assert saved.bank is not None
-        rows = saved.bank.to(device), of_train.to(device), train.labels, of_test.to(device), test.labels
+        rows = saved.bank.to(device), of_train.to(device), train.labels, of_test.to(device)
         of_rows, found = right_surrogates(*rows)
         chance = 100.0 * by_chance(of_rows, test.labels)
         lines.append([f"step {saved.step:,}", share_of((found == test.labels).sum(), len(found)), f"{chance:.1f} %"])
-    caption = f"How often the surrogate of the positive has the class of the image, over {len(test.labels):,} images."
+    caption = f"How often the surrogate of the nearest row has the class of the image, of {len(test.labels):,} images."
     return Table(["checkpoint", "same class", "a random row"], lines, caption)
 
 
@@ -83,9 +81,10 @@ def _sheet(sample: Sample) -> Picture:
         lines[0].append([Cell(sample.thumbnail(test.source, test.index[query]), name)])
         for line, rows in zip(lines[1:], (near[number, :1], near[number, 1:], random[number])):
             line.append([cell(query, row, float(similarity[number, row])) for row in rows.tolist()])
-    groups = [Group(heading, rows) for heading, rows in zip(HEADINGS, lines) if rows[0]]
+    headings = OF_POSITIVES if sample.chooses else HEADINGS
+    groups = [Group(heading, rows) for heading, rows in zip(headings, lines) if rows[0]]
     alt = (
-        f"{len(shown)} images, each with the training images nearest to the bank row that is its positive, to its "
-        f"{HARDEST} hardest negatives and to {RANDOM} random rows."
+        f"{len(shown)} images, each with the training images nearest to the row nearest to it, to the next "
+        f"{HARDEST} rows and to {RANDOM} random ones."
     )
-    return Picture(image_sheet(groups), alt, sample.note)
+    return Picture(image_sheet(groups), alt, sample.caption)
