@@ -14,10 +14,11 @@ from torch import Tensor
 from caco_fast.ops import bank_select
 from caco_fast.ops.tiling import f32_products
 from caco_fast.protocols.images import evenly_spaced
+from caco_fast.report.blocks import guarded, share_of
 from caco_fast.report.drawing import bars, beside, histogram, lorenz
 from caco_fast.report.image_sheet import Cell, Group, image_sheet
 from caco_fast.report.parts import Block, Facts, Missing, Part, Picture, Table
-from caco_fast.report.sample import Sample, guarded, share_of
+from caco_fast.report.sample import Sample
 
 # Rows that are compared with all others.
 COMPARED = 2048

@@ -13,10 +13,11 @@ from torch import Tensor
 from caco_fast.errors import UserError
 from caco_fast.protocols.sheet import thumbnail
 from caco_fast.protocols.tsne import FEWEST, NEAREST, embed, kept
+from caco_fast.report.blocks import guarded
 from caco_fast.report.drawing import beside
 from caco_fast.report.image_sheet import image_element
 from caco_fast.report.parts import Block, Facts, Part, Picture
-from caco_fast.report.sample import Sample, guarded
+from caco_fast.report.sample import Sample
 
 PERPLEXITY = 30.0
 # Of the descent: half of scikit-learn's number, in half of the time, for a picture that hardly differs.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.neighbours import nearest
+from caco_fast.report.blocks import guarded, share_of
 from caco_fast.report.image_sheet import Cell, Group, image_sheet
 from caco_fast.report.parts import Block, Facts, Missing, Part, Picture, Table
-from caco_fast.report.sample import Sample, guarded, share_of
+from caco_fast.report.sample import Sample
 
 QUERIES, K = 24, 8
 # Neighbours that vote, and temperature of their votes, as in the evaluation of a run.

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from caco_fast.report.bank import bank_part
+from caco_fast.report.blocks import guarded
 from caco_fast.report.map import map_part
 from caco_fast.report.neighbours import neighbours_part
 from caco_fast.report.parts import Part
-from caco_fast.report.sample import PicturesConfig, Sample, guarded
+from caco_fast.report.sample import PicturesConfig, Sample
 from caco_fast.report.surrogates import surrogates_part
 from caco_fast.report.views import views_part
 

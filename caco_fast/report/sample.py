@@ -6,7 +6,6 @@ Legend: N images of the sample, D feature size, C embedding size, K bank rows, b
 """
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +31,7 @@ from caco_fast.ops import bank_select
 from caco_fast.pretrained.encoders import Saved, random_backbone, read_encoders
 from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import thumbnail
-from caco_fast.report.parts import Block, Missing
 from caco_fast.settings import require_at_least, setting
-
-log = logging.getLogger("caco_fast.report")
 
 # b: small, so that a slow device can stop in time.
 BATCH = 64
@@ -128,7 +124,7 @@ class Sample:
 
     @property
     def classes(self) -> Sequence[str]:
-        """Their names; empty without labels."""
+        """The names of the classes; empty without labels."""
         return self.train_source.classes
 
     @functools.cached_property
@@ -275,25 +271,9 @@ def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those that stay for good and the last ones, each of them once, oldest first."""
+    """The checkpoints that stay for good and the last ones, each of them once, oldest first."""
     steps = [path for _, path in checkpoints_in(folder)]
     milestones = sorted(folder.glob("epoch_*.pt"))
     # A milestone is another name of a step's file, if the file system has links.
     known = {path.stat().st_ino for path in steps}
     return [*(path for path in milestones if path.stat().st_ino not in known), *steps]
-
-
-def share_of(part: Tensor | int, whole: Tensor | int) -> str:
-    """A part in per cent of the whole, for a table."""
-    return f"{100.0 * float(part) / max(float(whole), 1.0):.1f} %"
-
-
-def guarded(make: Callable[[], Sequence[Block]], what: str) -> Sequence[Block]:
-    """The blocks that `make` gives, or why `what` is missing: a run never fails for a picture of its page."""
-    try:
-        return make()
-    except UserError as error:
-        return [Missing(f"{what}: {error}")]
-    except Exception as error:
-        log.warning("the page lacks %s: %s", what, error, exc_info=True)
-        return [Missing(f"{what}: an unexpected error, {type(error).__name__}: {error}")]

@@ -11,9 +11,10 @@ from caco_fast.ops import bank_select
 from caco_fast.ops.tiling import f32_products
 from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.surrogates import HARDEST, RANDOM, by_chance
+from caco_fast.report.blocks import guarded, share_of
 from caco_fast.report.image_sheet import Cell, Group, image_sheet
 from caco_fast.report.parts import Block, Missing, Part, Picture, Table
-from caco_fast.report.sample import Sample, guarded, share_of
+from caco_fast.report.sample import Sample
 
 QUERIES = 12
 HEADINGS = "image", "nearest", "the next rows", "random rows"

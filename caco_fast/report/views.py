@@ -9,9 +9,10 @@ from torch import Tensor
 
 from caco_fast.data import ArraySource, Source, ViewConfig, build_train_loader
 from caco_fast.protocols.images import evenly_spaced
+from caco_fast.report.blocks import guarded
 from caco_fast.report.image_sheet import Cell, Group, image_sheet
 from caco_fast.report.parts import Block, Part, Picture, Table
-from caco_fast.report.sample import Sample, guarded
+from caco_fast.report.sample import Sample
 
 IMAGES = 8
 # The most views of an image that are shown.
