@@ -73,7 +73,7 @@ def _choices(sample: Sample, bank: Tensor, name: str) -> list[Block]:
         ("rows", f"{rows:,}"),
         ("rows chosen at least once", f"{chosen:,} ({100 * chosen / rows:.1f} %)"),
         ("dead rows, which no image chose", f"{rows - chosen:,} ({100 * (rows - chosen) / rows:.1f} %)"),
-        ("perplexity of the choices", f"{perplexity(counts):,.0f} rows"),
+        ("perplexity of the choices, in rows", f"{perplexity(counts):,.1f}"),
         ("rows that half of the images chose", f"{half:,}"),
     ]
     if images < rows:

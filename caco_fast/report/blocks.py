@@ -23,5 +23,7 @@ def guarded(make: Callable[[], Sequence[Block]], what: str) -> Sequence[Block]:
     except UserError as error:
         return [Missing(f"{what}: {error}")]
     except Exception as error:
-        log.warning("the page lacks %s: %s", what, error, exc_info=True)
-        return [Missing(f"{what}: an unexpected error, {type(error).__name__}: {error}")]
+        # One line: some messages of libraries have several.
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        log.warning("the page lacks %s: %s", what, reason)
+        return [Missing(f"{what}: an unexpected error, {reason}")]

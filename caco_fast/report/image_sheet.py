@@ -48,7 +48,7 @@ def image_sheet(groups: Sequence[Group], below: bool = False) -> str:
         right = max(right, left + len(group.rows[0]) * (CELL + GAP) - GAP)
         bottom = top + HEAD + len(group.rows) * height
         left, top = (0, bottom + GAP) if below else (right + APART, 0)
-    style = f"width:100%;max-width:{1.6 * right:.0f}px"
+    style = f"width:100%;max-width:{1.4 * right:.0f}px"
     return (
         f'<svg viewBox="-2 0 {right + 4} {bottom}" style="{style}" fill="currentColor" font-family="inherit">'
         f"{atlas.definition}{''.join(parts)}</svg>"

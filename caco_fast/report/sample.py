@@ -33,8 +33,8 @@ from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import thumbnail
 from caco_fast.settings import require_at_least, setting
 
-# b: small, so that a slow device can stop in time.
-BATCH = 64
+# b on a GPU; and the pixels of a batch on a CPU, where it is smaller, so that a slow one can stop in time.
+BATCH, PIXELS = 64, 2**18
 # Shares of the time: training images, test images, and those of the map.
 SHARES = 0.6, 0.25, 0.15
 # Pixels of a thumbnail of an image that has no more, and of others.
@@ -206,7 +206,7 @@ class Sample:
         loader = build_eval_loader(
             self.data,
             "sampled",
-            batch_size=min(BATCH, len(positions)),
+            batch_size=min(self._batch_size(), len(positions)),
             device=self.device,
             source=take(source, positions),
             labelled=False,
@@ -215,6 +215,10 @@ class Sample:
         until = _Until(loader, time.monotonic() + share * self.settings.seconds)
         rows, labels, index = (value.cpu() for value in extract_features(together, until, self.device))
         return Seen(source, torch.from_numpy(positions)[index], labels, rows.split(together.widths, dim=1))
+
+    def _batch_size(self) -> int:
+        pixels = (self.data.eval_size or SMALL) ** 2
+        return BATCH if self.device.type == "cuda" else min(BATCH, max(4, PIXELS // pixels))
 
     @functools.cached_property
     def _random(self) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_fast.data import build_train_loader
+from caco_fast.data import ViewConfig, build_train_loader
 from caco_fast.engine.checkpoint import load_state
 from caco_fast.errors import UserError
 from caco_fast.models import build_encoder_pair
@@ -26,7 +27,7 @@ from caco_fast.report.parts import Facts, Missing, Part, Picture, Table
 from caco_fast.report.pictures import PicturesConfig, picture_parts
 from caco_fast.report.sample import Sample, _Until
 from caco_fast.report.surrogates import surrogates_part
-from caco_fast.report.views import views_of
+from caco_fast.report.views import views_of, views_part
 from caco_fast.training import train
 from tests.engine.tiny_run import config, write_images
 
@@ -105,7 +106,7 @@ def test_choices_are_those_of_a_loop(place: Path, sample: Sample, parts: dict[st
     dead = counts.count(0)
     assert facts["dead rows, which no image chose"] == f"{dead} ({100 * dead / 37:.1f} %)"
     entropy = -sum(c / 40 * math.log(c / 40) for c in counts if c)
-    assert facts["perplexity of the choices"] == f"{math.exp(entropy):,.0f} rows"
+    assert facts["perplexity of the choices, in rows"] == f"{math.exp(entropy):,.1f}"
     most = sorted(counts, reverse=True)
     half = next(n for n in range(38) if sum(most[:n]) >= 20)
     assert facts["rows that half of the images chose"] == str(half)
@@ -203,6 +204,17 @@ def test_views_are_those_of_the_run(place: Path, sample: Sample) -> None:
         torch.testing.assert_close(own, view * std + mean)
 
 
+def test_small_crops_are_shown_smaller(place: Path) -> None:
+    made = Sample(place / "caco", PicturesConfig(), CPU)
+    views = [ViewConfig(count=2, size=32), ViewConfig(count=3, size=16)]
+    made.saved = made.saved._replace(config=replace(made.config, views=views))
+    sheet, recipe = views_part(made).blocks
+    assert isinstance(sheet, Picture) and isinstance(recipe, Table)
+    sides = [float(side) for side in re.findall(r'<svg x="[^"]*" y="[^"]*" width="([^"]*)"', sheet.content)]
+    assert [sides.count(48), sides.count(24)] == [8 * (1 + 2), 8 * 3]
+    assert [row[:2] for row in recipe.rows] == [["2 ×", "32 px"], ["3 ×", "16 px"]]
+
+
 def test_a_map_has_a_dot_for_each_image(parts: dict[str, Part]) -> None:
     picture = parts["map"].blocks[0]
     assert isinstance(picture, Picture)
@@ -257,7 +269,7 @@ def test_without_scikit_learn_the_map_is_missing(place: Path, monkeypatch: pytes
 
 def test_an_unexpected_error_leaves_the_other_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("made up")
+        raise RuntimeError("made up\n    and more")
 
     monkeypatch.setattr("caco_fast.report.neighbours.nearest", fail)
     found = {part.anchor: part for part in picture_parts(place / "simclr", PicturesConfig(), CPU)}
