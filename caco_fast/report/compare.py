@@ -97,7 +97,7 @@ def _panels(runs: Sequence[RunData], names: Sequence[str], scales: Sequence[int]
             x, y = points(run.lines, key)
             kept = [(scale * at, value) for at, value in zip(x, y) if value > 0 or not above_zero]
             if kept:
-                found.append(Series(name, [at for at, _ in kept], [value for _, value in kept], colour))
+                found.append(Series(_brief(name), [at for at, _ in kept], [value for _, value in kept], colour))
         return found
 
     for k in _shared_k(runs):
@@ -105,6 +105,11 @@ def _panels(runs: Sequence[RunData], names: Sequence[str], scales: Sequence[int]
     for key, title, unit in CURVES:
         log = unit == "log scale"
         yield Panel(title, unit, series([(run, key) for run in runs], log), log=log)
+
+
+def _brief(name: str) -> str:
+    """A name that a legend has room for."""
+    return name if len(name) <= 28 else f"{name[:14]}\u2026{name[-13:]}"
 
 
 def _shared_k(runs: Sequence[RunData]) -> list[str]:

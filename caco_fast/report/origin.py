@@ -1,5 +1,6 @@
 """The parts of a page that say where a run comes from: its events, its settings, and its starts."""
 
+import functools
 import re
 import shlex
 from collections import Counter
@@ -9,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from caco_fast.config import flat_settings, load_config, to_yaml
+from caco_fast.config import config_class, flat_settings, load_config, to_yaml
 from caco_fast.configs import first_sentence, shipped
 from caco_fast.errors import UserError
 from caco_fast.report.parts import Block, Facts, Missing, Part, Table
 from caco_fast.report.run_data import LogLine, RunData
+from caco_fast.settings_tree import with_bases
 
 # More lines of a log are counted and not shown.
 MOST_WARNINGS = 40
@@ -102,12 +104,13 @@ def preset_of(run: RunData) -> tuple[str, str]:
         if (given := _given(str(start.get("command") or ""))) in shipped():
             return given, "from the command line"
     distances = {}
-    for name, path in shipped().items():
-        # Only a configuration of the same method is worth reading.
-        if re.search(rf"^method: {re.escape(run.method)}\s*$", path.read_text(), re.M) or "base:" in path.read_text():
-            found = _shipped_settings(name)
-            if found.get("method") == run.method:
-                distances[name] = len(differences(run.settings, found))
+    for name in shipped():
+        # As the files have them: reading all with their types would take a second for each.
+        given: dict[str, Any] = {}
+        for _, tree in with_bases(name, config_class()):
+            given |= flat_settings(tree)
+        if given.get("method") == run.method:
+            distances[name] = len(differences(run.settings, _defaults() | given))
     return (min(distances, key=lambda name: distances[name]), "the nearest one") if distances else ("", "")
 
 
@@ -124,6 +127,7 @@ def _given(command: str) -> str:
     return ""
 
 
+@functools.cache
 def _shipped_settings(name: str) -> dict[str, Any]:
     try:
         return flat_settings(yaml.safe_load(to_yaml(load_config(shipped()[name]))))
@@ -131,6 +135,7 @@ def _shipped_settings(name: str) -> dict[str, Any]:
         return {}
 
 
+@functools.cache
 def _defaults() -> dict[str, Any]:
     return flat_settings(yaml.safe_load(to_yaml(load_config(None))))
 

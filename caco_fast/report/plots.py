@@ -11,7 +11,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from caco_fast.engine.curves import INITIALISATION, format_value
@@ -22,6 +21,7 @@ WIDE, NARROW = 880, 330
 INK, SOFT, GRID = "#000000", "#555555", "#b0b0b0"
 # A longer curve is drawn as the means of so many bins, with the range of each behind it.
 MOST_POINTS = 400
+LEGEND_LINE = 14
 # Places of a panel at which its values show.
 HOVERS = 60
 
@@ -56,30 +56,52 @@ class Frame:
 
 def curves(panels: Sequence[Panel], frame: Frame, alt: str, caption: str = "", columns: int = 1) -> Picture:
     """A picture of the panels, over one axis if they are in one column."""
-    wide = _svg(panels, frame, WIDE, columns, 250 if columns == 1 else 215)
-    narrow = _svg(panels, frame, NARROW, 1, 190)
+    wide = _svg(panels, frame, WIDE, columns, 190 if columns == 1 else 150)
+    narrow = _svg(panels, frame, NARROW, 1, 125)
     return Picture(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>', alt, caption)
 
 
-def _svg(panels: Sequence[Panel], frame: Frame, width: int, columns: int, height: int) -> str:
+def _svg(panels: Sequence[Panel], frame: Frame, width: int, columns: int, inner: int) -> str:
+    """The panels in a grid. inner: the height of a panel without its margins."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
+    # Fixed margins in pixels, because matplotlib's own layout takes as long as the drawing.
+    left, right, below = (52, 8, 30) if width == NARROW else (60, 12, 32)
+    across = width / columns - left - right
+    above = 24 + LEGEND_LINE * max(_legend(panel, across)[1] for panel in panels)
+    height = rows * (above + inner + below) + LEGEND_LINE
+    margins = {
+        "left": left / width,
+        "right": 1 - right / width,
+        "top": 1 - above / height,
+        "bottom": (below + LEGEND_LINE) / height,
+        "hspace": (above + below) / inner,
+        "wspace": (left + right) / across,
+    }
     # At 72 dots an inch, a point is a CSS pixel.
-    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(width / 72, rows * height / 72), dpi=72, layout=layout)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=columns == 1)
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=margins)
     drawn = list(zip(panels, grid.flat))
-    for number, (panel, axes) in enumerate(drawn):
-        _draw(panel, axes, frame, width == NARROW)
-        if columns > 1 or number == len(panels) - 1:
-            axes.set_xlabel(frame.label, color=SOFT)
+    for panel, axes in drawn:
+        _draw(panel, axes, frame, across)
+    for _, axes in drawn[-columns:]:
+        axes.set_xlabel(frame.label, color=SOFT)
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
 
     def hovers() -> str:
-        return "".join(_hovers(panel, axes, frame, rows * height) for panel, axes in drawn)
+        return "".join(_hovers(panel, axes, frame, height) for panel, axes in drawn)
 
     return svg_of(figure, hovers, salt=str(width))
+
+
+def _legend(panel: Panel, across: float) -> tuple[int, int]:
+    """The columns and the lines of the legend over a panel that is `across` pixels wide."""
+    labels = [series.label for series in panel.series] + [level[0] for level in panel.levels]
+    if len(labels) < 2:
+        return 0, 0
+    columns = max(1, int(across / (6 * max(map(len, labels)) + 36)))
+    return columns, -(-len(labels) // columns)
 
 
 def svg_of(figure: Figure, beside: Callable[[], str] = lambda: "", salt: str = "figure") -> str:
@@ -109,9 +131,8 @@ def _sized(match: re.Match[str]) -> str:
     return f' width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
 
 
-def _draw(panel: Panel, axes: Axes, frame: Frame, narrow: bool) -> None:
-    size = 10 if narrow else 11.5
-    axes.set_title(panel.title, loc="left", fontsize=size + 1, fontweight="bold", color=INK)
+def _draw(panel: Panel, axes: Axes, frame: Frame, across: float) -> None:
+    size = 10 if across < NARROW else 11.5
     axes.set_facecolor("none")
     axes.figure.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -141,8 +162,8 @@ def _draw(panel: Panel, axes: Axes, frame: Frame, narrow: bool) -> None:
         if panel.from_zero:
             axes.set_ylim(bottom=0)
     axes.set_ylabel(panel.unit, color=SOFT, fontsize=size - 0.5)
-    if len(panel.series) + len(panel.levels) > 1:
-        columns = 2 if narrow else 6
+    columns, lines = _legend(panel, across)
+    if columns:
         axes.legend(
             *axes.get_legend_handles_labels(),
             loc="lower left",
@@ -153,11 +174,11 @@ def _draw(panel: Panel, axes: Axes, frame: Frame, narrow: bool) -> None:
             labelcolor=SOFT,
             handlelength=1.4,
             columnspacing=1.2,
+            labelspacing=0.25,
             borderaxespad=0.1,
         )
-        # Above the legend.
-        lines = -(-(len(panel.series) + len(panel.levels)) // columns)
-        axes.set_title(panel.title, loc="left", fontsize=size + 1, fontweight="bold", color=INK, pad=7 + 13.5 * lines)
+    title = {"fontsize": size + 1, "fontweight": "bold", "color": INK}
+    axes.set_title(panel.title, loc="left", pad=7 + (LEGEND_LINE - 1) * lines, **title)
 
 
 def _line(axes: Axes, series: Series) -> None:
