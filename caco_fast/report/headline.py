@@ -3,11 +3,14 @@
 import base64
 import html
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from caco_fast.configs import first_sentence, shipped
 from caco_fast.evaluation import rows_of
 from caco_fast.report.dynamics import PERPLEXITY, PROBABILITY, knn
+from caco_fast.report.origin import preset_of
 from caco_fast.report.parts import Block, Facts, Missing, Part, Picture, Table
 from caco_fast.report.run_data import RunData
 
@@ -61,6 +64,9 @@ def _why_no_scores(run: RunData) -> str:
 def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     header, summary = run.header, run.summary
     yield "method", run.method
+    preset, how = preset_of(run)
+    if preset:
+        yield "recipe", f"{preset} ({how}): {first_sentence(shipped()[preset])}"
     if header.get("model"):
         millions = header.get("parameters", 0) / 1e6
         yield "model", f"{header['model']}, {millions:.1f} M trained parameters"
@@ -73,6 +79,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     if series and not run.finished:
         found = ", ".join(f"{each.label} {each.y[-1]:.1f} %" for each in series)
         yield "kNN so far", f"{found} at step {series[0].x[-1]:,}"
+    yield from _evaluated(run)
     if seconds := run.number("train_seconds"):
         yield "time", _time(run, seconds)
     if speed := speed_of(run):
@@ -87,6 +94,14 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     for name, value in summary.items():
         if name.startswith("held_out_") and isinstance(value, (int, float)):
             yield name.removeprefix("held_out_").replace("_", " ") + " on held-out images", f"{value:.4g}"
+
+
+def _evaluated(run: RunData) -> Iterator[tuple[str, str]]:
+    """The headline of each evaluation, beside what papers published."""
+    for name, record in run.evaluations.items():
+        with suppress(KeyError, TypeError, ValueError, StopIteration):
+            _, metric, found, published = next(rows_of({name: record}))
+            yield name, f"{found} ({metric}); published: {published}"
 
 
 def _length(run: RunData) -> str:

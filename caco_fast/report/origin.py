@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from caco_fast.config import config_class, flat_settings, load_config, to_yaml
-from caco_fast.configs import first_sentence, shipped
+from caco_fast.configs import shipped
 from caco_fast.errors import UserError
 from caco_fast.report.parts import Block, Facts, Missing, Part, Table
 from caco_fast.report.run_data import LogLine, RunData
@@ -83,11 +83,10 @@ def settings(run: RunData) -> Part:
     if name:
         differ = differences(own, _shipped_settings(name))
         rows = [[key, told(mine), told(other)] for key, (mine, other) in differ.items()]
-        blocks.append(Facts([("preset", f"{name} ({how}): {first_sentence(shipped()[name])}")]))
         if rows:
-            blocks.append(Table(["setting", "this run", "preset"], rows, "What differs from the preset."))
+            blocks.append(Table(["setting", "this run", "preset"], rows, f"What differs from {name}, {how}."))
         else:
-            blocks.append(Facts([("what differs from it", "nothing")]))
+            blocks.append(Facts([(f"what differs from {name}", "nothing")]))
     else:
         blocks.append(Missing(f"a preset to compare with, because no shipped one is of the method {run.method}"))
     rows = [[key, told(mine), told(other)] for key, (mine, other) in differences(own, defaults).items()]
@@ -106,11 +105,11 @@ def preset_of(run: RunData) -> tuple[str, str]:
     distances = {}
     for name in shipped():
         # As the files have them: reading all with their types would take a second for each.
-        given: dict[str, Any] = {}
+        preset: dict[str, Any] = {}
         for _, tree in with_bases(name, config_class()):
-            given |= flat_settings(tree)
-        if given.get("method") == run.method:
-            distances[name] = len(differences(run.settings, _defaults() | given))
+            preset |= flat_settings(tree)
+        if preset.get("method") == run.method:
+            distances[name] = len(differences(run.settings, _defaults() | preset))
     return (min(distances, key=lambda name: distances[name]), "the nearest one") if distances else ("", "")
 
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -177,7 +178,7 @@ def _draw(panel: Panel, axes: Axes, frame: Frame, across: float) -> None:
             labelspacing=0.25,
             borderaxespad=0.1,
         )
-    title = {"fontsize": size + 1, "fontweight": "bold", "color": INK}
+    title: dict[str, Any] = {"fontsize": size + 1, "fontweight": "bold", "color": INK}
     axes.set_title(panel.title, loc="left", pad=7 + (LEGEND_LINE - 1) * lines, **title)
 
 
