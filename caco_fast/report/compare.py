@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
-from caco_fast.engine.curves import COLOURS, points
+from caco_fast.engine.curves import COLOURS
 from caco_fast.report import dynamics, headline
 from caco_fast.report.origin import PLACES, told
 from caco_fast.report.parts import Block, Facts, Missing, Part, Table
@@ -94,7 +94,7 @@ def _panels(runs: Sequence[RunData], names: Sequence[str], scales: Sequence[int]
     def series(of_run: Sequence[tuple[RunData, str]], above_zero: bool = False) -> list[Series]:
         found = []
         for (run, key), name, scale, colour in zip(of_run, names, scales, cycle(COLOURS + MORE_COLOURS)):
-            x, y = points(run.lines, key)
+            x, y = run.points(key)
             kept = [(scale * at, value) for at, value in zip(x, y) if value > 0 or not above_zero]
             if kept:
                 found.append(Series(_brief(name), [at for at, _ in kept], [value for _, value in kept], colour))
@@ -116,7 +116,7 @@ def _shared_k(runs: Sequence[RunData]) -> list[str]:
     """The k of kNN that most runs have, at most two of them, so that the picture stays small."""
     count: dict[str, int] = {}
     for run in runs:
-        for name in dynamics.names_of(run):
+        for name in run.curves:
             if name.startswith("knn_"):
                 count[name.removeprefix("knn_")] = count.get(name.removeprefix("knn_"), 0) + 1
     return sorted(count, key=lambda k: -count[k])[:2]

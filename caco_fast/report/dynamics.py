@@ -1,11 +1,10 @@
 """The parts of a page that show metrics.jsonl: the paper's Fig. 4, the training, and the speed."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from caco_fast.engine.curves import BASELINES, COLOURS, points
+from caco_fast.engine.curves import BASELINES, COLOURS
 from caco_fast.report.parts import Block, Missing, Part, Picture
 from caco_fast.report.plots import Frame, Panel, Series, curves
 from caco_fast.report.run_data import RunData
@@ -20,8 +19,6 @@ SPEED: Mapping[str, tuple[str, str, float]] = {
     "peak_memory_gib": ("peak memory", "GiB", 1.0),
     "loss_scale": ("loss scale of fp16", "", 1.0),
 }
-# Counts, which the part on events tells in words, and what places a line.
-NO_CURVE = ("step", "epoch", "time", "bad_images", "skipped_rows", "skipped_steps")
 TITLES = {"lr": "learning rate", "bank_lr": "learning rate of the bank", "key_momentum": "momentum of the key encoder"}
 # What is drawn together, under a title.
 TOGETHER = {"attraction": "attraction and repulsion", "repulsion": "attraction and repulsion"}
@@ -29,22 +26,21 @@ TOGETHER = {"attraction": "attraction and repulsion", "repulsion": "attraction a
 
 def dynamics(run: RunData) -> Part:
     """The paper's Fig. 4: do the positives become probable, and do the features become better with them?"""
-    lead = (
-        "The paper's Fig. 4, over one axis: how probable the chosen positive is, the kNN accuracy of the features, and "
-        "how many rows of the bank serve as positives. In a healthy run the first two rise together."
-    )
-    panels = [panel for panel in (_probability(run), knn(run), _rows(run)) if panel.series]
-    if not panels:
+    found = [panel for panel in (_probability(run), knn(run), _rows(run)) if panel.series]
+    if not found:
         reason = NO_LINES if not run.lines else f"{run.method} measures no positive probability, and kNN is off here"
-        return Part("dynamics", "Positives and accuracy", [Missing(reason)], lead if not run.lines else "")
+        return Part("dynamics", "Positives and accuracy", [Missing(reason)])
+    lead = "The paper's Fig. 4, over one axis." if len(found) > 1 else ""
+    if PROBABILITY in run.curves and knn(run).series:
+        lead += " In a healthy run the chosen positive becomes more probable while the accuracy of the features rises."
     frame = frame_of(run)
     caption = "Shaded: the steps that fill the bank." if frame.shaded is not None else ""
     if frame.marks:
         caption += f" Dotted upright lines: {', '.join(sorted(set(frame.marks.values())))}."
-    blocks: list[Block] = [curves(panels, frame, f"{'; '.join(map(told, panels))}.", caption.strip())]
+    blocks: list[Block] = [curves(found, frame, f"{'; '.join(map(told, found))}.", caption.strip())]
     if not knn(run).series:
         blocks.append(Missing("kNN during the run; it needs labelled test images, and evaluation.every_epochs above 0"))
-    return Part("dynamics", "Positives and accuracy", blocks, lead if len(panels) > 1 else "")
+    return Part("dynamics", "Positives and accuracy", blocks, lead)
 
 
 def training(run: RunData) -> Part:
@@ -52,7 +48,7 @@ def training(run: RunData) -> Part:
     if not run.lines:
         return Part("training", "Loss and rates", [Missing(NO_LINES)])
     shown = (PROBABILITY, PERPLEXITY)
-    names = [name for name in names_of(run) if trained(name) not in shown and not name.startswith("knn")]
+    names = [name for name in run.curves if trained(name) not in shown and not name.startswith("knn")]
     grouped: dict[str, list[str]] = {}
     for name in sorted((name for name in names if name not in SPEED), key=_order):
         key = trained(name)
@@ -64,9 +60,9 @@ def training(run: RunData) -> Part:
 def speed(run: RunData) -> Part:
     """Pairs per second, the wait for images, and memory."""
     panels = []
-    for name in (name for name in SPEED if name in names_of(run)):
+    for name in (name for name in SPEED if name in run.curves):
         title, unit, scale = SPEED[name]
-        x, y = points(run.lines, name)
+        x, y = run.points(name)
         panels.append(Panel(title, unit, [Series(title, x, [scale * each for each in y], COLOURS[0])], from_zero=True))
     lead = "A wait for images of more than some per cent means that the loader is slower than the model."
     blocks: list[Block] = [_small(panels, run)] if panels else [Missing(NO_LINES)]
@@ -74,20 +70,19 @@ def speed(run: RunData) -> Part:
 
 
 def knn(run: RunData) -> Panel:
-    """The kNN accuracies of the run, with the levels of raw pixels and of the random encoder."""
+    """The kNN accuracies of the run, with the levels of raw pixels and of the random encoder for the first k."""
     asked = (run.summary.get("evaluated") or {}).get("evaluation.k") or run.settings.get("evaluation.k") or []
     first = [f"knn_{k}" for k in asked] if isinstance(asked, list) else []
-    names = sorted((name for name in names_of(run) if name.startswith("knn")), key=lambda name: (len(name), name))
+    names = sorted((name for name in run.curves if name.startswith("knn")), key=lambda name: (len(name), name))
     names = [name for name in first if name in names] + [name for name in names if name not in first]
     series = [
-        Series(name.replace("knn_", "k "), *points(run.lines, name), colour)
-        for name, colour in zip(names, cycle(COLOURS))
+        Series(name.replace("knn_", "k "), *run.points(name), colour) for name, colour in zip(names, cycle(COLOURS))
     ]
     levels = []
     if series:
         for key, (label, style) in BASELINES.items():
             if (level := run.number(f"knn_{key}")) is not None:
-                levels.append((f"{label}, {series[0].label}", level, series[0].colour, style))
+                levels.append((label, level, series[0].colour, style))
     return Panel("kNN accuracy", "per cent", series, levels=levels)
 
 
@@ -99,16 +94,6 @@ def frame_of(run: RunData) -> Frame:
         if found := re.search(r"step_0*(\d+)\.pt$", str(start.get("resumed_from") or "")):
             marks[float(found[1])] = "the run was resumed"
     return Frame("step", max(run.steps, 1), max(initialised, default=None), marks)
-
-
-def names_of(run: RunData) -> list[str]:
-    """The measurements with at least one finite value, in the order of their first line."""
-    found: dict[str, bool] = {}
-    for line in run.lines:
-        for name, value in line.items():
-            if name not in NO_CURVE and not found.get(name):
-                found[name] = isinstance(value, (int, float)) and math.isfinite(value)
-    return [name for name, measured in found.items() if measured]
 
 
 def trained(name: str) -> str:
@@ -123,7 +108,7 @@ def series_of(run: RunData, names: Sequence[str], title: str) -> list[Series]:
     return [
         Series(
             f"{labels[name]}, held-out images" if name != trained(name) else labels[name],
-            *points(run.lines, name),
+            *run.points(name),
             colour,
         )
         for name, colour in zip(names, cycle(COLOURS))
@@ -141,7 +126,7 @@ def told(panel: Panel) -> str:
 
 
 def _probability(run: RunData) -> Panel:
-    names = [name for name in names_of(run) if trained(name) == PROBABILITY]
+    names = [name for name in run.curves if trained(name) == PROBABILITY]
     series = series_of(run, names, "positive probability")
     # A logarithm has no place for a probability of 0.
     return Panel("positive probability", "log scale", [_above_zero(each) for each in series], log=True)
@@ -153,7 +138,7 @@ def _above_zero(series: Series) -> Series:
 
 
 def _rows(run: RunData) -> Panel:
-    names = [name for name in names_of(run) if trained(name) == PERPLEXITY]
+    names = [name for name in run.curves if trained(name) == PERPLEXITY]
     return Panel("rows chosen as positives", "perplexity", series_of(run, names, "rows chosen"), from_zero=True)
 
 

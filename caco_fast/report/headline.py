@@ -64,9 +64,10 @@ def _why_no_scores(run: RunData) -> str:
 def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     header, summary = run.header, run.summary
     yield "method", run.method
-    preset, how = preset_of(run)
-    if preset:
-        yield "recipe", f"{preset} ({how}): {first_sentence(shipped()[preset])}"
+    preset, known = preset_of(run)
+    # What the nearest preset says of itself need not hold for this run.
+    if known:
+        yield "recipe", f"{preset}: {first_sentence(shipped()[preset])}"
     if header.get("model"):
         millions = header.get("parameters", 0) / 1e6
         yield "model", f"{header['model']}, {millions:.1f} M trained parameters"
@@ -119,7 +120,7 @@ def _length(run: RunData) -> str:
 
 def _time(run: RunData, seconds: float) -> str:
     hours = seconds / 3600
-    text = f"{hours:,.1f} h" if hours >= 2 else f"{seconds / 60:.1f} min"
+    text = f"{hours:,.1f} h" if hours >= 2 else f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
     ranks, gpus = run.header.get("ranks"), bool((run.starts[-1].get("machine") or {}).get("gpus")) if run.starts else 0
     if gpus and isinstance(ranks, int) and not str(run.header.get("device", "")).startswith("the CPU"):
         text += f" on {ranks} GPUs, {hours * ranks:,.1f} GPU hours"

@@ -52,7 +52,7 @@ def _events(run: RunData) -> Iterator[tuple[str, str]]:
     for number, start in enumerate(run.starts[1:], 2):
         resumed = start.get("resumed_from")
         what = f"resumed from {Path(str(resumed)).name}" if resumed else "started over, without a checkpoint"
-        yield f"start {number}", f"{start.get('started', 'at an unknown time')}: {what}"
+        yield f"start {number}", f"{began(start)}: {what}"
     if not run.finished:
         yield "end", f"the run has not reached its end; its last log line is of step {run.steps:,}"
     for name, title in COUNTS.items():
@@ -79,11 +79,12 @@ def settings(run: RunData) -> Part:
     defaults = _defaults()
     # A setting that came after this run was at its default then.
     own = defaults | dict(run.settings)
-    name, how = preset_of(run)
+    name, known = preset_of(run)
     if name:
         differ = differences(own, _shipped_settings(name))
         rows = [[key, told(mine), told(other)] for key, (mine, other) in differ.items()]
         if rows:
+            how = "the preset of the command line" if known else "the nearest preset"
             blocks.append(Table(["setting", "this run", "preset"], rows, f"What differs from {name}, {how}."))
         else:
             blocks.append(Facts([(f"what differs from {name}", "nothing")]))
@@ -97,11 +98,14 @@ def settings(run: RunData) -> Part:
     return Part("settings", "Settings", blocks, lead)
 
 
-def preset_of(run: RunData) -> tuple[str, str]:
-    """The shipped configuration that a run began with, and how that is known; empty if there is none of its method."""
+def preset_of(run: RunData) -> tuple[str, bool]:
+    """The shipped configuration that a run began with, and whether the command line named it.
+
+    Otherwise it is the nearest one of the method, and empty if there is none.
+    """
     for start in reversed(run.starts):
         if (given := _given(str(start.get("command") or ""))) in shipped():
-            return given, "from the command line"
+            return given, True
     distances = {}
     for name in shipped():
         # As the files have them: reading all with their types would take a second for each.
@@ -110,7 +114,7 @@ def preset_of(run: RunData) -> tuple[str, str]:
             preset |= flat_settings(tree)
         if preset.get("method") == run.method:
             distances[name] = len(differences(run.settings, _defaults() | preset))
-    return (min(distances, key=lambda name: distances[name]), "the nearest one") if distances else ("", "")
+    return (min(distances, key=lambda name: distances[name]) if distances else ""), False
 
 
 def _given(command: str) -> str:
@@ -166,7 +170,7 @@ def environment(run: RunData) -> Part:
     rows = [
         [
             str(number),
-            str(start.get("started", "-")),
+            began(start),
             Path(str(start["resumed_from"])).name if start.get("resumed_from") else "-",
             f"{(start.get('commit') or '-')[:10]}{', changed' if start.get('dirty') else ''}",
             str((start.get("machine") or {}).get("host", "-")),
@@ -177,6 +181,12 @@ def environment(run: RunData) -> Part:
     ]
     header = ["start", "time", "resumed from", "commit", "host", "ranks", "command"]
     return Part("environment", "Environment", [*blocks, Table(header, rows, "Every start of the run.")])
+
+
+def began(start: Mapping[str, Any]) -> str:
+    """When a start was, to the minute."""
+    time = str(start.get("started") or "")
+    return f"{time[:10]} {time[11:16]} UTC" if len(time) > 16 else "at an unknown time"
 
 
 def _machine(start: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -153,7 +153,10 @@ def _draw(panel: Panel, axes: Axes, frame: Frame, across: float) -> None:
         axes.axhline(value, color=colour, linestyle=style, linewidth=1.1, label=label)
     if panel.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        values = [value for series in panel.series for value in series.y]
+        # Within two decades a tick at each would be too few.
+        near = max(values) < 100 * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     else:
@@ -198,8 +201,10 @@ def thin(
         return list(x), list(y), None, None
     edges = [round(number * len(x) / most) for number in range(most + 1)]
     bins = list(zip(edges, edges[1:]))
-    means = [[sum(values[first:end]) / (end - first) for first, end in bins] for values in (x, y)]
-    return means[0], means[1], [min(y[first:end]) for first, end in bins], [max(y[first:end]) for first, end in bins]
+    low, high = [min(y[first:end]) for first, end in bins], [max(y[first:end]) for first, end in bins]
+    places, means = ([sum(values[first:end]) / (end - first) for first, end in bins] for values in (x, y))
+    # A level curve stays level, whatever the rounding of its sums.
+    return places, [min(max(mean, least), most) for mean, least, most in zip(means, low, high)], low, high
 
 
 def _hovers(panel: Panel, axes: Axes, frame: Frame, height: float) -> str:

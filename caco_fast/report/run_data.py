@@ -1,6 +1,8 @@
 """A run folder as a page needs it: whatever is there is read, and what can't be read is named instead of raised."""
 
+import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +11,15 @@ from typing import Any
 
 import yaml
 
+from caco_fast.engine.curves import Points
 from caco_fast.engine.metrics import METRICS_FILE, NOT_FINITE
 from caco_fast.errors import UserError
 from caco_fast.settings_tree import flat_settings
 
 # What a folder has of which a page can be made.
 SIGNS = (METRICS_FILE, "config.yaml", "environment.json", "summary.json")
+# Counts, which the part on events tells in words, and what places a line.
+NO_CURVE = ("step", "epoch", "time", "bad_images", "skipped_rows", "skipped_steps")
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (WARNING|ERROR) (.*)")
 
 
@@ -48,6 +53,21 @@ class RunData:
         """What ran, as the header of the last start's log has it."""
         found = self.starts[-1].get("run") if self.starts else None
         return found if isinstance(found, dict) else {}
+
+    @functools.cached_property
+    def curves(self) -> Mapping[str, Points]:
+        """Steps and values of each measurement, without those that are not finite; in the order of their first line."""
+        found: dict[str, Points] = {}
+        for line in self.lines:
+            for name, value in line.items():
+                if name not in NO_CURVE and isinstance(value, (int, float)) and math.isfinite(value):
+                    steps, values = found.setdefault(name, ([], []))
+                    steps.append(line["step"])
+                    values.append(value)
+        return found
+
+    def points(self, name: str) -> Points:
+        return self.curves.get(name, ([], []))
 
     @property
     def steps(self) -> int:

@@ -56,7 +56,7 @@ def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
         "100 steps; 12 epochs of 39 after 30 steps that fill the bank",
         "2.0 h",
         "1,234 image pairs/s",
-        "quickstart (from the command line)",
+        "recipe quickstart: CaCo on the embedded Fashion-MNIST subset",
         "No stop, no skipped step, no bad image and no warning.",
     ):
         assert shown in words, shown
@@ -141,7 +141,7 @@ def test_events_are_told(tmp_path: Path) -> None:
 
 def test_settings_that_differ_from_the_preset_and_the_defaults(tmp_path: Path) -> None:
     run = read_run(run_folder(tmp_path / "run", "caco.bank_lr=0.5", "views.1.blur_p=0.25", "run.folder=/a/b"))
-    assert origin.preset_of(run) == ("quickstart", "from the command line")
+    assert origin.preset_of(run) == ("quickstart", True)
     (table, folded) = (block for block in origin.settings(run).blocks if hasattr(block, "rows"))
     assert sorted(table.rows) == [["caco.bank_lr", "0.5", "0.1"], ["views.1.blur_p", "0.25", "0.0"]]
     assert folded.folded and ["data.source", "embedded", "folder"] in folded.rows
@@ -149,12 +149,13 @@ def test_settings_that_differ_from_the_preset_and_the_defaults(tmp_path: Path) -
 
 def test_without_a_command_the_nearest_preset_is_found(tmp_path: Path) -> None:
     run = read_run(run_folder(tmp_path / "run", "trainer.batch_size=128", config="small_moco", starts=None))
-    assert origin.preset_of(run) == ("small_moco", "the nearest one")
+    assert origin.preset_of(run) == ("small_moco", False)
 
 
 def test_multi_crop_views_are_settings_like_others(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", config="imagenet_resnet50_multicrop_800ep_batch2048", starts=None)
-    assert "imagenet_resnet50_multicrop_800ep_batch2048 (the nearest one)" in document(folder).words()
+    words = document(folder).words()
+    assert "what differs from imagenet_resnet50_multicrop_800ep_batch2048 nothing" in words and "recipe" not in words
 
 
 @pytest.mark.usefixtures("drawn")
