@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from caco_fast.protocols.sheet import WRONG, square
 
 # In units of the SVG, which is as wide as the page lets it be. On a phone of 360 pixels a unit is some 0.7 of one.
-CELL, GAP, APART, HEAD, LINE = 48, 4, 12, 20, 15
+CELL, GAP, APART, HEAD, LINE = 48, 4, 16, 20, 15
 QUALITY = 80
 
 
@@ -41,7 +41,7 @@ def image_sheet(groups: Sequence[Group], below: bool = False) -> str:
     height = CELL + GAP + (LINE if any(cell.under for cell in cells) else 0)
     parts, left, top, right = [], 0, 0, 0
     for group in groups:
-        parts.append(f'<text x="{left}" y="{top + HEAD - 6}" font-size="15">{escape(group.heading)}</text>')
+        parts.append(f'<text x="{left}" y="{top + HEAD - 6}" font-size="14">{escape(group.heading)}</text>')
         for number, row in enumerate(group.rows):
             for column, cell in enumerate(row):
                 parts.append(_cell(cell, atlas, left + column * (CELL + GAP), top + HEAD + number * height))

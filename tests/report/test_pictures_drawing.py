@@ -82,6 +82,7 @@ def test_places_keep_distances_and_stay_inside() -> None:
     found = placed(points)
     assert float(found.min()) >= 0 and float(found.max()) <= SIDE
     inside = ((found > 4) & (found < SIDE - 4)).all(1)
+    assert int(inside.sum()) > 190
     a, b = (torch.pdist(value[inside].double()) for value in (points, found))
     torch.testing.assert_close(b, a * (b[0] / a[0]), atol=0.01, rtol=1e-3)
 
