@@ -1,4 +1,4 @@
-# make quickstart   set up, train CaCo on real images on the CPU, evaluate
+# make quickstart   set up, train CaCo on real images on the CPU, evaluate, make a page of it
 # make compare      train the small configuration of every method, two at a time; table, picture
 # make check        format, lint, types, and the quick tests
 # make test         set up, build, and run all tests

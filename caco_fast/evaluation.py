@@ -261,16 +261,18 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def show(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Show the figures of results as a table, each next to what papers published."""
-    table("per cent, unless the name says otherwise", ["protocol", "what", "found", "published"], list(_rows(results)))
+    columns = ["protocol", "what", "found", "published"]
+    table("per cent, unless the name says otherwise", columns, list(rows_of(results)))
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The same table as Markdown."""
     lines = ["| protocol | what | found | published |", "|---|---|--:|---|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in _rows(results)])
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows_of(results)])
 
 
-def _rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+def rows_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """The rows of a table of results: protocol, what, found, published."""
     for name, record in results.items():
         for metric, value in record["metrics"].items():
             first = metric == record["headline"]

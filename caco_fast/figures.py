@@ -8,7 +8,7 @@ import torch
 
 from caco_fast.config import Config, settings_of
 from caco_fast.distributed import all_gather_objects, broadcast_object, rank, world_size
-from caco_fast.engine.metrics import peak_memory, read_metrics
+from caco_fast.engine.metrics import add_pictures, peak_memory, read_metrics
 from caco_fast.engine.progress import table
 from caco_fast.engine.run_folder import RunFolder
 from caco_fast.engine.trainer import Trainer
@@ -125,6 +125,30 @@ def finish(config: Config, run: RunFolder, trainer: Trainer) -> dict[str, Any]:
         _draw(run, summary)
         show(config, run, summary)
     return broadcast_object(summary)
+
+
+def publish(config: Config, run: RunFolder, device: torch.device, again: bool) -> None:
+    """Make the page of a run, give its pictures to TensorBoard, and log where it is. Rank 0 calls it, after the others.
+
+    Nothing of the run depends on it, so an error is one line of the log. again: also where there is a page already.
+    """
+    if not config.run.report:
+        return
+    # Imported here, because matplotlib takes a second to import and the other ranks don't need it.
+    from caco_fast.report.write import PAGE, ReportConfig, pictures_of, write_report
+
+    try:
+        path = run.path / PAGE
+        if again or not path.exists():
+            path, parts = write_report([run.path], ReportConfig(), device)
+            if config.run.tensorboard:
+                add_pictures(run.path, pictures_of(run.path, parts), run.read_summary()["steps"])
+        log.info("the page of the run: %s", path)
+    except Exception as error:
+        log.error(
+            "the page of the run can't be made: %s: %s; nothing else is missing, and `caco-fast report %s` tries again",
+            *(type(error).__name__, " ".join(str(error).split()), run.path),
+        )
 
 
 def show(config: Config, run: RunFolder, summary: dict[str, Any]) -> None:

@@ -67,22 +67,26 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was written.
         RankLost, ReportedElsewhere: another rank failed; see engine/ranks.py.
     """
-    with _started(config) as (config, device):
-        run = RunFolder(folder)
-        try:
+    run = RunFolder(folder)
+    try:
+        with _started(config) as (config, device):
             # Before the store, which removes what killed runs left behind.
             together(run.reserve)
             store = CheckpointStore(run.checkpoints, keep=config.checkpoint.keep)
             # Rank 0 decides, because the others may see the folder later.
             checkpoint = on_rank_0(lambda: _resumed_from(run, store, resume))
             state = together(lambda: store.load(checkpoint)) if checkpoint else None
-            summary = broadcast_object(figures.summary_if_done(config, run, state))
-            if summary:
+            known = broadcast_object(figures.summary_if_done(config, run, state))
+            if known:
                 _claim(run, checkpoint)
-                return summary
-            return _run(config, run, store, device, checkpoint, state, released, trust)
-        finally:
-            run.close()
+            summary = known or _run(config, run, store, device, checkpoint, state, released, trust)
+            first = rank() == 0
+        # The ranks have parted, so that none of them waits for the page.
+        if first:
+            figures.publish(config, run, device, again=not known)
+        return summary
+    finally:
+        run.close()
 
 
 def dry_run(config: Config, folder: Path) -> None:

@@ -24,6 +24,7 @@ SLOW = tuple(
     test_bank_ranks test_gpu_rehearsal test_gpu test_ranks test_dali_loader test_bench_data test_dali_parity
     test_views test_bad_images test_accumulate test_recipes test_run_figures test_recompute test_rank_0_writes
     test_protocols_on_ranks test_no_waiting gpu test_compare test_evaluation test_pictures test_export test_released
+    test_end_of_run
     """.split()
 )
 

@@ -126,6 +126,7 @@ def test_a_base_is_a_file_next_to_it_or_a_shipped_name(tmp_path):
 @pytest.mark.slow
 def test_the_module_trains_in_another_folder(tmp_path):
     settings = ["trainer.max_steps=2", "caco.bank_size=256", "evaluation.every_epochs=0", "evaluation.baselines=false"]
+    settings.append("run.report=false")
     arguments = ["train", "evaluation.linear_probe=false", "--config", "quickstart", *settings]
     done = program(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

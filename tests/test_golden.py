@@ -28,6 +28,7 @@ SETTINGS = (
     "evaluation.baselines=false",
     "evaluation.linear_probe=false",
     "run.tensorboard=false",
+    "run.report=false",
     "run.plain=true",
 )
 

@@ -100,7 +100,8 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], out: Path, settings: Sequenc
 
 def _free(settings: Sequence[str]) -> tuple[str, ...]:
     """What every run is spared unless it is asked for."""
-    return () if any(given.startswith("run.tensorboard=") for given in settings) else ("run.tensorboard=false",)
+    spared = ("run.tensorboard", "run.report")
+    return tuple(f"{key}=false" for key in spared if not any(given.startswith(f"{key}=") for given in settings))
 
 
 def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from caco_fast.errors import UserError
 COMMANDS = {
     "train": ("caco_fast.cli.train", "pre-train an encoder"),
     "evaluate": ("caco_fast.cli.evaluate", "evaluate a pre-trained backbone as papers do"),
+    "report": ("caco_fast.cli.report", "make a page of a run, or of several runs compared"),
     "export": ("caco_fast.cli.export", "write a backbone for timm, torchvision, detectron2, ONNX and others"),
     "embed": ("caco_fast.cli.embed", "write the features of a folder of images"),
     "index": ("caco_fast.data.sources.make_index", "check a folder of images and write an index to train from"),

@@ -20,7 +20,7 @@ def listing() -> str:
     """A line for each shipped configuration: its name, and the first sentence of its first comment."""
     files = shipped()
     width = max(map(len, files))
-    return "\n".join(f"{name:<{width}}  {_first_sentence(path)}" for name, path in files.items())
+    return "\n".join(f"{name:<{width}}  {first_sentence(path)}" for name, path in files.items())
 
 
 def find_config(given: str | Path) -> Path:
@@ -59,7 +59,8 @@ def _find(given: Path, path: Path, key: str) -> Path:
     )
 
 
-def _first_sentence(path: Path) -> str:
+def first_sentence(path: Path) -> str:
+    """What a configuration says of itself in its first comment."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     comment = " ".join(line.removeprefix("#").strip() for line in lines)
     return re.split(r"(?<=\.) ", comment, maxsplit=1)[0]

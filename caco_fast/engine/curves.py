@@ -1,4 +1,4 @@
-"""An overview of a run: `curves.png`, six small plots over the steps, from the run folder's metrics.jsonl."""
+"""An overview of a run: `curves.png`, small plots over the steps, from the run folder's metrics.jsonl."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,6 +20,7 @@ from caco_fast.storage import atomic_write
 Points = tuple[list[float], list[float]]
 COLOURS = ("#1f5fa8", "#d9660b", "#3a8a3e", "#8f4aa3")
 INITIALISATION = "#ece7da"
+COLUMNS = 3
 KNN = "weighted kNN"
 # By their names in the summary: label and line style.
 BASELINES = {"raw": ("raw pixels", "--"), "random": ("random encoder", ":")}
@@ -39,11 +40,15 @@ def _trained(name: str) -> str:
     return name.removeprefix("held_out_")
 
 
+# What describes the machine or the schedule: the report has it, and an overview does without it.
+BESIDE = """step epoch time gradient_norm key_momentum data_wait peak_memory_gib bad_images skipped_rows skipped_steps
+loss_scale""".split()
 PANELS = (
     Panel("loss", "nats", lambda name: _trained(name) == "loss", from_zero=False),
     Panel("positive probability", "", lambda name: _trained(name) == "positive_probability"),
     Panel("rows chosen as positives", "perplexity", lambda name: _trained(name) == "positive_perplexity"),
     Panel(KNN, "per cent", lambda name: name.startswith("knn"), from_zero=False),
+    Panel("attraction and repulsion", "", lambda name: _trained(name) in ("attraction", "repulsion"), from_zero=False),
     # Rates differ by orders of magnitude (encoder 0.3, bank 3), so two scales show the shape of both.
     Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),
     Panel("speed", "pairs/s", lambda name: name == "pairs_per_second"),
@@ -51,7 +56,7 @@ PANELS = (
 
 
 def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """Draw `curves.png` and return its path. A panel without measurements says so.
+    """Draw `curves.png` and return its path. What a run does not measure has no panel.
 
     Steps of the bank's initialisation (negative epochs) are shaded. If the run's `summary` has scores of raw pixels and
     of the random encoder, they are drawn in the kNN panel. Raises UserError if the run has no metrics.
@@ -61,12 +66,18 @@ def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> P
     if not lines:
         raise UserError(f"curves: {run_folder} has no metrics.jsonl with a line in it")
     initialised = max((line["step"] for line in lines if (line.get("epoch") or 0) < 0), default=None)
-    figure = Figure(figsize=(13.5, 7.2), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.03))
+    panels = panels_of(lines)
+    rows = -(-max(len(panels), 1) // COLUMNS)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, wspace=0.03)
+    figure = Figure(figsize=(4.5 * COLUMNS, 3.6 * rows), dpi=120, layout=layout)
     shading = " (shaded: initialisation of the bank)" if initialised is not None else ""
     result = _result(lines, summary or {})
     headline = f"{run_folder.resolve().name}: {result}{lines[-1]['step']:,} steps{shading}"
     figure.suptitle(headline, x=0.01, ha="left", fontsize=12)
-    for panel, axes in zip(PANELS, figure.subplots(2, 3).flat):
+    grid = figure.subplots(rows, COLUMNS).flat
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for panel, axes in zip(panels, grid):
         _draw(panel, axes, lines, initialised)
         if panel.title == KNN:
             _draw_baselines(axes, summary or {})
@@ -76,18 +87,32 @@ def draw_curves(run_folder: Path, summary: Mapping[str, Any] | None = None) -> P
     return path
 
 
+def panels_of(lines: list[dict[str, Any]]) -> list[Panel]:
+    """The panels that have something to show, and one for each other measurement of the method."""
+    names = {name: None for line in lines for name in line if name not in BESIDE}
+    measured = [name for name in names if points(lines, name)[0]]
+    known = [panel for panel in PANELS if any(map(panel.belongs, measured))]
+    others = {_trained(name) for name in measured if not any(panel.belongs(name) for panel in PANELS)}
+    return known + [own_panel(name) for name in sorted(others)]
+
+
+def own_panel(name: str) -> Panel:
+    """A panel of one measurement and of the same on held-out images."""
+    return Panel(name.replace("_", " "), "", lambda other: _trained(other) == name, from_zero=False)
+
+
 def _result(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
     """The last kNN accuracy with the first k, and the baselines, as the beginning of the headline."""
     k = next(iter((summary.get("evaluated") or {}).get("evaluation.k", [])), None)
-    values = _points(lines, f"knn_{k}")[1]
+    values = points(lines, f"knn_{k}")[1]
     if not values:
         return ""
     baselines = [
-        f"{label} {_format(summary[f'knn_{name}'])}"
+        f"{label} {format_value(summary[f'knn_{name}'])}"
         for name, (label, _) in BASELINES.items()
         if f"knn_{name}" in summary
     ]
-    return ", ".join([f"kNN (k {k}) {_format(values[-1])} %", *baselines]) + "; "
+    return ", ".join([f"kNN (k {k}) {format_value(values[-1])} %", *baselines]) + "; "
 
 
 def _draw_baselines(axes: Axes, summary: Mapping[str, Any]) -> None:
@@ -106,7 +131,7 @@ def _draw_baselines(axes: Axes, summary: Mapping[str, Any]) -> None:
 
 def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: int | None) -> None:
     names = sorted({name for line in lines for name in line if panel.belongs(name)}, key=lambda name: (len(name), name))
-    series = {name: found for name in names if (found := _points(lines, name))[0]}
+    series = {name: found for name in names if (found := points(lines, name))[0]}
     first, last = min(line["step"] for line in lines), max(line["step"] for line in lines)
     pad = 0.03 * (last - min(first, 0)) or 1
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
@@ -115,10 +140,6 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
-    if not series:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="grey")
-        axes.set_yticks([])
-        return
     axes.set_ylabel(panel.unit)
     axes.grid(alpha=0.25)
     if initialised is not None:
@@ -143,15 +164,15 @@ def _draw(panel: Panel, axes: Axes, lines: list[dict[str, Any]], initialised: in
         steps, values = next(iter(series.values()))
         # Loss and probability mean something else in the initialisation, so the comparison begins after it.
         trained = [value for step, value in zip(steps, values) if initialised is None or step > initialised] or values
-        ends = f"{_format(trained[0])} \u2192 {_format(trained[-1])}"
+        ends = f"{format_value(trained[0])} \u2192 {format_value(trained[-1])}"
         axes.set_title(ends, loc="right", fontsize=10, color="#555555")
     elif not two_scales:
         for line, (_, values) in zip(drawn, series.values()):
-            line.set_label(f"{line.get_label()}: {_format(values[-1])}")
+            line.set_label(f"{line.get_label()}: {format_value(values[-1])}")
         axes.legend(handles=drawn, fontsize=9, loc="lower right", framealpha=0.85, edgecolor="none")
 
 
-def _points(lines: list[dict[str, Any]], name: str) -> Points:
+def points(lines: list[dict[str, Any]], name: str) -> Points:
     """Steps and values of a series. Values that are not finite are left out, so that the curve has no gaps."""
     found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
     finite = [(step, value) for step, value in found if math.isfinite(value)]
@@ -162,5 +183,5 @@ def _label(name: str) -> str:
     return name.replace("_", " ").replace("knn", "k")
 
 
-def _format(value: float) -> str:
+def format_value(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 20 else f"{value:.3g}"

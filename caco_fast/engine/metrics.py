@@ -6,6 +6,7 @@ the values. JSON has no NaN and no infinities, so these are the strings "NaN", "
 """
 
 import functools
+import io
 import json
 import logging
 import math
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from caco_fast.distributed import rank
 from caco_fast.errors import UserError
@@ -183,6 +186,18 @@ def cut_metrics(path: Path, step: int | None) -> None:
         json.dumps({name: to_json(value) for name, value in line.items()}, allow_nan=False) + "\n" for line in kept
     )
     atomic_write_text(path, "".join(texts))
+
+
+def add_pictures(folder: Path, pictures: Mapping[str, bytes], step: int) -> None:
+    """Give TensorBoard PNG or JPEG files by their names, in an events file of their own."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for name, data in pictures.items():
+            with Image.open(io.BytesIO(data)) as image:
+                writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
 
 def to_json(value: Any) -> Any:

@@ -9,6 +9,7 @@ checkpoints/       see checkpoint.py
 .lock              the process that trains here, or was the last to do so
 summary.json       the final figures
 curves.png         see curves.py
+report/            the page of the run; see caco_fast/report
 """
 
 import itertools

@@ -91,6 +91,7 @@ class CheckpointConfig:
 class RunConfig:
     folder: str = setting("", "run folder; empty: runs/<name of the config file>")
     tensorboard: bool = setting(True, "write TensorBoard events to the run folder")
+    report: bool = setting(True, "make the page of the run, report/index.html, at its end")
     scale_to_images: bool = setting(
         False, "choose what is not given, such as batch, epochs and bank, by the images and the device (scale.py)"
     )

@@ -15,6 +15,11 @@ def learned_banks(method: Mapping[str, Tensor]) -> list[Tensor]:
     return [value for key, value in method.items() if key.split(".")[-1] == "bank" and value.ndim == 2]
 
 
+def key_queues(method: Mapping[str, Tensor]) -> list[Tensor]:
+    """The queues of keys [K, C] in the state of a method."""
+    return [value for key, value in method.items() if key.split(".")[-1] == "queue" and value.ndim == 2]
+
+
 def read_bank(path: Path, *, trust: bool = False) -> Tensor:
     """The rows [K, C] of the bank in a file, as they are stored: of any length.
 

@@ -39,7 +39,7 @@ def neighbours(context: Context, settings: NeighboursConfig) -> Result:
     rows, answers, places = (all_gather_uneven(value) for value in (test.features, test.labels, test.index))
     chosen = evenly_spaced(len(rows), MEASURED)
     queries, answers, places = rows[chosen], answers[chosen], places[chosen]
-    similarity, found = _nearest(queries.to(context.device), train.features, settings.k)
+    similarity, found = nearest(queries.to(context.device), train.features, settings.k)
     # Few numbers, so that every rank may have all of them.
     parts = all_gather_objects((similarity.cpu(), train.labels[found].cpu(), train.index[found].cpu()))
     similarity, labels, index = (torch.cat(part, dim=1) for part in zip(*parts))
@@ -63,8 +63,8 @@ def neighbours(context: Context, settings: NeighboursConfig) -> Result:
 
 
 @f32_products()
-def _nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [Q, D], [N, D]
-    """Similarities and rows of this rank's k nearest, [Q, k] each; fewer where the rank has fewer rows."""
+def nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [Q, D], [N, D]
+    """Similarities and rows of this rank's k nearest, [Q, k] each, nearest first; fewer where it has fewer rows."""
     unit = F.normalize(queries.float(), dim=1)
     best, place = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
     for start in range(0, len(features), BLOCK):

@@ -60,12 +60,22 @@ def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Picture, at: 
     x, y = at
     if picture.frame:
         draw.rectangle((x, y, x + CELL + 2 * FRAME - 1, y + CELL + 2 * FRAME - 1), fill=picture.frame)
+    # It could be read a moment ago; an empty frame says enough.
+    if (small := thumbnail(picture.source, picture.index, CELL)) is not None:
+        sheet.paste(small, (x + FRAME, y + FRAME))
+
+
+def thumbnail(source: Source, index: int, side: int) -> Image.Image | None:
+    """The square in the middle of an image at this size; None: the image can't be read."""
     try:
-        image = as_pil(picture.source.image(picture.index)).convert("RGB")
+        image = as_pil(source.image(index)).convert("RGB")
     except BadImageError:
-        # It could be read a moment ago; an empty frame says enough.
-        return
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    small = image.crop((left, top, left + side, top + side)).resize((CELL, CELL), Image.Resampling.BICUBIC)
-    sheet.paste(small, (x + FRAME, y + FRAME))
+        return None
+    return square(image, side)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle of an image at this size."""
+    own = min(image.size)
+    left, top = (image.width - own) // 2, (image.height - own) // 2
+    return image.crop((left, top, left + own, top + own)).resize((side, side), Image.Resampling.BICUBIC)

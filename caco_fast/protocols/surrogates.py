@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from caco_fast.distributed import all_gather_objects, all_gather_uneven
 from caco_fast.engine.agreement import on_rank_0, together
-from caco_fast.engine.checkpoint import CheckpointStore
 from caco_fast.errors import UserError
-from caco_fast.models import build_projector
 from caco_fast.ops import bank_select
 from caco_fast.ops.tiling import f32_products
-from caco_fast.pretrained.banks import learned_banks
+from caco_fast.pretrained.encoders import read_encoders
 from caco_fast.protocols.base import Context, Result, register
 from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.sheet import Picture, Row, draw_sheet, framed
@@ -52,7 +50,7 @@ def surrogates(context: Context, settings: SurrogatesConfig) -> Result:
     figures = {
         "surrogate_has_class": 100.0 * right.double().mean().item(),
         # What a row that is chosen by chance would give.
-        "random_row_has_class": 100.0 * _by_chance(label, answers),
+        "random_row_has_class": 100.0 * by_chance(label, answers),
         "rows_chosen": float(len(positives.unique())),
     }
     shown = evenly_spaced(len(queries), settings.queries)
@@ -75,7 +73,7 @@ def surrogates(context: Context, settings: SurrogatesConfig) -> Result:
     return Result(figures, files=[path.name])
 
 
-def _by_chance(label: Tensor, answers: Tensor) -> float:
+def by_chance(label: Tensor, answers: Tensor) -> float:
     """The probability that the surrogate of a random row has the class of a random test image."""
     classes = int(torch.cat([label, answers]).max()) + 1
     of_rows, of_queries = (value.bincount(minlength=classes).double() / len(value) for value in (label, answers))
@@ -91,16 +89,11 @@ def _head_and_bank(context: Context) -> tuple[nn.Module, Tensor]:
     pretrained = context.pretrained
     if pretrained.config is None:
         raise UserError(f"surrogates: {pretrained.title} has no bank, expected a run of a method with a learned bank")
-    path = pretrained.origin["path"]
-    state = CheckpointStore(Path(path).parent).load(Path(path))
-    banks = learned_banks(state["method"])
-    if len(banks) != 1:
+    path = Path(pretrained.origin["path"])
+    saved = read_encoders(path)
+    if saved.bank is None or not saved.learned:
         raise UserError(f"surrogates: the method {pretrained.config.method} of {path} has no learned bank")
-    projector = build_projector(pretrained.config.projector, pretrained.width)
-    prefix = "query.projector."
-    saved = {name.removeprefix(prefix): value for name, value in state["encoders"].items() if name.startswith(prefix)}
-    projector.load_state_dict({name: value for name, value in saved.items() if ".further." not in f".{name}"})
-    return projector.eval().to(context.device), banks[0].to(context.device).float()
+    return saved.query.projector.to(context.device), saved.bank.to(context.device)
 
 
 @torch.no_grad()

@@ -56,15 +56,16 @@ def tsne(context: Context, settings: TsneConfig) -> Result:
     title = f"{context.pretrained.title}: t-SNE of {len(rows):,} test images"
 
     def draw() -> float:
-        points = _embed(rows, settings.perplexity, context.seed)
+        points = embed(rows, settings.perplexity, context.seed)
         _draw(points, labels, test.source.classes, title, path)
-        return _kept(points, labels)
+        return kept(points, labels)
 
     share = on_rank_0(draw)
     return Result({f"same_class_of_{NEAREST}": share}, files=[path.name])
 
 
-def _embed(rows: Tensor, perplexity: float, seed: int) -> Tensor:  # [P, D] -> [P, 2]
+def embed(rows: Tensor, perplexity: float, seed: int, steps: int = 1000) -> Tensor:  # [P, D] -> [P, 2]
+    """The points of a t-SNE picture after some steps of its descent. UserError if scikit-learn is not installed."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -76,11 +77,11 @@ def _embed(rows: Tensor, perplexity: float, seed: int) -> Tensor:  # [P, D] -> [
         # By the smaller of the two Gram matrices' eigenvectors, so that the result is the same on every run.
         _, vectors = torch.linalg.eigh(centred.T.double() @ centred.double())
         centred = (centred.double() @ vectors[:, -COMPONENTS:]).float()
-    made = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(centred.numpy())
+    made = TSNE(init="pca", perplexity=perplexity, max_iter=steps, random_state=seed).fit_transform(centred.numpy())
     return torch.from_numpy(made)
 
 
-def _kept(points: Tensor, labels: Tensor) -> float:  # [P, 2], [P]
+def kept(points: Tensor, labels: Tensor) -> float:  # [P, 2], [P]
     """Per cent of the nearest points of each point that have its class."""
     distance = torch.cdist(points.double(), points.double()).fill_diagonal_(float("inf"))
     near = distance.topk(min(NEAREST, len(points) - 1), dim=1, largest=False).indices

@@ -22,6 +22,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]  # the first cell of a row names it; the page escapes all
     caption: str = ""
+    folded: bool = False  # whether it only opens when the reader asks; it then needs a caption
 
 
 @dataclass(frozen=True)

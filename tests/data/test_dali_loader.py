@@ -302,7 +302,8 @@ def test_fast_jitter_is_refused_by_the_torchvision_loader(image_folder: Path) ->
 
 
 def test_quickstart_trains_with_it(tmp_path: Path) -> None:
-    overrides = ["data.loader=dali", "data.workers=1", "trainer.max_steps=2", "run.plain=true", "run.tensorboard=false"]
+    overrides = ["data.loader=dali", "data.workers=1", "trainer.max_steps=2", "run.plain=true"]
+    overrides += ["run.tensorboard=false", "run.report=false"]
     settings = load_config(
         QUICKSTART, [*overrides, "evaluation={every_epochs: 0, linear_probe: false, baselines: false}"]
     )

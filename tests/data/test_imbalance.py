@@ -84,6 +84,7 @@ def test_a_run_trains_on_the_part_and_evaluates_on_all(tmp_path: Path) -> None:
         "evaluation.held_out=0.1",
         "trainer.batch_size=64",
         "run.tensorboard=false",
+        "run.report=false",
     )
     config = load_config("quickstart", settings)
     device = torch.device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from caco_fast.engine.curves import INITIALISATION, KNN, PANELS, _draw, _draw_baselines, _result, draw_curves
+from caco_fast.engine.curves import INITIALISATION, KNN, PANELS, _draw, _draw_baselines, _result, draw_curves, panels_of
 from caco_fast.engine.metrics import MetricsWriter, read_metrics
 from caco_fast.errors import UserError
 
@@ -38,7 +38,7 @@ def test_whole_run_with_initialisation_shaded(tmp_path: Path) -> None:
     lines += [(step, 0, {"knn_20": 70.0 + step / 10, "knn_200": 60.0}) for step in (50, 100)]
     image = draw(tmp_path, lines)
     assert image.shape[0] > 700 and image.shape[1] > 1200
-    # A third of five of the six panels (the sixth has no measurements), which cover most of the picture.
+    # A third of five panels, which cover most of the picture.
     assert 0.05 < shaded_share(image) < 0.3
 
 
@@ -80,6 +80,22 @@ def test_without_initialisation_nothing_is_shaded(tmp_path: Path) -> None:
 )
 def test_short_and_odd_runs_are_drawn(tmp_path: Path, lines: list) -> None:
     assert draw(tmp_path, lines).std() > 0.01
+
+
+def test_only_what_is_measured_has_a_panel(tmp_path: Path) -> None:
+    values = {
+        "loss": 1.0,
+        "attraction": 0.5,
+        "repulsion": 1.5,
+        "lr": 0.1,
+        "key_momentum": 0.99,
+        "adversarial_loss": 2.0,
+    }
+    draw(
+        tmp_path, [(1, 0, values), (2, 0, {"held_out_loss": 1.0, "held_out_adversarial_loss": 3.0, "knn_20": math.nan})]
+    )
+    titles = [panel.title for panel in panels_of(read_metrics(tmp_path))]
+    assert titles == ["loss", "attraction and repulsion", "learning rates", "adversarial loss"]
 
 
 def test_no_metrics_is_one_line(tmp_path: Path) -> None:

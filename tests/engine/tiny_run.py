@@ -25,6 +25,7 @@ SETTINGS = (
     "evaluation={every_epochs: 1, k: [3, 5], batch_size: 16}",
     "run.plain=true",
     "run.tensorboard=false",
+    "run.report=false",
 )
 
 

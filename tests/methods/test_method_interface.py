@@ -27,7 +27,8 @@ CASES = {
     "no key encoder, two forwards": ("keyless",),
     "second BatchNorm set over moco": ("adversarial",),
 }
-SETTINGS = ("optimizer={name: sgd, lr: 0.05}", "evaluation.every_epochs=0", "trainer.epochs=2", "run.tensorboard=false")
+SETTINGS = ("optimizer={name: sgd, lr: 0.05}", "evaluation.every_epochs=0", "trainer.epochs=2")
+SETTINGS += ("run.tensorboard=false", "run.report=false")
 
 
 @pytest.fixture(autouse=True, scope="module")

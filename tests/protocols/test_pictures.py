@@ -19,7 +19,7 @@ from caco_fast.protocols import Context, FeatureSet, Result, registered
 from caco_fast.protocols.neighbours import NeighboursConfig
 from caco_fast.protocols.sheet import CELL, FRAME, RIGHT, WRONG
 from caco_fast.protocols.surrogates import SurrogatesConfig
-from caco_fast.protocols.tsne import TsneConfig, _kept
+from caco_fast.protocols.tsne import TsneConfig, kept
 from caco_fast.training import train
 from tests.engine.tiny_run import config, write_images
 from tests.ranks import run_ranks
@@ -175,10 +175,10 @@ def test_tsne_draws_and_counts(tmp_path: Path) -> None:
 def test_the_figure_of_a_picture_counts_near_points() -> None:
     points = torch.tensor([[float(i), 0.0] for i in range(11)] + [[100.0 + i, 0.0] for i in range(11)])
     labels = torch.tensor([0] * 11 + [1] * 11)
-    assert _kept(points, labels) == 100.0
+    assert kept(points, labels) == 100.0
     labels[0] = 1
     # The other ten of its group have one wrong neighbour, and it has ten.
-    assert _kept(points, labels) == pytest.approx(100 * (1 - 20 / 220))
+    assert kept(points, labels) == pytest.approx(100 * (1 - 20 / 220))
 
 
 def test_too_few_points_are_one_line(tmp_path: Path) -> None:

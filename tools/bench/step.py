@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 METHODS = (MOCO, "CaCo", *SMALL)
 DEFAULTS = ("CaCo", "CaCo, views together", GRAPH, MOCO, LOADED, RELEASED)
 QUIET = ("evaluation.every_epochs=0", "evaluation.baselines=false", "evaluation.linear_probe=false")
-QUIET += ("run.tensorboard=false", "run.plain=true", "checkpoint.every_steps=0")
+QUIET += ("run.tensorboard=false", "run.report=false", "run.plain=true", "checkpoint.every_steps=0")
 FLOOR_MB = (651, 1318)
 
 Step = TrainerStep | ReleasedStep

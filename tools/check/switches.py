@@ -41,6 +41,7 @@ SETTINGS = (
     "evaluation.baselines=false",
     "evaluation.linear_probe=false",
     "run.tensorboard=false",
+    "run.report=false",
     "run.plain=true",
 )
 SWITCHES = {
