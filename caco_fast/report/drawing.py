@@ -10,6 +10,8 @@ from caco_fast.engine.curves import COLOURS
 
 # Units of the SVG, of which a phone of 360 pixels shows one as a pixel.
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 180, 4, 34, 34
+# Width of a letter, about.
+LETTER = 6.5
 # Bars that have room for a number above each.
 FEW = 9
 
@@ -41,7 +43,9 @@ def bars(title: str, unit: str, counts: Sequence[float], labels: Sequence[str], 
         at, anchor = x + step / 2, "middle"
         if len(counts) > FEW:
             at, anchor = {0: (LEFT, "start"), last: (WIDTH - LEFT, "end")}.get(number, (at, anchor))
-        parts.append(_text(at, base + 13, label, anchor) if label else "")
+        # A long label of the last bar ends at the border.
+        under = (at, anchor) if at + LETTER * len(label) / 2 <= WIDTH else (WIDTH, "end")
+        parts.append(_text(under[0], base + 13, label, under[1]) if label else "")
         if len(counts) <= FEW or count == max(counts):
             parts.append(_text(at, base - height - 4, f"{count:,.0f}", anchor))
     return _chart(title, unit, "".join(parts))

@@ -45,7 +45,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    train_images: int = setting(10_000, "training images that are read, evenly spaced over the set")
+    train_images: int = setting(5_000, "training images that are read, evenly spaced over the set")
     test_images: int = setting(2000, "test images that are read; without any, other training images take their place")
     seconds: int = setting(120, "seconds to read and embed them in; when they are over, fewer images are shown")
     checkpoints: int = setting(5, "checkpoints over which the share of right surrogates is shown, at most")

@@ -62,6 +62,8 @@ def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
         assert shown in words, shown
     for name in ("headline", "dynamics", "training", "evaluations", "speed", "events", "settings", "environment"):
         assert name in sections(page)
+    # A style inside of a picture would hold for all the others.
+    assert len(page.all("style")) == 1
     alts = " ".join(str(each["aria-label"]) for each in page.all("div") if each.get("role") == "img")
     assert "positive probability: from 0.01 to 0.1; kNN accuracy: k 200 from 70.5 to 71, k 20 from 75 to 75" in alts
 
@@ -143,7 +145,7 @@ def test_settings_that_differ_from_the_preset_and_the_defaults(tmp_path: Path) -
     run = read_run(run_folder(tmp_path / "run", "caco.bank_lr=0.5", "views.1.blur_p=0.25", "run.folder=/a/b"))
     assert origin.preset_of(run) == ("quickstart", True)
     (table, folded) = (block for block in origin.settings(run).blocks if hasattr(block, "rows"))
-    assert sorted(table.rows) == [["caco.bank_lr", "0.5", "0.1"], ["views.1.blur_p", "0.25", "0.0"]]
+    assert sorted(table.rows) == [["caco.bank_lr", "0.5", "10.0"], ["views.1.blur_p", "0.25", "0.0"]]
     assert folded.folded and ["data.source", "embedded", "folder"] in folded.rows
 
 
