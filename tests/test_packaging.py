@@ -82,6 +82,7 @@ def test_a_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast").rglob("*.py")}
     data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast" / "configs").rglob("*.yaml")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "caco_fast").rglob("embedded/*")}
+    data.add("caco_fast/report/page.html")
     assert any(name.endswith(".npz") for name in data) and len(data) > 8
     assert {name for name in held if not name.startswith("caco_fast-")} == package | data
     assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in held}
