@@ -74,8 +74,8 @@ def table(record: dict) -> str:
         "",
         f"10,000 unlabelled images and one seed, on a {machine['cpu_cores']}-core {machine['cpu']}. The standard error "
         f"of an accuracy is 0.9. The first {summary['initialisation_steps']} of the {summary['steps']} steps fill the "
-        f"bank with keys. From then on the mean probability of the chosen positive rises from {start:.3f} to {end:.3f}. "
-        "The 512 queries of a step then find their positives in "
+        f"bank with keys. From then on the mean probability of the chosen positive rises from {start:.3f} "
+        f"to {end:.3f}. The 512 queries of a step then find their positives in "
         f"{summary['positive_perplexity_end']:.0f} of the 2,048 bank rows.",
     ]
     return "\n".join(lines)
