@@ -126,7 +126,7 @@ def _settings(runs: Sequence[RunData], names: Sequence[str]) -> Part:
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in PLACES)
     rows = []
     for key in keys:
-        values = [told(run.settings[key]) if key in run.settings else "-" for run in runs]
+        values = [told(run.settings[key]) if key in run.settings and run.reads(key) else "-" for run in runs]
         if len(set(values)) > 1:
             rows.append([key, *values])
     if not rows:

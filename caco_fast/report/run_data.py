@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from caco_fast.engine.curves import Points
 from caco_fast.engine.metrics import METRICS_FILE, NOT_FINITE
 from caco_fast.errors import UserError
+from caco_fast.methods import METHODS
 from caco_fast.settings_tree import flat_settings
 
 # What a folder has of which a page can be made.
@@ -53,6 +55,15 @@ class RunData:
         """What ran, as the header of the last start's log has it."""
         found = self.starts[-1].get("run") if self.starts else None
         return found if isinstance(found, dict) else {}
+
+    def reads(self, key: str) -> bool:
+        """Whether a setting has an effect on the run: in the sections of other methods it has none."""
+        section, method = key.partition(".")[0], METHODS.get(self.method)
+        if section not in METHODS or method is None:
+            return True
+        prefix = f"{self.method}."
+        own = {name.removeprefix(prefix): value for name, value in self.settings.items() if name.startswith(prefix)}
+        return section in method.method.reads(SimpleNamespace(**own))
 
     @functools.cached_property
     def curves(self) -> Mapping[str, Points]:

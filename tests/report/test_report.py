@@ -227,6 +227,9 @@ def test_several_runs_of_different_methods_are_compared(tmp_path: Path) -> None:
         "y/run cacr - - - 10 256",
         "method caco cacr",
         "trainer.batch_size 128 256",
+        # A setting without an effect on a run is not shown as one of that run.
+        "caco.bank_size 2048 -",
+        "cacr.form - batch",
     ):
         assert shown in words, shown
     # At equal images, and so at half as many steps of twice the batch.

@@ -51,3 +51,12 @@ def test_a_folder_without_a_run_is_one_line(what: str, tmp_path: Path) -> None:
     (tmp_path / "no run").mkdir()
     with pytest.raises(UserError, match=f"^RUN: found {what}.*, expected a "):
         read_run(tmp_path / what)
+
+
+def test_settings_of_other_methods_have_no_effect(tmp_path: Path) -> None:
+    run = read_run(run_folder(tmp_path / "clae", config="small_clae"))
+    assert [run.reads(key) for key in ("clae.eps", "simclr.temperature", "caco.bank_lr", "trainer.epochs")] == [
+        *(True, True, False, True)
+    ]
+    ablation = read_run(run_folder(tmp_path / "ablation", config="small_none"))
+    assert ablation.reads("caco.temperature") and not ablation.reads("moco.temperature")
