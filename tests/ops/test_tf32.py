@@ -16,7 +16,7 @@ from caco_fast.ops.bank_attend import attend_reference, attend_tiled
 from caco_fast.ops.bank_select import select_reference, select_tiled
 from caco_fast.protocols.head_training import LinearRecipe
 from caco_fast.protocols.heads import Heads
-from caco_fast.protocols.neighbours import _nearest
+from caco_fast.protocols.neighbours import nearest
 
 
 def heads() -> Heads:
@@ -40,7 +40,7 @@ PRODUCTS = {
     ),
     "heads, a step": lambda: heads().step(BANK, LABELS, 1.0, 9),
     "heads, scores": lambda: heads().accuracy(BANK, LABELS),
-    "neighbours": lambda: _nearest(ROWS, BANK, 2),
+    "neighbours": lambda: nearest(ROWS, BANK, 2),
 }
 
 
