@@ -16,6 +16,10 @@ def parser_of(prog: str | None, description: str, epilog: str) -> argparse.Argum
 def add_optional_source(parser: argparse.ArgumentParser) -> None:
     """SOURCE, which --help-like options of a command do without, and --print-config."""
     parser.add_argument("source", nargs="?", default="", metavar="SOURCE", help=SOURCE)
+    add_print_config(parser)
+
+
+def add_print_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
 
 

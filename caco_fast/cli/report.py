@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caco_fast.cli.arguments import parser_of
+from caco_fast.cli.arguments import add_print_config, parser_of
 from caco_fast.cli.endings import status_of
 from caco_fast.errors import UserError
 from caco_fast.storage import lasting_output
@@ -54,5 +54,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = parser_of(prog, "Make one HTML page of a run, or of several runs compared.", EPILOG)
     parser.add_argument("given", nargs="*", metavar="RUN|key=value", help="run folders, and settings of the page")
-    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
+    add_print_config(parser)
     return parser

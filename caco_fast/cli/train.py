@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caco_fast.cli.arguments import add_print_config
 from caco_fast.cli.endings import status_of
 from caco_fast.configs import find_config, listing
 from caco_fast.errors import UserError
@@ -105,6 +106,6 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         action="store_true",
         help="build everything, do the first steps of each phase, show time and memory, and stop; writes no run folder",
     )
-    parser.add_argument("--print-config", action="store_true", help="show every setting with its help, and stop")
+    add_print_config(parser)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the configuration")
     return parser

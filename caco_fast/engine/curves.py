@@ -35,7 +35,7 @@ class Panel:
     own_scales: bool = False
 
 
-def _trained(name: str) -> str:
+def trained(name: str) -> str:
     """The name of the same measurement on the training images: those on held-out images share its panel."""
     return name.removeprefix("held_out_")
 
@@ -44,11 +44,11 @@ def _trained(name: str) -> str:
 BESIDE = """step epoch time gradient_norm key_momentum data_wait peak_memory_gib bad_images skipped_rows skipped_steps
 loss_scale""".split()
 PANELS = (
-    Panel("loss", "nats", lambda name: _trained(name) == "loss", from_zero=False),
-    Panel("positive probability", "", lambda name: _trained(name) == "positive_probability"),
-    Panel("rows chosen as positives", "perplexity", lambda name: _trained(name) == "positive_perplexity"),
+    Panel("loss", "nats", lambda name: trained(name) == "loss", from_zero=False),
+    Panel("positive probability", "", lambda name: trained(name) == "positive_probability"),
+    Panel("rows chosen as positives", "perplexity", lambda name: trained(name) == "positive_perplexity"),
     Panel(KNN, "per cent", lambda name: name.startswith("knn"), from_zero=False),
-    Panel("attraction and repulsion", "", lambda name: _trained(name) in ("attraction", "repulsion"), from_zero=False),
+    Panel("attraction and repulsion", "", lambda name: trained(name) in ("attraction", "repulsion"), from_zero=False),
     # Rates differ by orders of magnitude (encoder 0.3, bank 3), so two scales show the shape of both.
     Panel("learning rates", "", lambda name: name == "lr" or name.endswith("_lr"), own_scales=True),
     Panel("speed", "pairs/s", lambda name: name == "pairs_per_second"),
@@ -92,13 +92,13 @@ def panels_of(lines: list[dict[str, Any]]) -> list[Panel]:
     names = {name: None for line in lines for name in line if name not in BESIDE}
     measured = [name for name in names if points(lines, name)[0]]
     known = [panel for panel in PANELS if any(map(panel.belongs, measured))]
-    others = {_trained(name) for name in measured if not any(panel.belongs(name) for panel in PANELS)}
+    others = {trained(name) for name in measured if not any(panel.belongs(name) for panel in PANELS)}
     return known + [own_panel(name) for name in sorted(others)]
 
 
 def own_panel(name: str) -> Panel:
     """A panel of one measurement and of the same on held-out images."""
-    return Panel(name.replace("_", " "), "", lambda other: _trained(other) == name, from_zero=False)
+    return Panel(name.replace("_", " "), "", lambda other: trained(other) == name, from_zero=False)
 
 
 def _result(lines: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:

@@ -63,6 +63,7 @@ def read_encoders(path: Path, autocast: torch.dtype | None = None) -> Saved:
 
 def architecture_of(config: Config) -> BackboneConfig:
     """The backbone of a run without the weights that it began with."""
+    # The tag of a name says where they began, and they are others now.
     return replace(config.backbone, name=config.backbone.name.partition(".")[0], init="", apex="off")
 
 

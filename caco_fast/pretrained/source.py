@@ -20,6 +20,7 @@ from caco_fast.models.backbone import feature_width
 from caco_fast.models.layouts import SIMCLR, find_backbone, input_channels
 from caco_fast.models.weights import describe, fetch_weights, load_backbone, read_weights
 from caco_fast.pretrained.declared import Declared, declared_by, declared_by_folder, declared_by_metadata
+from caco_fast.pretrained.encoders import architecture_of
 from caco_fast.pretrained.places import Place, locate, sha256_of
 
 log = logging.getLogger("caco_fast.source")
@@ -127,9 +128,7 @@ def _of_checkpoint(text: str, place: Place) -> Pretrained:
     """The backbone of one of our checkpoints."""
     state = load_state(place.path)
     config = config_from_yaml(state["config"])
-    # The tag of a name says where the run's weights began, which they no longer are.
-    architecture = replace(config.backbone, name=config.backbone.name.partition(".")[0], init="", apex="off")
-    made = _of_file(text, place, {"state": state}, Declared(), architecture)
+    made = _of_file(text, place, {"state": state}, Declared(), architecture_of(config))
     mean, std = pixels_of(config.data)
     return replace(
         made,

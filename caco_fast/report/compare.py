@@ -91,14 +91,13 @@ def _curves(runs: Sequence[RunData], names: Sequence[str]) -> Part:
 
 
 def _panels(runs: Sequence[RunData], names: Sequence[str], scales: Sequence[int]) -> Iterator[Panel]:
-    def series(of_run: Sequence[tuple[RunData, str]], above_zero: bool = False) -> list[Series]:
+    def series(of_run: Sequence[tuple[RunData, str]], log: bool = False) -> list[Series]:
         found = []
         for (run, key), name, scale, colour in zip(of_run, names, scales, cycle(COLOURS + MORE_COLOURS)):
             x, y = run.points(key)
-            kept = [(scale * at, value) for at, value in zip(x, y) if value > 0 or not above_zero]
-            if kept:
-                found.append(Series(_brief(name), [at for at, _ in kept], [value for _, value in kept], colour))
-        return found
+            each = Series(_brief(name), [scale * at for at in x], y, colour)
+            found.append(dynamics.above_zero(each) if log else each)
+        return [each for each in found if each.x]
 
     for k in _shared_k(runs):
         yield Panel(f"kNN accuracy, k {k}", "per cent", series([(run, f"knn_{k}") for run in runs]))

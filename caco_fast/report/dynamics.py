@@ -4,13 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from caco_fast.engine.curves import BASELINES, COLOURS
+from caco_fast.engine.curves import BASELINES, COLOURS, trained
 from caco_fast.report.parts import Block, Missing, Part, Picture
 from caco_fast.report.plots import Frame, Panel, Series, curves
 from caco_fast.report.run_data import RunData
 
 PROBABILITY, PERPLEXITY = "positive_probability", "positive_perplexity"
-HELD_OUT = "held_out_"
 NO_LINES = "metrics.jsonl has no line yet; the run writes one every trainer.log_every steps"
 # Of the speed: title, unit, and by what a value is multiplied.
 SPEED: Mapping[str, tuple[str, str, float]] = {
@@ -96,11 +95,6 @@ def frame_of(run: RunData) -> Frame:
     return Frame("step", max(run.steps, 1), max(initialised, default=None), marks)
 
 
-def trained(name: str) -> str:
-    """The name of the same measurement on the training images."""
-    return name.removeprefix(HELD_OUT)
-
-
 def series_of(run: RunData, names: Sequence[str], title: str) -> list[Series]:
     """Series of one panel: on training and on held-out images, or of several measurements."""
     several = len({trained(name) for name in names}) > 1
@@ -128,11 +122,11 @@ def told(panel: Panel) -> str:
 def _probability(run: RunData) -> Panel:
     names = [name for name in run.curves if trained(name) == PROBABILITY]
     series = series_of(run, names, "positive probability")
-    # A logarithm has no place for a probability of 0.
-    return Panel("positive probability", "log scale", [_above_zero(each) for each in series], log=True)
+    return Panel("positive probability", "log scale", [above_zero(each) for each in series], log=True)
 
 
-def _above_zero(series: Series) -> Series:
+def above_zero(series: Series) -> Series:
+    """The points that a logarithmic axis can show."""
     kept = [(x, y) for x, y in zip(series.x, series.y) if y > 0]
     return Series(series.label, [x for x, _ in kept], [y for _, y in kept], series.colour)
 

@@ -8,11 +8,11 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from caco_fast.protocols.images import evenly_spaced
 from caco_fast.protocols.neighbours import nearest
 from caco_fast.report.blocks import guarded, share_of
-from caco_fast.report.image_sheet import Cell, Group, image_sheet
+from caco_fast.report.image_sheet import Group, image_sheet
 from caco_fast.report.parts import Block, Facts, Missing, Part, Picture, Table
+from caco_fast.report.queries import answer, asked, shown
 from caco_fast.report.sample import Sample
 
 QUERIES, K = 24, 8
@@ -70,23 +70,11 @@ def _confused(sample: Sample, guesses: Tensor) -> Table:
 
 
 def _sheet(sample: Sample, similarity: Tensor, found: Tensor) -> Picture:
-    train, test = sample.train, sample.test
-    shown = test.index.argsort()[evenly_spaced(len(test.index), QUERIES)].tolist()
-
-    def cell(query: int, column: int) -> Cell:
-        place = int(found[query, column])
-        title = f"cosine {float(similarity[query, column]):.2f}"
-        if sample.classes:
-            title += f"; {sample.classes[int(train.labels[place])]}"
-        wrong = bool(sample.classes) and int(train.labels[place]) != int(test.labels[query])
-        return Cell(sample.thumbnail(train.source, train.index[place]), title, wrong)
-
     queries, near = [], []
-    for query in shown:
-        index = int(test.index[query])
-        name = sample.classes[int(test.labels[query])] if sample.classes else test.source.name(index)
-        queries.append([Cell(sample.thumbnail(test.source, index), name)])
-        near.append([cell(query, column) for column in range(min(K, found.shape[1]))])
+    for query in shown(sample, QUERIES):
+        queries.append([asked(sample, query)])
+        pairs = list(zip(found[query].tolist(), similarity[query].tolist()))[:K]
+        near.append([answer(sample, query, place, f"cosine {cosine:.2f}") for place, cosine in pairs])
     groups = [Group("image", queries), Group("nearest training images", near)]
-    alt = f"{len(shown)} images, each with the {len(near[0])} training images nearest to it, nearest first."
+    alt = f"{len(queries)} images, each with the {len(near[0])} training images nearest to it, nearest first."
     return Picture(image_sheet(groups), alt, sample.caption)

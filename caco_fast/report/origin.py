@@ -106,14 +106,11 @@ def preset_of(run: RunData) -> tuple[str, bool]:
     for start in reversed(run.starts):
         if (given := _given(str(start.get("command") or ""))) in shipped():
             return given, True
-    distances = {}
-    for name in shipped():
-        # As the files have them: reading all with their types would take a second for each.
-        preset: dict[str, Any] = {}
-        for _, tree in with_bases(name, config_class()):
-            preset |= flat_settings(tree)
-        if preset.get("method") == run.method:
-            distances[name] = len(differences(run.settings, _defaults() | preset))
+    distances = {
+        name: len(differences(run.settings, _defaults() | preset))
+        for name, preset in _presets().items()
+        if preset.get("method") == run.method
+    }
     return (min(distances, key=lambda name: distances[name]) if distances else ""), False
 
 
@@ -128,6 +125,15 @@ def _given(command: str) -> str:
             given = word.partition("=")[2] or following
             return Path(given).name.removesuffix(".yaml")
     return ""
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """What the files of all shipped configurations say: reading each with its types would take a second."""
+    return {
+        name: dict(item for _, tree in with_bases(name, config_class()) for item in flat_settings(tree).items())
+        for name in shipped()
+    }
 
 
 @functools.cache
